@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""One process or many: starting them, finding each other, agreeing, and ending together.
+
+Spawned processes and those of torchrun differ only in who sets RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE; all of
+them then make a `World`.
+"""
+import ctypes
+import datetime
+import io
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import signal
+import socket
+import sys
+import time
+import traceback
+
+import torch
+import torch.distributed as dist
+
+RENDEZVOUS_SECONDS = 50
+STOPPED = 75  # exit code: stopped on a signal after saving, run again to continue (EX_TEMPFAIL)
+WRONG_USE = 2
+GRACE_SECONDS = 10  # what the others get to end by themselves after one process has failed
+STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT] + ([signal.SIGUSR1] if hasattr(signal, 'SIGUSR1') else [])
+
+
+class LaunchError(Exception):
+    """The processes cannot be brought together; the text says what to do."""
+
+
+# --- the launcher -----------------------------------------------------------------------------------------------------
+
+def under_torchrun():
+    return 'LOCAL_RANK' in os.environ and 'WORLD_SIZE' in os.environ
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]
+
+
+def spawn(worker, args, user_errors, *, count, first_rank, world_size):
+    """Run `worker(args)` in `count` processes of ranks first_rank, first_rank + 1, …; return the job's exit code.
+
+    The code is 0 or 75 where all ended so, else that of the first process that failed; what that one had to say is said
+    once. Signals that ask to stop are passed on. No process outlives this one.
+
+    user_errors: the exceptions that are told in one line and not as a traceback.
+    """
+    context = multiprocessing.get_context('spawn')
+    reports = context.SimpleQueue()  # (is a user's error, text)
+    children = []
+    for local_rank in range(count):
+        environment = {'RANK': str(first_rank + local_rank), 'LOCAL_RANK': str(local_rank),
+                       'WORLD_SIZE': str(world_size), 'LOCAL_WORLD_SIZE': str(count)}
+        children.append(context.Process(target=_child, args=(worker, args, user_errors, environment, reports, os.getpid())))
+
+    def pass_on(number, _):
+        for child in children:
+            if child.pid and child.is_alive():
+                os.kill(child.pid, number)
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, pass_on)
+    for child in children:
+        child.start()
+    running, code, deadline, said = list(children), 0, None, []
+    while running:
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        ended = multiprocessing.connection.wait([child.sentinel for child in running], timeout=left)
+        if not ended:
+            for child in running:
+                child.kill()
+            deadline = None
+        for child in [child for child in running if child.sentinel in ended]:
+            child.join()
+            running.remove(child)
+            while not reports.empty():
+                said.append(reports.get())
+            if child.exitcode not in (0, STOPPED) and deadline is None and code in (0, STOPPED):
+                code = child.exitcode if child.exitcode > 0 else 128 - child.exitcode
+                if child.exitcode < 0:
+                    said.insert(0, (True, 'main.py: error: the process of rank {} was ended by signal {}\n'.format(
+                        first_rank + children.index(child), -child.exitcode)))
+                deadline = time.monotonic() + GRACE_SECONDS
+            elif child.exitcode == STOPPED and code == 0:
+                code = STOPPED
+    if said:  # the others' failures follow from the first, and from a user's error before all
+        sys.stderr.write(next((text for users, text in said if users), said[0][1]))
+    return code
+
+
+def _child(worker, args, user_errors, environment, reports, parent):
+    _die_with(parent)
+    os.environ.update(environment)
+    try:
+        code = worker(args)
+    except user_errors as error:
+        code = exit_code(error)
+        reports.put((True, 'main.py: error: {}\n'.format(error)))
+    except Exception:
+        code = 1
+        reports.put((False, traceback.format_exc()))
+    sys.stdout.flush()
+    os._exit(code)  # without waiting for threads of a broken process group
+
+
+def exit_code(error):
+    return getattr(error, 'exit_code', WRONG_USE)
+
+
+def _die_with(parent):
+    """Have the kernel kill this process when its parent dies, however that happens (Linux)."""
+    if sys.platform == 'linux':
+        pr_set_pdeathsig = 1  # <sys/prctl.h>
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def ignore_stop_signals(*_):
+    """For loader workers: a Ctrl-C reaches every process of the terminal, and they are ended by their parent."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    _die_with(os.getppid())
+
+
+# --- inside a process -------------------------------------------------------------------------------------------------
+
+class StopSignals:
+    """SIGTERM, SIGINT and SIGUSR1 set a flag. A second one, more than two seconds later, ends the process at once."""
+
+    def __init__(self):
+        self.first = None  # time.monotonic()
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._receive)
+
+    def _receive(self, number, _):
+        if self.first is None:
+            self.first = time.monotonic()
+        elif time.monotonic() - self.first > 2:
+            os._exit(128 + number)
+
+    def __bool__(self):
+        return self.first is not None
+
+
+class World:
+    """Who this process is among how many, and how they agree.
+
+    Control goes over gloo between the hosts, whatever the gradients use: a decision then never waits for a device.
+
+    Raises LaunchError where the others cannot be reached inside a minute.
+    """
+
+    def __init__(self, backend, url):
+        self.rank, self.world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+        self.local_rank = int(os.environ.get('LOCAL_RANK', 0))
+        self.local_world_size = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+        self.control = None
+        if self.world_size > 1:
+            self._join(backend, url)
+
+    def _join(self, backend, url):
+        patience = datetime.timedelta(seconds=RENDEZVOUS_SECONDS)
+        where = url
+        if url == 'env://':
+            where = 'tcp://{}:{}'.format(os.environ.get('MASTER_ADDR'), os.environ.get('MASTER_PORT'))
+        try:
+            store, _, _ = next(dist.rendezvous(url, self.rank, self.world_size, timeout=patience))
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size)
+            self.control = dist.group.WORLD if backend == 'gloo' else dist.new_group(backend='gloo')
+            self.barrier()
+        except (RuntimeError, ValueError, OSError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if 'ddress already in use' in str(error) or 'EADDRINUSE' in str(error):
+                raise LaunchError('{}: the port is in use; name a free one with --dist-url tcp://HOST:PORT'.format(where))
+            raise LaunchError('{}: rank {} cannot meet the {} processes there ({}); check --addr, --dist-url, --rank and '
+                              '--world-size, and that every node runs'.format(where, self.rank, self.world_size, reason))
+
+    def barrier(self):
+        if self.world_size > 1:
+            dist.all_reduce(torch.zeros(1), group=self.control)
+
+    def any(self, flag):
+        """Whether the flag is set on any process; the same answer on all."""
+        if self.world_size == 1:
+            return bool(flag)
+        count = torch.tensor([int(bool(flag))])
+        dist.all_reduce(count, group=self.control)
+        return bool(count.item())
+
+    def sum(self, values):
+        """The sum over all processes of a list of numbers, as floats; whole numbers are exact up to 2^53."""
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(total, group=self.control)
+        return total.tolist()
+
+    def broadcast_buffers(self, model):
+        """Give every process rank 0's buffers (batch norm's running figures)."""
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                value = buffer.detach().cpu()
+                dist.broadcast(value, 0, group=self.control)
+                buffer.copy_(value)
+
+    def broadcast(self, state):
+        """Rank 0's nested dicts, lists and CPU tensors, on every process."""
+        if self.world_size == 1:
+            return state
+        pickler = _TensorPickler()
+        if self.rank == 0:
+            pickler.dump(state)
+        layouts = [(tensor.dtype, tensor.shape) for tensor in pickler.tensors]
+        plain, layouts = self._broadcast_plain((pickler.file.getvalue(), layouts))
+        tensors = [tensor.contiguous() for tensor in pickler.tensors] or \
+            [torch.empty(shape, dtype=dtype) for dtype, shape in layouts]
+        for tensor in tensors:
+            dist.broadcast(tensor, 0, group=self.control)
+        unpickler = pickle.Unpickler(io.BytesIO(plain))
+        unpickler.persistent_load = lambda position: tensors[position]
+        return unpickler.load()
+
+    def _broadcast_plain(self, value):
+        content = pickle.dumps(value)  # between our own processes: nothing foreign is read
+        size = torch.tensor([len(content)])
+        dist.broadcast(size, 0, group=self.control)
+        buffer = torch.tensor(list(content) if self.rank == 0 else [0] * int(size.item()), dtype=torch.uint8)
+        dist.broadcast(buffer, 0, group=self.control)
+        return pickle.loads(bytes(buffer.tolist()))
+
+    def close(self):
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+
+class _TensorPickler(pickle.Pickler):
+    """Pickles all but the tensors, and collects those."""
+
+    def __init__(self):
+        self.file, self.tensors = io.BytesIO(), []
+        super().__init__(self.file)
+
+    def persistent_id(self, value):
+        if isinstance(value, torch.Tensor):
+            self.tensors.append(value)
+            return len(self.tensors) - 1
+        return None
