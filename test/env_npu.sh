@@ -1,0 +1,21 @@
+# shellcheck shell=bash
+# SPDX-License-Identifier: BSD-3-Clause
+# Ascend's environment, found where CANN is installed; silent and without effect where it is not. Sourced.
+
+for cann in "${ASCEND_TOOLKIT_HOME:-}" "${ASCEND_HOME_PATH:-}" /usr/local/Ascend/ascend-toolkit /usr/local/Ascend/nnae \
+    "$HOME/Ascend/ascend-toolkit"; do
+    if [ -n "$cann" ] && [ -f "$cann/set_env.sh" ]; then
+        set +eu # CANN's script reads variables that may be unset
+        # shellcheck disable=SC1091
+        source "$cann/set_env.sh"
+        set -eu
+        break
+    fi
+done
+unset cann
+
+export ASCEND_SLOG_PRINT_TO_STDOUT=${ASCEND_SLOG_PRINT_TO_STDOUT:-0} # logs to files, not between our lines
+export ASCEND_GLOBAL_LOG_LEVEL=${ASCEND_GLOBAL_LOG_LEVEL:-3}         # errors only
+export TASK_QUEUE_ENABLE=${TASK_QUEUE_ENABLE:-1}                     # launch kernels from a thread of their own
+export COMBINED_ENABLE=${COMBINED_ENABLE:-1}                         # merge non-contiguous copies (torch 1.x)
+export HCCL_WHITELIST_DISABLE=${HCCL_WHITELIST_DISABLE:-1}           # no list of allowed peers is needed

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: BSD-3-Clause
+import io
+import os
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import images
+from conftest import make_folder, picture
+
+
+def write_cifar10(root, binary, count=40):
+    """A folder in CIFAR-10's own format, of `count` pictures a file."""
+    os.makedirs(str(root), exist_ok=True)
+    expected = {}
+    for number, name in enumerate(['data_batch_1', 'data_batch_2', 'data_batch_3', 'data_batch_4', 'data_batch_5', 'test_batch']):
+        pixels = np.stack([picture(32, 32, 100 * number + i).transpose(2, 0, 1).reshape(-1) for i in range(count)])
+        labels = [(i * 7 + number) % 10 for i in range(count)]
+        if binary:
+            with open(os.path.join(str(root), name + '.bin'), 'wb') as file:
+                file.write(np.concatenate([np.array(labels, np.uint8)[:, None], pixels], axis=1).tobytes())
+        else:
+            with open(os.path.join(str(root), name), 'wb') as file:
+                pickle.dump({b'batch_label': b'x', b'labels': labels, b'data': pixels, b'filenames': [b'a.png'] * count},
+                            file, protocol=2)
+        expected[name] = pixels, labels
+    return expected
+
+
+@pytest.mark.parametrize('binary', [False, True])
+@pytest.mark.parametrize('inside', ['', 'cifar-10-batches'])
+def test_cifar10_is_read_from_both_its_formats(tmp_path, binary, inside):
+    folder = tmp_path / (inside + ('-bin' if binary else '-py')) if inside else tmp_path
+    expected = write_cifar10(folder, binary)
+    source = images.read_cifar10(str(tmp_path), training=True)
+    assert len(source) == 200
+    pixels, labels = expected['data_batch_2']
+    assert np.array_equal(source.images[40].transpose(2, 0, 1).reshape(-1), pixels[0])
+    assert list(source.labels[40:80]) == labels
+    assert len(images.read_cifar10(str(tmp_path), training=False)) == 40
+
+
+def test_a_cifar10_pickle_that_carries_code_runs_nothing(tmp_path):
+    write_cifar10(tmp_path, binary=False)
+    canary = tmp_path / 'canary'
+
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(canary),)
+
+    with open(str(tmp_path / 'test_batch'), 'wb') as file:
+        pickle.dump({b'labels': [1], b'data': Hostile()}, file, protocol=2)
+    with pytest.raises(images.BadData, match='test_batch.*mkdir'):
+        images.read_cifar10(str(tmp_path), training=False)
+    assert not canary.exists()
+
+
+def test_the_digits_are_scikit_learns():
+    training, validation = images.read_digits(training=True), images.read_digits(training=False)
+    assert (len(training), len(validation)) == (1438, 359)
+    # The class counts of load_digits, https://archive.ics.uci.edu/dataset/80.
+    counts = np.bincount(training.labels) + np.bincount(validation.labels)
+    assert list(counts) == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+
+
+def test_validation_pixels_are_torchvisions_bit_for_bit(tmp_path):
+    from torchvision import transforms
+    for number, size in enumerate([(500, 375), (375, 500), (256, 256), (301, 257), (120, 90), (90, 700), (224, 257)]):
+        folder = tmp_path / 'val' / 'a'
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture(size[0], size[1], number)).save(str(folder / '{}.jpg'.format(number)), quality=92)
+    source = images.Folder(str(tmp_path / 'val'))
+    for size in (224, 64):
+        theirs = transforms.Compose([transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size)])
+        for index in range(len(source)):
+            expected = np.asarray(theirs(Image.open(source.path(index)).convert('RGB')))
+            assert np.array_equal(source.validation_picture(index, size), expected), source.path(index)
+
+
+def test_training_crops_are_torchvisions_for_the_same_box(tmp_path):
+    folder = tmp_path / 'a'
+    folder.mkdir()
+    Image.fromarray(picture(500, 375, 3)).save(str(folder / 'x.jpg'), quality=92)
+    source = images.Folder(str(tmp_path))
+    for seed in range(20):
+        rng = images.generator(seed, 0, 0)
+        box = images.random_crop_box(500, 375, rng)
+        expected = np.asarray(Image.open(source.path(0)).convert('RGB').crop(box).resize((224, 224), Image.BILINEAR), int)
+        if rng.random_sample() < 0.5:
+            expected = expected[:, ::-1]
+        ours = source.training_picture(0, 224, images.generator(seed, 0, 0)).astype(int)
+        assert abs(ours - expected).mean() <= 0.3
+
+
+def test_crop_boxes_have_torchvisions_distribution():
+    boxes = np.array([images.random_crop_box(500, 375, images.generator(0, 0, index)) for index in range(4000)])
+    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    assert boxes.min() >= 0 and boxes[:, 2].max() <= 500 and boxes[:, 3].max() <= 375
+    area = width * height / (500 * 375)
+    assert 0.079 < area.min() < 0.09 and 0.9 < area.max() <= 1
+    assert 0.74 < (width / height).min() and (width / height).max() < 1.345
+
+
+def test_a_folder_has_torchvisions_classes_files_and_order(tmp_path):
+    from torchvision.datasets import ImageFolder
+    for name in ['b/2.jpg', 'b/10.JPEG', 'a/sub/1.png', 'a/sub deeper/1.png', 'a/0.webp', 'a b/图.jpg', 'a/z.jpg', 'c/x\ny.jpg']:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture(20, 20, 1)).save(str(path))
+        (path.parent / 'notes.txt').write_text('no picture')
+    theirs, ours = ImageFolder(str(tmp_path)), images.Folder(str(tmp_path))
+    assert ours.classes == theirs.classes
+    assert [(ours.path(i), ours.labels[i]) for i in range(len(ours))] == [tuple(sample) for sample in theirs.samples]
+
+
+def test_a_loop_of_links_ends(tmp_path):
+    (tmp_path / 'a').mkdir()
+    Image.fromarray(picture(20, 20, 1)).save(str(tmp_path / 'a' / 'x.jpg'))
+    (tmp_path / 'a' / 'loop').symlink_to(tmp_path / 'a')
+    assert len(images.Folder(str(tmp_path))) == 1
+
+
+PICTURE = picture(40, 30, 5)
+
+
+@pytest.mark.parametrize('mode, name', [('L', 'x.png'), ('P', 'x.png'), ('RGBA', 'x.png'), ('LA', 'x.png'),
+                                        ('CMYK', 'x.jpg'), ('1', 'x.png'), ('RGB', 'x.webp')])
+def test_every_kind_of_picture_is_read_as_rgb(tmp_path, mode, name):
+    path = str(tmp_path / name)
+    image = Image.fromarray(PICTURE).convert(mode)
+    image.save(path)
+    ours = np.asarray(images.read_rgb(path))
+    assert ours.shape == (30, 40, 3)
+    if mode in ('RGBA', 'RGB', 'P'):
+        assert abs(ours.astype(int) - PICTURE).mean() < 30
+
+
+def test_sixteen_bits_become_eight_by_the_upper_byte(tmp_path):
+    grey = PICTURE[..., 0]
+    Image.fromarray(grey.astype(np.uint16) * 256 + 17).save(str(tmp_path / 'x.png'))
+    assert np.array_equal(np.asarray(images.read_rgb(str(tmp_path / 'x.png')))[..., 1], grey)
+
+
+def test_png_named_jpeg_is_read(tmp_path):
+    Image.fromarray(PICTURE).save(str(tmp_path / 'x.JPEG'), format='PNG')
+    assert np.array_equal(np.asarray(images.read_rgb(str(tmp_path / 'x.JPEG'))), PICTURE)
+
+
+def test_exif_rotation_is_left_as_torchvision_leaves_it(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(PICTURE).save(str(tmp_path / 'x.jpg'), exif=exif)
+    assert images.read_rgb(str(tmp_path / 'x.jpg')).size == (40, 30)
+
+
+def test_a_gigapixel_header_is_refused_before_the_memory_is_taken(tmp_path):
+    content = io.BytesIO()
+    Image.fromarray(PICTURE).save(content, format='PNG')
+    content = bytearray(content.getvalue())
+    import struct
+    import zlib
+    content[16:24] = struct.pack('>II', 60000, 60000)
+    content[29:33] = struct.pack('>I', zlib.crc32(bytes(content[12:29])))
+    (tmp_path / 'a').mkdir()
+    (tmp_path / 'a' / 'x.png').write_bytes(bytes(content))
+    with pytest.raises(images.BadImage, match='x.png'):
+        images.Folder(str(tmp_path)).validation_picture(0, 32)
+
+
+# --- order ------------------------------------------------------------------------------------------------------------
+
+def stream(world_size, local_batch, **options):
+    """The images of each step, over all processes, in order of rank."""
+    ranks = [list(images.Batches(103, local_batch, rank=rank, world_size=world_size, shuffle=True, seed=7, epochs=2, **options))
+             for rank in range(world_size)]
+    return [(parts[0][0], [int(i) for part in parts for i in part[1]]) for parts in zip(*ranks)]
+
+
+def test_the_images_of_a_step_do_not_depend_on_the_number_of_processes():
+    assert stream(1, 12) == stream(2, 6) == stream(3, 4) == stream(4, 3)
+    assert len(stream(1, 12)) == 2 * (103 // 12)
+
+
+def test_an_epoch_uses_no_image_twice_and_epochs_differ():
+    first = [i for epoch, part in stream(2, 6) for i in part if epoch == 0]
+    second = [i for epoch, part in stream(2, 6) for i in part if epoch == 1]
+    assert len(set(first)) == len(first) == 96
+    assert first != second
+
+
+def test_a_stream_continues_anywhere():
+    whole = stream(2, 6)
+    for done in range(len(whole)):
+        assert stream(2, 6, start=divmod(done, 8)) == whole[done:]
+
+
+def test_accumulated_batches_are_the_images_of_one_large_batch():
+    small, large = stream(1, 4, accum_steps=3), stream(1, 12)
+    assert [i for _, part in small for i in part] == [i for _, part in large for i in part]
+
+
+@pytest.mark.parametrize('count', range(1, 41))
+def test_validation_takes_every_image_once(count):
+    for world_size in (1, 2, 3, 4):
+        ranks = [list(images.Batches(count, 3, rank=rank, world_size=world_size, shuffle=False)) for rank in range(world_size)]
+        assert sorted(int(i) for rank in ranks for _, part in rank for i in part) == list(range(count))
+        assert len({len(rank) for rank in ranks}) == 1
+
+
+def test_pixels_do_not_depend_on_workers_or_batches(tmp_path):
+    from torch.utils.data import DataLoader
+    source = images.Folder(os.path.join(make_folder(tmp_path, classes=2, train=9), 'train'))
+    dataset = images.Dataset(source, size=48, training=True, seed=3)
+
+    def pixels(workers, local_batch):
+        sampler = images.Batches(len(source), local_batch, rank=0, world_size=1, shuffle=True, seed=3)
+        batches = list(DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=workers))
+        return np.concatenate([batch[0].numpy() for batch in batches]), np.concatenate([batch[1].numpy() for batch in batches])
+
+    expected = pixels(0, 9)
+    for workers, local_batch in ((1, 9), (3, 3), (2, 1)):
+        for ours, theirs in zip(pixels(workers, local_batch), expected):
+            assert np.array_equal(ours, theirs)
+    assert not np.array_equal(expected[0][:1], images.Dataset(source, size=48, training=True, seed=4)[0, [0]][0])
