@@ -119,6 +119,10 @@ def _precision(args):
         if wanted == 'fp16':
             raise Unavailable('--amp-dtype fp16 is 15 times slower than bf16 on a CPU and not supported there; '
                               'use --amp-dtype bf16')
+        if wanted == 'auto' and not _cpu_has_bf16():
+            print('=> this CPU has no bf16 instructions, which would be slower than fp32: --amp changes nothing here '
+                  '(--amp-dtype bf16 insists)', flush=True)
+            return 'fp32'
         return 'bf16'
     if args.device == 'mps' and TORCH < (2, 5):
         raise Unavailable('--amp on MPS needs torch 2.5 or later, this is {}'.format(torch.__version__))
@@ -131,6 +135,14 @@ def _precision(args):
     if wanted == 'bf16' and not has_bf16:
         raise Unavailable('--amp-dtype bf16: this {} has no bf16; use --amp-dtype fp16'.format(args.device))
     return wanted if wanted != 'auto' else 'bf16' if has_bf16 else 'fp16'
+
+
+def _cpu_has_bf16():
+    """Whether the processor multiplies bf16 by itself (x86: avx512_bf16, amx_bf16; Arm: bf16)."""
+    if not os.path.exists('/proc/cpuinfo'):
+        return False
+    with open('/proc/cpuinfo') as file:
+        return re.search(r'^(flags|Features)\s*:.*\b(avx512_bf16|amx_bf16|bf16)\b', file.read(), re.MULTILINE) is not None
 
 
 def keep_freed_memory():

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Checkpoint files that survive, and a reader that runs nothing of what it reads.
 
-Writing: the state is serialised in memory, written under a temporary name, synchronised to the disk and renamed, so that
+Writing: the state is copied to memory, then, in the background, written under a temporary name, synchronised to the disk and renamed, so that
 a complete file exists at every moment; the one before is kept as `*.previous`. The file is what torch.save writes, with
 its SHA-256 in the comment field that ends a zip archive: torch.load reads it as ever, `load` verifies it.
 
@@ -9,12 +9,14 @@ Reading: torch.load is not used. On torch before 2.10 it can run code even with 
 CVE-2026-24747), and it does not exist before 1.13. `load` reads torch's zip format and the older format of torch < 1.6,
 with an unpickler that knows tensors and plain values and imports no name.
 """
+import ctypes
 import hashlib
 import io
 import os
 import pickle
 import shutil
 import struct
+import threading
 import zipfile
 from collections import OrderedDict
 
@@ -32,23 +34,58 @@ class BadCheckpoint(Exception):
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 
+class Writer:
+    """Saves in the background: `save` copies the state and returns, a thread writes the copy to the disk.
+
+    The copy's memory is kept from save to save: touching a gigabyte for the first time takes longer than copying it.
+    """
+
+    def __init__(self):
+        self._buffer, self._thread, self._error = io.BytesIO(), None, None
+
+    def save(self, state, path, also=None):
+        """Begin to write a state of tensors and plain values to `path`, and let `also` name the finished file too.
+
+        Waits for the save before. `wait` tells how it went: a failure leaves the file that was there and no other.
+        """
+        assert self._thread is None, 'wait() for the save before'
+        self._buffer.seek(0)
+        # torch 1.5 has the format, but not by default.
+        torch.save(state, self._buffer, _use_new_zipfile_serialization=True)
+        self._buffer.truncate()
+        self._thread = threading.Thread(target=self._write, args=(path, also))
+        self._thread.start()
+
+    def _write(self, path, also):
+        try:
+            with self._buffer.getbuffer() as content:
+                _write(content, path)
+            if also is not None:
+                link(path, also)
+        except OSError as error:
+            self._error = error
+
+    def wait(self):
+        """Wait until the last save is on the disk. Returns None, or the OSError (disk full, read-only, …) of it."""
+        if self._thread is not None:
+            self._thread.join()
+        error, self._thread, self._error = self._error, None, None
+        return error
+
+
 def save(state, path):
     """Write a state of tensors and plain values to `path`, whole or not at all; the file before is kept.
 
-    Raises OSError (disk full, read-only, …); the file that was there is then untouched and the temporary one gone.
+    Raises OSError; the file that was there is then untouched and the temporary one gone.
     """
-    write(serialise(state), path)
+    writer = Writer()
+    writer.save(state, path)
+    error = writer.wait()
+    if error is not None:
+        raise error
 
 
-def serialise(state):
-    """torch.save to memory: a writable buffer of bytes, which later changes to the tensors do not reach."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer, _use_new_zipfile_serialization=True)  # torch 1.5 has the format, but not by default
-    return buffer.getbuffer()
-
-
-def write(content, path):
-    """Write what `serialise` returned; see `save`."""
+def _write(content, path):
     comment = DIGEST_MARK + hashlib.sha256(content).hexdigest().encode()
     temporary = path + '.tmp'
     try:
@@ -128,6 +165,8 @@ def _verify_digest(file, size):
     file.seek(max(0, size - COMMENT_SIZE))
     comment = file.read()
     if not comment.startswith(DIGEST_MARK):
+        if not comment.endswith(b'\0\0') and zipfile.ZipFile(file).comment != comment[-COMMENT_SIZE:]:
+            raise ValueError('it is cut short')  # the end of an archive without comment is its length, 0
         return  # not ours: zipfile checks each part's CRC as it is read
     digest, left = hashlib.sha256(), size - COMMENT_SIZE - 2
     file.seek(0)
@@ -145,10 +184,11 @@ def _read_zip(file, size):
     members = {}
     for info in archive.infolist():
         members[info.filename.partition('/')[2]] = info
-        if info.compress_type != zipfile.ZIP_STORED or info.file_size > size:
-            raise ValueError('{} is compressed, which torch.save never does'.format(info.filename))
     if 'constants.pkl' in members or any(name.startswith('code/') for name in members):
         raise _CarriesCode('a TorchScript archive')
+    for info in members.values():
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size > size:
+            raise ValueError('{} is compressed or too long, which torch.save makes neither'.format(info.filename))
     if 'data.pkl' not in members:
         raise ValueError('a zip file without data.pkl')
     if 'byteorder' in members and archive.read(members['byteorder']) != b'little':
@@ -201,7 +241,6 @@ ITEM_SIZES = {torch.float32: 4, torch.float64: 8, torch.float16: 2, torch.bfloat
 
 def _bytes_of(flat):
     """The memory of a flat CPU tensor as a writable uint8 array; NumPy knows no bfloat16, so by address."""
-    import ctypes
     count = flat.numel() * flat.element_size()
     if not count:
         return np.empty(0, np.uint8)

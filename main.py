@@ -336,6 +336,7 @@ class Run:
     classes: list
     normalise: object          # (N, S, S, 3) uint8 on the host or device -> (N, 3, S, S) on the device
     identity: dict             # what must agree for an epoch to be continued in its middle
+    writer: checkpoint.Writer
     epoch: int = 0
     step_in_epoch: int = 0     # optimizer steps of this epoch that are done
     step: int = 0              # in all
@@ -355,22 +356,29 @@ def state_of(run):
 def save(run, *, best=False, final=False):
     """Write checkpoint.pth.tar on global rank 0, and name it model_best.pth.tar too where it is the best.
 
-    A save that fails leaves the old file, and training goes on; the final one fails the run (Diverged).
+    Training goes on while the disk works. A save that fails leaves the old file and is told; the final one is waited for,
+    and fails the run (Diverged).
     """
     begin = time.perf_counter()
     state = state_of(run)  # a synchronisation
     if run.world.rank == 0:
-        path = os.path.join(run.args.output_dir, 'checkpoint.pth.tar')
-        try:
-            checkpoint.save(state, path)
-            if best:
-                checkpoint.link(path, os.path.join(run.args.output_dir, 'model_best.pth.tar'))
-        except OSError as error:
-            if final:
+        folder = run.args.output_dir
+        path = os.path.join(folder, 'checkpoint.pth.tar')
+        warn_of_failed_save(run)
+        run.writer.save(state, path, also=os.path.join(folder, 'model_best.pth.tar') if best else None)
+        if final:
+            error = run.writer.wait()
+            if error is not None:
                 raise Diverged('{}: the last checkpoint could not be written ({}); the one before it is whole'.format(
                     path, error.strerror))
-            print('main.py: warning: {}: not saved ({}); training goes on'.format(path, error.strerror), file=sys.stderr)
     run.log.event('checkpoint', epoch=run.epoch, step=run.step, seconds=time.perf_counter() - begin)
+
+
+def warn_of_failed_save(run):
+    error = run.writer.wait()
+    if error is not None:
+        print('main.py: warning: {}: the checkpoint was not saved ({}); training goes on'.format(
+            run.args.output_dir, error.strerror), file=sys.stderr)
 
 
 def find_checkpoint(args, log):
@@ -618,7 +626,7 @@ def work(args, world, device, log, stop):
                     loss_scale=args.loss_scale_value if args.precision == 'fp16' else 1.0)
     model = device.wrap_ddp(network) if world.world_size > 1 and not args.evaluate else network
     run = Run(args, world, device, log, stop, model, network, scaler, classes, make_normalise(source, device), identity,
-              epoch=args.start_epoch, counts=Counts(device.device))
+              checkpoint.Writer(), epoch=args.start_epoch, counts=Counts(device.device))
     if state is not None:
         restore(run, state)
     log.event('start', epoch=run.epoch, step=run.step)

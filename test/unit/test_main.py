@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""main.py through its command line: training, evaluating, resuming, and the shapes of what it prints and writes."""
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import checkpoint
+from conftest import REPOSITORY, events, run, run_main
+from test_images import write_cifar10
+
+SMALL = ['--arch', 'vgg11', '--image-size', '32', '--lr', '0.01']
+EPOCH_LINE = re.compile(r'^Epoch: \[\d+\]\[ *\d+/\d+\]\tTime [ \d.]{6} \([ \d.]{6}\)\tData [ \d.]{6} \([ \d.]{6}\)\t'
+                        r'Loss \d+\.\d{4} \(\d+\.\d{4}\)\tAcc@1 [ \d.]{6} \([ \d.]{6}\)\tAcc@5 [ \d.]{6} \([ \d.]{6}\)$')
+TEST_LINE = re.compile(EPOCH_LINE.pattern.replace(r'Epoch: \[\d+\]', 'Test: '))
+TWO = ['--multiprocessing-distributed', '--device-list', '0,1']
+
+
+def weights(path):
+    return checkpoint.load(str(path))['state_dict']
+
+
+def assert_same_weights(first, second):
+    assert list(first) == list(second)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.fixture(scope='module')
+def trained(folder, tmp_path_factory):
+    """Two epochs on the folder of JPEGs: (output folder, result)."""
+    output = tmp_path_factory.mktemp('out put')
+    result = run_main(folder, *SMALL, '-b', 8, '--epochs', 2, '-p', 2, '--output-dir', output)
+    assert result.code == 0, result.err
+    return output, result
+
+
+def test_lines_have_the_shapes_that_others_parse(trained):
+    lines = trained[1].out.splitlines()
+    epoch_lines = [line for line in lines if line.startswith('Epoch')]
+    test_lines = [line for line in lines if line.startswith('Test')]
+    assert epoch_lines and all(EPOCH_LINE.match(line) for line in epoch_lines), epoch_lines
+    assert test_lines and all(TEST_LINE.match(line) for line in test_lines), test_lines
+    assert epoch_lines[-1].startswith('Epoch: [1][3/3]\t')
+    assert len([line for line in lines if re.match(r'^\[npu id: 0 \] \* FPS@all \d+\.\d{3}$', line)]) == 2
+    assert len([line for line in lines
+                if re.match(r'^\[npu id: 0 \] \[AVG-ACC\] \* Acc@1 \d+\.\d{3} Acc@5 \d+\.\d{3}$', line)]) == 2
+
+
+def test_output_folder_holds_everything(trained):
+    output = trained[0]
+    names = set(os.listdir(str(output)))
+    assert {'checkpoint.pth.tar', 'checkpoint.pth.tar.previous', 'model_best.pth.tar', 'args.json', 'metrics.jsonl'} <= names
+    record = json.loads((output / 'args.json').read_text())
+    assert record['flags']['arch'] == 'vgg11' and record['torch'] == torch.__version__
+    kinds = [event['event'] for event in events(output)]
+    assert kinds[0] == 'start' and kinds[-1] == 'done' and kinds.count('epoch') == kinds.count('validate') == 2
+    validated = events(output, 'validate')[-1]
+    assert validated['samples'] == 15 and validated['acc1'] == pytest.approx(float(trained[1].accuracy()[0]), abs=5e-4)
+
+
+def test_curves_are_drawn_where_matplotlib_is_installed(trained):
+    pytest.importorskip('matplotlib')
+    assert (trained[0] / 'curves.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_checkpoint_has_the_references_keys_and_loads_into_torchvision(trained):
+    import torchvision
+    state = checkpoint.load(str(trained[0] / 'checkpoint.pth.tar'))
+    assert {'epoch', 'state_dict', 'best_acc1', 'optimizer', 'amp'} <= set(state) and state['epoch'] == 2
+    torchvision.models.vgg11(num_classes=3).load_state_dict(state['state_dict'])
+    network = torchvision.models.vgg11(num_classes=3)
+    torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9).load_state_dict(state['optimizer'])
+
+
+def test_validation_is_exact_for_any_processes_and_batch(folder37, tmp_path):
+    """37 images: the counts of torchvision's own pipeline, from 1, 2 and 3 processes and several batch sizes."""
+    import numpy as np
+    import torchvision
+    from torchvision import transforms
+    torch.manual_seed(3)
+    network = torchvision.models.vgg11(num_classes=2)
+    torch.nn.init.normal_(network.classifier[6].weight, 0, 0.1)
+    path = str(tmp_path / 'weights.pth')
+    torch.save(network.state_dict(), path)
+    data = torchvision.datasets.ImageFolder(os.path.join(folder37, 'val'), transforms.Compose([
+        transforms.Resize(round(48 * 256 / 224)), transforms.CenterCrop(48), transforms.ToTensor(),
+        transforms.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])]))
+    assert len(data) == 37
+    with torch.no_grad():
+        logits = network.eval()(torch.stack([image for image, _ in data]))
+    right = int((logits.argmax(1).numpy() == np.array(data.targets)).sum())
+    assert 0 < right < 37
+    only_val = tmp_path / 'only val'
+    only_val.mkdir()
+    shutil.copytree(os.path.join(folder37, 'val'), str(only_val / 'val'))
+    common = [only_val, '-e', '--arch', 'vgg11', '--pretrained', path, '--image-size', 48, '--output-dir', tmp_path / 'o']
+    for flags in (['-b', 7], ['-b', 1], ['-b256', '-j', 2], ['-b', 8] + TWO,
+                  ['-b', 9, '--multiprocessing-distributed', '--device-list', '0,1,2']):
+        result = run_main(*common, *flags)
+        assert result.code == 0, result.err
+        assert result.accuracy() == ('{:.3f}'.format(100 * right / 37), '100.000'), flags
+
+
+@pytest.mark.parametrize('processes', [[], TWO], ids=['one process', 'two processes'])
+@pytest.mark.parametrize('amp', [[], ['--amp']], ids=['fp32', 'amp'])
+def test_a_run_killed_in_the_middle_of_an_epoch_continues_bit_for_bit(folder, tmp_path, processes, amp):
+    if amp and not hasattr(torch, 'autocast'):
+        pytest.skip('this torch has no mixed precision on a CPU')
+    flags = [folder, *SMALL, '-b', 6, '--epochs', 2, *processes, *amp]  # 4 steps an epoch
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+    assert run_main(*flags, '--output-dir', whole).code == 0
+    # Two steps, then three more over the end of the epoch, then the rest, with other numbers of workers.
+    for stop, workers in ((2, 0), (5, 2), (100, 1)):
+        resume = ['--resume', parts / 'checkpoint.pth.tar'] if stop > 2 else []
+        result = run_main(*flags, '--output-dir', parts, '--stop-step-num', stop, '-j', workers, *resume)
+        assert result.code == 0, result.err
+    first, second = (checkpoint.load(str(path / 'checkpoint.pth.tar')) for path in (whole, parts))
+    assert_same_weights(first['state_dict'], second['state_dict'])
+    for position, entry in first['optimizer']['state'].items():
+        assert torch.equal(entry['momentum_buffer'], second['optimizer']['state'][position]['momentum_buffer'])
+    assert (first['epoch'], first['step'], first['best_acc1']) == (second['epoch'], second['step'], second['best_acc1'])
+
+
+def test_stop_step_num_ends_cleanly_without_validation(folder, tmp_path):
+    result = run_main(folder, *SMALL, '-b', 6, '--stop-step-num', 3, '--output-dir', tmp_path)
+    assert result.code == 0 and 'FPS@all' in result.out and 'AVG-ACC' not in result.out
+    state = checkpoint.load(str(tmp_path / 'checkpoint.pth.tar'))
+    assert (state['epoch'], state['step_in_epoch'], state['step']) == (0, 3, 3)
+
+
+@pytest.mark.parametrize('target', ['launcher', 'alone'])
+def test_a_signal_saves_and_ends_with_75(folder, tmp_path, target):
+    processes = TWO if target == 'launcher' else []
+    command = [sys.executable, '-u', os.path.join(REPOSITORY, 'main.py'), '--device', 'cpu', folder, *SMALL, '-b', '6',
+               '--epochs', '1000', '--eval-freq', '1000', '-p', '1', *processes, '--output-dir', str(tmp_path)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    for line in child.stdout:
+        if line.startswith('Epoch'):
+            break
+    child.send_signal(signal.SIGTERM)
+    child.communicate(timeout=120)
+    assert child.returncode == 75
+    state = checkpoint.load(str(tmp_path / 'checkpoint.pth.tar'))
+    assert state['step'] >= 1
+    result = run_main(folder, *SMALL, '-b', 6, *processes, '--epochs', 1000, '--auto-resume', '--stop-step-num',
+                      state['step'] + 1, '--output-dir', tmp_path)
+    assert result.code == 0 and 'resuming' in result.out
+    assert checkpoint.load(str(tmp_path / 'checkpoint.pth.tar'))['step'] == state['step'] + 1
+
+
+def test_auto_resume_falls_back_to_the_checkpoint_before_and_says_so(folder, tmp_path):
+    flags = [folder, *SMALL, '-b', 6, '--epochs', 3, '--output-dir', tmp_path, '--auto-resume', '--eval-freq', 9]
+    assert run_main(*flags, '--stop-step-num', 4).code == 0
+    assert run_main(*flags, '--stop-step-num', 5).code == 0
+    path = tmp_path / 'checkpoint.pth.tar'
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+    result = run_main(*flags, '--stop-step-num', 5)
+    assert result.code == 0 and 'SHA-256' in result.err and "resuming from '{}.previous'".format(path) in result.out
+    assert checkpoint.load(str(path))['step'] == 5
+
+
+def test_cifar10_and_the_digits_train_on_two_processes(tmp_path):
+    write_cifar10(tmp_path / 'cifar', binary=False, count=20)
+    for data, images in (([tmp_path / 'cifar'], 20), ([], 359)):
+        result = run_main(*data, *SMALL, '-b', 50, '--epochs', 1, *TWO, '--stop-step-num', 2, '--output-dir', tmp_path / 'o')
+        assert result.code == 0, result.err
+        result = run_main(*data, '-e', '--arch', 'vgg11', '--resume', tmp_path / 'o' / 'checkpoint.pth.tar', *TWO,
+                          '--output-dir', tmp_path / 'o')
+        assert result.code == 0, result.err
+        assert events(tmp_path / 'o', 'validate')[-1]['samples'] == images
+
+
+def test_a_checkpoint_of_the_reference_resumes(folder, tmp_path):
+    """Names with module. and fc1…, momentum by position, apex's state under amp, the format of torch < 1.6."""
+    import vgg
+    torch.manual_seed(5)
+    network = vgg.VGG('vgg11', 3)
+    names = {'classifier.0': 'fc1', 'classifier.3': 'fc2', 'classifier.6': 'fc3'}
+    renamed = {}
+    for name, value in network.state_dict().items():
+        layer, _, kind = name.rpartition('.')
+        renamed['module.{}.{}'.format(names.get(layer, layer), kind)] = value
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+    network(torch.randn(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    path = str(tmp_path / 'reference.pth.tar')
+    torch.save({'epoch': 1, 'arch': 'vgg11', 'state_dict': renamed, 'best_acc1': torch.tensor(12.5),
+                'optimizer': optimizer.state_dict(), 'amp': {'loss_scaler0': {'loss_scale': 8.0, 'unskipped': 3}}},
+               path, _use_new_zipfile_serialization=False)
+    result = run_main(folder, *SMALL, '-b', 8, '--epochs', 2, '--resume', path, '--output-dir', tmp_path)
+    assert result.code == 0, result.err
+    assert 'Epoch: [1]' in result.out and 'Epoch: [0]' not in result.out
+    assert checkpoint.load(str(tmp_path / 'checkpoint.pth.tar'))['best_acc1'] >= 12.5
+
+
+def test_pretrained_weights_of_other_classes_get_a_new_last_layer(trained, tmp_path):
+    result = run_main('--arch', 'vgg11', '--pretrained', trained[0] / 'model_best.pth.tar', '-b', 64, '--stop-step-num', 1,
+                      '--output-dir', tmp_path)
+    assert result.code == 0, result.err
+    assert 'classifier.6.weight: 3 classes' in result.out and '10 here: initialised anew' in result.out
+    new, old = weights(tmp_path / 'checkpoint.pth.tar'), weights(trained[0] / 'model_best.pth.tar')
+    assert new['classifier.6.weight'].shape[0] == 10
+    assert torch.allclose(new['features.0.weight'], old['features.0.weight'], atol=0.02)
+
+
+def test_torchrun_runs_the_same_program(folder, tmp_path):
+    pytest.importorskip('torch.distributed.run')
+    result = run(sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', 2, '--master-port', free_port(),
+                 os.path.join(REPOSITORY, 'main.py'), folder, '--device', 'cpu', *SMALL, '-b', 6, '--epochs', 1,
+                 '--output-dir', tmp_path)
+    assert result.code == 0, result.err
+    assert result.out.count('FPS@all') == 1
+    state = checkpoint.load(str(tmp_path / 'checkpoint.pth.tar'))
+    other = tmp_path / 'spawned'
+    assert run_main(folder, *SMALL, '-b', 6, '--epochs', 1, *TWO, '--output-dir', other).code == 0
+    assert_same_weights(state['state_dict'], weights(other / 'checkpoint.pth.tar'))
+
+
+def test_processes_started_by_hand_meet(folder, tmp_path):
+    command = [sys.executable, os.path.join(REPOSITORY, 'main.py'), '--device', 'cpu', folder, *SMALL, '-b', '3', '--epochs',
+               '1', '--world-size', '2', '--dist-url', 'tcp://127.0.0.1:{}'.format(free_port())]
+    children = [subprocess.Popen(command + ['--rank', str(rank), '--output-dir', str(tmp_path / str(rank))],
+                                 stdout=subprocess.PIPE, universal_newlines=True) for rank in (0, 1)]
+    outputs = [child.communicate(timeout=120)[0] for child in children]
+    assert [child.returncode for child in children] == [0, 0]
+    assert all('FPS@all' in output for output in outputs)
+    assert (tmp_path / '0' / 'checkpoint.pth.tar').exists() and not (tmp_path / '1' / 'checkpoint.pth.tar').exists()
+
+
+def free_port():
+    from processes import free_port
+    return str(free_port())
+
+
+def test_dummy_measures_without_data(tmp_path):
+    result = run_main('--dummy', 100, '--arch', 'vgg11', '--image-size', 32, '-b', 8, '--stop-step-num', 12,
+                      '--output-dir', tmp_path)
+    assert result.code == 0 and 'FPS@all' in result.out
+
+
+def test_non_finite_steps_are_not_applied_and_ten_stop_the_run(folder, tmp_path):
+    flags = [folder, *SMALL, '-b', 2, '--output-dir', tmp_path, '--epochs', 3]
+    assert run_main(*flags, '--stop-step-num', 1).code == 0
+    path = tmp_path / 'checkpoint.pth.tar'
+    before = path.read_bytes()
+    result = run_main(*flags, '--lr', '1e30', '--resume', path)
+    assert result.code == 1 and 'not finite' in result.err and 'Traceback' not in result.err
+    assert path.read_bytes() == before
+
+
+# --- wrong use --------------------------------------------------------------------------------------------------------
+
+WRONG = [
+    (['--no-such-flag'], 'no-such-flag'), (['--epoch', '3'], '--epoch'), (['-b', '0'], 'out of range'),
+    (['-b', 'many'], 'whole number'), (['--lr', 'nan'], 'out of range'), (['/no/such/folder'], '/no/such/folder'),
+    (['--resume', '/no/such/file'], '/no/such/file'), (['-e'], '--resume PATH'), (['--device', 'npu'], 'NPU'),
+    (['--device', 'gpu'], 'GPU'), (['-b', '7', *TWO], 'use 6 or 8'), (['--arch', 'resnet50'], 'resnet50'),
+    (['--rank', '5', '--world-size', '2'], '--rank 5'), (['--warmup-epochs', '90'], '--warmup-epochs'),
+    (['--amp', '--amp-dtype', 'fp16'], 'bf16'), (['--device-list', '0,0'], 'twice'), (['--dist-url', 'nonsense'], 'tcp://'),
+    (['-b', '5000', '--image-size', '32'], 'smaller --batch-size'), (['-j', '-1'], 'out of range'),
+]
+
+
+@pytest.mark.parametrize('flags, word', WRONG, ids=[' '.join(flags) for flags, _ in WRONG])
+def test_wrong_use_is_one_line_and_exit_2(tmp_path, flags, word):
+    if flags == ['--device', 'gpu'] and torch.cuda.is_available():
+        pytest.skip('there is a GPU')
+    if '--device' in flags:
+        result = run(sys.executable, os.path.join(REPOSITORY, 'main.py'), *flags, '--output-dir', tmp_path)
+    else:
+        result = run_main(*flags, '--output-dir', tmp_path)
+    assert result.code == 2, result.err
+    assert len(result.err.splitlines()) == 1 and word in result.err and 'Traceback' not in result.err
+
+
+def test_bad_data_and_bad_checkpoints_are_one_line_and_exit_2(folder, trained, tmp_path):
+    other = tmp_path / 'other classes'
+    shutil.copytree(folder, str(other))
+    (other / 'val' / 'class 1').rename(other / 'val' / 'class 9')
+    empty = tmp_path / 'empty class'
+    shutil.copytree(folder, str(empty))
+    (empty / 'train' / 'nothing').mkdir()
+    broken = tmp_path / 'broken image'
+    shutil.copytree(folder, str(broken))
+    (broken / 'train' / 'class 0' / '图 000.JPEG').write_bytes(b'no picture')
+    no_val = tmp_path / 'no val'
+    (no_val / 'train').mkdir(parents=True)
+    damaged = tmp_path / 'damaged.pth.tar'
+    damaged.write_bytes((trained[0] / 'checkpoint.pth.tar').read_bytes()[:100000])
+    good = trained[0] / 'checkpoint.pth.tar'
+    for flags, word in (([other], "'class 1' in train/ and 'class 9' in val/"), ([empty], 'nothing'),
+                        ([broken], '图 000.JPEG'), ([broken, *TWO], '图 000.JPEG'), ([no_val], 'no val'),
+                        ([folder, '--resume', damaged], 'damaged.pth.tar'),
+                        ([folder, '--resume', damaged, *TWO], 'damaged.pth.tar'),
+                        ([folder, '--resume', good, '--arch', 'vgg13'], 'vgg13'),
+                        (['--resume', good], "'class 0' in the checkpoint")):
+        result = run_main('--arch', 'vgg11', '--image-size', 32, '-b', 6, '--epochs', 1, '--output-dir', tmp_path / 'o', *flags)
+        assert result.code == 2, (flags, result.out, result.err)
+        assert len(result.err.splitlines()) == 1 and word in result.err, result.err
+
+
+def test_help_is_quick_and_complete():
+    begin = time.time()
+    result = run(sys.executable, os.path.join(REPOSITORY, 'main.py'), '--help')
+    assert result.code == 0 and time.time() - begin < 20
+    for flag in '''--data -j --j --workers --epochs --start-epoch -b --batch-size --lr --learning-rate --momentum --wd
+            --weight-decay -p --p --print-freq --resume -e --e --evaluate --seed --gpu --gup --world-size --rank --dist-url
+            --dist-backend --addr --amp --opt-level --loss-scale-value --device --stop-step-num --eval-freq
+            --multiprocessing-distributed --device-list --arch --image-size --pretrained --amp-dtype --output-dir
+            --warmup-epochs --clip-grad-norm --dummy --deterministic'''.split():
+        assert re.search(r'(^|[\s\[,]){}[\s,\]]'.format(re.escape(flag)), result.out), flag
