@@ -6,6 +6,7 @@
 import contextlib
 import ctypes
 import importlib.util
+import inspect
 import os
 import re
 import sys
@@ -243,8 +244,9 @@ class Accelerator:
         return optimizer
 
     def wrap_ddp(self, model):
-        """DistributedDataParallel: gradients live in the buckets that are sent; batch norm is told apart in validate."""
-        options = {'broadcast_buffers': False}
+        """DistributedDataParallel; batch norm's figures are not sent at every step, `World.broadcast_buffers` does it."""
+        names = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
+        options = {'forward_sync_buffers' if 'forward_sync_buffers' in names else 'broadcast_buffers': False}
         if TORCH >= (1, 8):
             options['gradient_as_bucket_view'] = True
         if self.type in ('gpu', 'npu'):

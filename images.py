@@ -165,8 +165,8 @@ class Folder:
         try:
             return read_rgb(path)
         except Exception as error:  # Pillow's readers raise nearly anything on a damaged file
-            raise BadImage('{}: cannot be read ({})'.format(
-                path, str(error).replace('\n', ' ') or type(error).__name__))
+            reason = str(error).partition('<')[0].replace('\n', ' ').strip() or type(error).__name__
+            raise BadImage('{}: cannot be read as a picture ({})'.format(path, reason))
 
 
 def _walk(root, name):

@@ -162,12 +162,11 @@ run_training() { # the caller's words
     fi
 
     echo "$(basename "$0"): running, see $log"
-    local begin=$SECONDS code=0
-    "$python" -u "$repository/main.py" "${flags[@]}" >"$log" 2>&1 &
-    local child=$!
+    local begin=$SECONDS code=0 child=''
     # Who stops the script stops the training, which saves and ends with 75.
-    trap 'kill -TERM $child 2>/dev/null' TERM INT
-    trap 'kill -USR1 $child 2>/dev/null' USR1
+    trap 'if [ -n "$child" ]; then kill -TERM "$child"; fi' TERM INT USR1
+    "$python" -u "$repository/main.py" "${flags[@]}" >"$log" 2>&1 &
+    child=$!
     wait $child || code=$?
     while kill -0 $child 2>/dev/null; do # wait was interrupted by a signal
         code=0

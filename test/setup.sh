@@ -1,5 +1,6 @@
 # shellcheck shell=bash
 # SPDX-License-Identifier: BSD-3-Clause
+# shellcheck disable=SC2154
 # Sets `python` to one that runs this project, for quickstart.sh and run_tests.sh. Sourced; fit to be run again.
 
 # A python whose torch and torchvision work: both load, and torchvision's own operators fit this torch.

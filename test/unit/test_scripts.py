@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The scripts in test/, run as a user runs them. Their figures are checked with a stub in place of python, quickly; the
+real program runs behind two of them."""
+import os
+import shutil
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from conftest import REPOSITORY, make_folder, run
+
+SCRIPTS = ['train_full_1p', 'train_full_8p', 'train_performance_1p', 'train_performance_8p', 'train_eval_8p',
+           'train_performance_multinodes']
+STUB = '''#!{python}
+import os, sys
+if sys.argv[1] == '-c':
+    sys.exit({autocast})
+print('ARGS', sys.argv[2:])
+if os.environ.get('STUB_FAILS'):
+    print('something broke'); sys.exit(int(os.environ['STUB_FAILS']))
+print('Epoch: [0][ 1/20]\\tTime  0.251 ( 0.249)\\tData  0.001 ( 0.002)\\tLoss 6.8921 (6.9012)\\tAcc@1   0.39 (  0.21)\\tAcc@5   1.17 (  0.86)')
+print('Epoch: [0][10/20]\\tTime  0.251 ( 0.249)\\tData  0.001 ( 0.002)\\tLoss 5.5000 (6.9012)\\tAcc@1   0.39 (  0.21)\\tAcc@5   1.17 (  0.86)')
+print('[npu id: 0 ] * FPS@all 1024.020')
+if '--stop-step-num' not in sys.argv:
+    print('[npu id: 0 ] [AVG-ACC] * Acc@1 73.385 Acc@5 91.337')
+output = sys.argv[sys.argv.index('--output-dir') + 1]
+open(os.path.join(output, 'model_best.pth.tar'), 'w').write('weights')
+'''
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A copy of the repository under a path with a space."""
+    root = tmp_path / 'a clone'
+    shutil.copytree(REPOSITORY, str(root), ignore=shutil.ignore_patterns('.git', '.venv', 'output', '*.tar*', '__pycache__'))
+    return root
+
+
+def stub(tmp_path, autocast=0):
+    path = tmp_path / 'stub python'
+    path.write_text(STUB.format(python=sys.executable, autocast=autocast))
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def bash(clone, name, *options, python=sys.executable, cwd=None, **env):
+    return run('bash', os.path.join(str(clone), 'test', name + '.sh'), *options, cwd=str(cwd or clone),
+               env=dict(env, PYTHON=python), timeout=600)
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_each_script_prints_and_writes_the_references_figures(clone, tmp_path, name):
+    (clone / 'model_best.pth.tar').write_text('x')
+    (tmp_path / 'my data').mkdir()
+    result = bash(clone, name, '--data_path=my data', '--device_list=0,1', python=stub(tmp_path), cwd=tmp_path)
+    assert result.code == 0, result.err
+    last = result.out.splitlines()[result.out.splitlines().index('------------------ Final result ------------------'):]
+    assert last[1] == 'Final Performance images/sec : 1024.020' and last[-1].startswith('E2E Training Duration sec : ')
+    performance = 'performance' in name
+    assert (len(last) == 3) if performance else (last[2] == 'Final Train Accuracy : 73.385')
+    output = clone / 'test' / 'output' / '0'
+    kind = 'perf' if performance else 'eval' if 'eval' in name else 'acc'
+    size, cards = ('256', '1p') if name.endswith('1p') else ('2048', '8p')
+    case = 'Vgg16_ID1630_for_PyTorch_bs{}_{}_{}'.format(size, cards, kind)
+    figures = dict(line.split(' = ') for line in (output / (case + '.log')).read_text().splitlines())
+    expected = {'Network': 'Vgg16_ID1630_for_PyTorch', 'RankSize': '1' if cards == '1p' else '2', 'BatchSize': size,
+                'CaseName': case, 'ActualFPS': '1024.020', 'ActualLoss': '5.5000',
+                'TrainingTime': '250.00' if size == '256' else '1999.96'}
+    assert all(figures[key] == value for key, value in expected.items()), figures
+    assert ('TrainAccuracy' in figures) == (not performance) and 'E2ETrainingTime' in figures and 'DeviceType' in figures
+    assert (output / 'train_{}_loss.txt'.format(case)).read_text() == '6.8921\n5.5000\n'
+    flags = (output / 'train_0.log').read_text()
+    assert "'--data', '{}'".format(tmp_path / 'my data') in flags and "'--amp', '--opt-level', 'O1'" in flags
+    assert "'--seed', '49'" in flags and "'--lr', '{}'".format('0.01' if cards == '1p' else '0.08') in flags
+    assert ("'--loss-scale-value', '1024'" in flags) == (name == 'train_full_8p')
+    if name == 'train_eval_8p':
+        assert "'--resume', '{}'".format(clone / 'model_best.pth.tar') in flags
+
+
+def test_failure_shows_the_log_and_passes_the_exit_code_on(clone, tmp_path):
+    result = bash(clone, 'train_full_1p', '--data_path=.', python=stub(tmp_path), STUB_FAILS='75')
+    assert result.code == 75 and 'something broke' in result.err and 'Final' not in result.out
+
+
+def test_earlier_output_is_moved_aside_and_a_checkpoint_in_it_is_found(clone, tmp_path):
+    for _ in range(2):
+        assert bash(clone, 'train_full_1p', '--data_path=.', python=stub(tmp_path)).code == 0
+    outputs = sorted(os.listdir(str(clone / 'test' / 'output')))
+    assert len(outputs) == 2 and outputs[0] == '0'
+    assert (clone / 'model_best.pth.tar').read_text() == 'weights'
+    resume = 'test/output/0/model_best.pth.tar'
+    assert bash(clone, 'train_full_1p', '--data_path=.', '--resume=' + resume, python=stub(tmp_path)).code == 0
+    flags = (clone / 'test' / 'output' / '0' / 'train_0.log').read_text()
+    moved = flags.split("'--resume', '")[1].split("'")[0]
+    assert os.path.exists(moved) and moved.startswith(str(clone / 'test' / 'output' / '0.'))
+
+
+@pytest.mark.parametrize('options', [[], ['--data_path='], ['--data_path=.', '--no_such=1'], ['--data_path=/no/such'],
+                                     ['--data_path=.', '--nnodes=2']])
+def test_wrong_options_are_exit_2(clone, tmp_path, options):
+    result = bash(clone, 'train_full_8p', *options, python=stub(tmp_path))
+    assert result.code == 2 and len(result.err.splitlines()) == 1 and 'error' in result.err
+
+
+def test_options_reach_main_py(clone, tmp_path):
+    result = bash(clone, 'train_performance_multinodes', '--data_path=.', '--nnodes=2', '--node_rank=1', '--batch_size=512',
+                  '--master_addr=10.0.0.1', '--local_addr=127.0.0.1', '--workers=3', '--epochs=7', '--device=cpu',
+                  '--learning_rate=0.5', '--output=out put', python=stub(tmp_path, autocast=1))
+    assert result.code == 0, result.err
+    flags = (clone / 'out put' / 'train_0.log').read_text()
+    for part in ("'--world-size', '2', '--rank', '1', '--dist-url', 'tcp://10.0.0.1:59629'", "'-b', '512'", "'--workers', '3'",
+                 "'--epochs', '7'", "'--lr', '0.5'", "'--device', 'cpu'", "'--opt-level', 'O0'"):  # no autocast on this cpu
+        assert part in flags, flags
+
+
+def test_the_card_of_a_1p_run(clone, tmp_path):
+    assert bash(clone, 'train_full_1p', '--data_path=.', python=stub(tmp_path), ASCEND_DEVICE_ID='3').code == 0
+    assert "'--gpu', '3'" in (clone / 'test' / 'output' / '3' / 'train_3.log').read_text()
+
+
+def test_a_signal_to_the_script_reaches_main_py(clone, tmp_path):
+    waiting = tmp_path / 'waiting python'
+    waiting.write_text('#!{}\nimport signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n'
+                       'open({!r}, "w").close()\nwhile True: time.sleep(0.05)\n'.format(sys.executable, str(tmp_path / 'up')))
+    waiting.chmod(0o755)
+    child = subprocess.Popen(['bash', str(clone / 'test' / 'train_full_1p.sh'), '--data_path=.'], cwd=str(clone),
+                             env=dict(os.environ, PYTHON=str(waiting)), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not (tmp_path / 'up').exists():
+        assert child.poll() is None
+    child.terminate()
+    child.communicate(timeout=60)
+    assert child.returncode == 75
+
+
+def test_training_then_evaluation_for_real(clone, tmp_path):
+    """train_full_8p.sh and train_eval_8p.sh on two CPU processes: the evaluation repeats the training's accuracy."""
+    data = make_folder(tmp_path / 'some data', classes=2, train=3, val=2, size=(60, 50))
+    common = ['--data_path=some data', '--device=cpu', '--device_list=0,1', '--batch_size=2', '--workers=2']
+    trained = bash(clone, 'train_full_8p', *common, '--epochs=1', cwd=tmp_path)
+    assert trained.code == 0, trained.err
+    evaluated = bash(clone, 'train_eval_8p', *common, cwd=tmp_path)
+    assert evaluated.code == 0, evaluated.err
+
+    def accuracy(result):
+        return [line for line in result.out.splitlines() if 'Accuracy' in line]
+
+    assert accuracy(trained) == accuracy(evaluated) != []
+    assert os.path.isdir(data)
