@@ -77,7 +77,12 @@ def choose(args):
         raise Unavailable('{} {} was asked for, but there are {} (0 to {}): see --gpu and --device-list'.format(
             args.device, beyond[0], count, count - 1))
     args.dist_backend = args.dist_backend or BACKENDS[args.device]
+    if args.dist_backend not in (BACKENDS[args.device], 'gloo'):
+        raise Unavailable('--dist-backend {} does not serve a {}: leave it out for {}'.format(
+            args.dist_backend, args.device, BACKENDS[args.device]))
     args.precision = _precision(args)
+    if args.loss_scale_value is not None and args.precision == 'bf16':
+        _notice('--loss-scale-value is ignored: bf16 has the range of fp32 and needs no scale')
     if args.deterministic and TORCH < (1, 8):
         raise Unavailable('--deterministic needs torch 1.8 or later, this is {}'.format(torch.__version__))
 
@@ -94,9 +99,14 @@ def _choose_list(args, count):
             raise Unavailable('--gpu {} is an index into --device-list, which has {} entries'.format(args.gpu, len(given)))
         args.device_list = [given[args.gpu] if given else args.gpu]
     elif len(args.device_list) > 1:
-        print('=> {} devices, and this is a one-device run: taking number {}; --multiprocessing-distributed uses all, '
-              '--gpu N another'.format(len(args.device_list), args.device_list[0]), flush=True)
+        _notice('{} devices, and this is a one-device run: taking number {}; --multiprocessing-distributed uses all, '
+                '--gpu N another'.format(len(args.device_list), args.device_list[0]))
         args.device_list = args.device_list[:1]
+
+
+def _notice(text):
+    if os.environ.get('LOCAL_RANK', '0') == '0':
+        print('=> ' + text, flush=True)
 
 
 def _first_that_works():
@@ -121,21 +131,41 @@ def _precision(args):
             raise Unavailable('--amp-dtype fp16 is 15 times slower than bf16 on a CPU and not supported there; '
                               'use --amp-dtype bf16')
         if wanted == 'auto' and not _cpu_has_bf16():
-            print('=> this CPU has no bf16 instructions, which would be slower than fp32: --amp changes nothing here '
-                  '(--amp-dtype bf16 insists)', flush=True)
+            _notice('this CPU has no bf16 instructions, and without them bf16 is slower than fp32: --amp changes nothing '
+                    'here (--amp-dtype bf16 insists)')
             return 'fp32'
         return 'bf16'
     if args.device == 'mps' and TORCH < (2, 5):
         raise Unavailable('--amp on MPS needs torch 2.5 or later, this is {}'.format(torch.__version__))
-    if TORCH < (1, 6):
-        raise Unavailable('--amp needs torch 1.6 or later, this is {}; leave --amp out'.format(torch.__version__))
     runtime = getattr(torch, TORCH_TYPES[args.device])
+    if not _has_autocast(runtime):
+        _load_apex()
+        if wanted == 'bf16':
+            raise Unavailable('--amp-dtype bf16 needs torch 1.10 or later, this is {}; use fp16'.format(torch.__version__))
+        return 'fp16'
     has_bf16 = TORCH >= (1, 10) and getattr(runtime, 'is_bf16_supported', lambda: False)()
     if args.device == 'gpu' and has_bf16:  # torch also counts GPUs that emulate it; Ampere is the first that does not
         has_bf16 = torch.cuda.get_device_capability()[0] >= 8
     if wanted == 'bf16' and not has_bf16:
         raise Unavailable('--amp-dtype bf16: this {} has no bf16; use --amp-dtype fp16'.format(args.device))
     return wanted if wanted != 'auto' else 'bf16' if has_bf16 else 'fp16'
+
+
+def _has_autocast(runtime):
+    return TORCH >= (1, 10) or hasattr(getattr(runtime, 'amp', None), 'autocast')
+
+
+def _load_apex():
+    """apex.amp, which served mixed precision before torch 1.6 (Ascend's apex: on NPUs with torch 1.8 too).
+
+    The `apex` of the Python package index is another project, and NVIDIA's has had no amp since 2025.
+    """
+    try:
+        from apex import amp
+        return amp
+    except ImportError as error:
+        raise Unavailable("--amp with torch {} here needs Ascend's or NVIDIA's apex with its amp ({}); install it or leave "
+                          '--amp out'.format(torch.__version__, error))
 
 
 def _cpu_has_bf16():
@@ -177,13 +207,15 @@ class Accelerator:
         torch_type = TORCH_TYPES[self.type]
         self.device = torch.device(torch_type) if self.type in ('cpu', 'mps') else torch.device(torch_type, index)
         self._runtime = getattr(torch, torch_type, None)
-        # NPU kernels know no channels_last; elsewhere it is the layout that convolution wants.
-        self.memory_format = torch.contiguous_format if self.type == 'npu' else torch.channels_last
+        self.apex = None
+        if self.half is not None and not _has_autocast(self._runtime):
+            self.apex = _load_apex()
+        # NPU kernels know no channels_last, torch before 1.7 half of it; elsewhere convolution wants it.
+        self.memory_format = torch.contiguous_format if self.type == 'npu' or TORCH < (1, 7) else torch.channels_last
         self.pin_memory = self.type == 'gpu'
-        self.cpu_threads = max(1, available_cores() // processes)
         if self.type == 'cpu':
             keep_freed_memory()
-            torch.set_num_threads(self.cpu_threads)
+            torch.set_num_threads(max(1, available_cores() // processes))
         if self.type == 'gpu':
             torch.backends.cudnn.benchmark = not args.deterministic
         if self.type in ('gpu', 'npu'):
@@ -201,7 +233,7 @@ class Accelerator:
         """
         model = model.to(self.device, memory_format=self.memory_format)
         weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if not self.half_weights:
+        if not self.half_weights or self.apex is not None:
             return model, weights
         copies = [weight.detach().clone().requires_grad_() for weight in weights] if self.master_weights else weights
         for layer in model.modules():
@@ -213,9 +245,25 @@ class Accelerator:
                         setattr(layer, name, buffer.to(self.half))
         return model, copies
 
+    def prepare_training(self, model, args):
+        """Place a model here and build what steps it. Returns (model, Scaler)."""
+        model, masters = self.place(model)
+        optimizer = self._build_sgd(masters, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+        scale = (args.loss_scale_value or 1024.0) if self.precision == 'fp16' else 1.0
+        if self.apex is not None:
+            exact = [master.detach().clone() for master in masters]
+            options = {'combine_grad': True} if self.type == 'npu' else {}  # Ascend's: one buffer of all gradients
+            model, optimizer = self.apex.initialize(model, optimizer, opt_level=args.opt_level, loss_scale=scale,
+                                                    verbosity=0, **options)
+            masters, scale = list(self.apex.master_params(optimizer)), 1.0
+            for master, weight in zip(masters, exact):  # apex copies its masters from weights that are half already
+                master.data.copy_(weight)
+        return model, Scaler(model, masters, optimizer, self.device, loss_scale=scale, apex=self.apex,
+                             clip_grad_norm=args.clip_grad_norm)
+
     def autocast(self):
         """The context of the forward pass: autocast at O1, nothing else otherwise."""
-        if self.half is None or self.half_weights:
+        if self.half is None or self.half_weights or self.apex is not None:
             return contextlib.nullcontext()
         if TORCH >= (1, 10):
             return torch.autocast(self.device.type, dtype=self.half)
@@ -230,7 +278,7 @@ class Accelerator:
     def to_device(self, tensor):
         return tensor.to(self.device, non_blocking=self.pin_memory)
 
-    def build_sgd(self, params, *, lr, momentum, weight_decay):
+    def _build_sgd(self, params, *, lr, momentum, weight_decay):
         """Momentum SGD over a list of parameters, fused into one kernel where this torch and device have that."""
         options = {'lr': lr, 'momentum': momentum, 'weight_decay': weight_decay}
         if self.type == 'npu' and hasattr(sys.modules.get('torch_npu'), 'optim'):
@@ -247,7 +295,7 @@ class Accelerator:
         """DistributedDataParallel; batch norm's figures are not sent at every step, `World.broadcast_buffers` does it."""
         names = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
         options = {'forward_sync_buffers' if 'forward_sync_buffers' in names else 'broadcast_buffers': False}
-        if TORCH >= (1, 8):
+        if TORCH >= (1, 8) and self.type != 'npu':  # the fused NPU optimizer keeps the gradients in a buffer of its own
             options['gradient_as_bucket_view'] = True
         if self.type in ('gpu', 'npu'):
             options['device_ids'] = [self.device.index]
@@ -302,9 +350,10 @@ class Scaler:
 
     GROWTH_INTERVAL = 2000  # steps
 
-    def __init__(self, model, masters, optimizer, device, *, loss_scale=1.0, clip_grad_norm=None):
+    def __init__(self, model, masters, optimizer, device, *, loss_scale=1.0, clip_grad_norm=None, apex=None):
         self.weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.masters = masters
+        self.apex = apex  # keeps masters and scale itself, and leaves unscaled gradients in the masters
         self.has_copies = masters[0] is not self.weights[0]
         self.optimizer = optimizer
         self.clip_grad_norm = clip_grad_norm
@@ -316,16 +365,23 @@ class Scaler:
         self.longest_skip = torch.zeros((), dtype=torch.int32, device=device)  # since it was last read
         self.skips_on_device = getattr(self.optimizer, '_step_supports_amp_scaling', False)
         # Batch norm's running figures, to be put back where a step is skipped.
-        self.buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        self.model, self.good_buffers = model, [buffer.clone() for buffer in model.buffers()]
 
     def backward(self, loss):
+        if self.apex is not None:
+            with self.apex.scale_loss(loss, self.optimizer) as scaled:
+                scaled.backward()
+            return
         (loss * self.scale if self.scaled else loss).backward()
 
     def step(self):
         """Apply the gradients that backward left in the weights, or none of them where one is not finite."""
-        if self.has_copies:
+        if self.has_copies and self.apex is None:
             for master, weight in zip(self.masters, self.weights):
-                master.grad, weight.grad = weight.grad.float(), None
+                if master.grad is None:
+                    master.grad = torch.empty_like(master)
+                master.grad.copy_(weight.grad)
+                weight.grad = None
         gradients = [master.grad for master in self.masters]
         norm = _norm(gradients) / self.scale
         found_inf = (~torch.isfinite(norm)).float()  # () 1.0 or 0.0
@@ -338,14 +394,14 @@ class Scaler:
         elif not found_inf.item():  # a synchronisation
             if self.scaled or self.clip_grad_norm:
                 for gradient in gradients:
-                    gradient.div_(divisor.to(gradient.dtype))
+                    gradient.copy_(gradient.float() / divisor)
             self.optimizer.step()
         self._after_step(found_inf > 0)
 
     def _after_step(self, skipped):
         with torch.no_grad():
             self._publish()
-            for buffer, good in self.buffers:
+            for buffer, good in zip(self.model.buffers(), self.good_buffers):
                 buffer.copy_(torch.where(skipped, good, buffer))
                 good.copy_(buffer)
         zero = torch.zeros_like(self.good_steps)
@@ -362,7 +418,7 @@ class Scaler:
 
     def _publish(self):
         """Copy the masters into the half-precision weights that the model computes with."""
-        if self.has_copies:
+        if self.has_copies and self.apex is None:
             for master, weight in zip(self.masters, self.weights):
                 weight.copy_(master)
 
@@ -374,29 +430,36 @@ class Scaler:
 
     def state_dict(self):
         """Plain numbers. A synchronisation."""
-        return {'loss_scale': self.scale.item(), 'good_steps': self.good_steps.item(),
-                'skipped_in_a_row': self.skipped_in_a_row.item()}
+        state = {'loss_scale': self.scale.item(), 'good_steps': self.good_steps.item(),
+                 'skipped_in_a_row': self.skipped_in_a_row.item()}
+        return dict(self.apex.state_dict(), **state) if self.apex is not None else state
 
     def load_state_dict(self, state):
+        """Of `state_dict`, or of the reference, which keeps apex's state alone."""
+        if self.apex is not None:
+            self.apex.load_state_dict({key: value for key, value in state.items() if key.startswith('loss_scaler')})
+        if 'good_steps' not in state:
+            return
         if self.dynamic:
             self.scale.fill_(float(state['loss_scale']))
         self.good_steps.fill_(int(state['good_steps']))
         self.skipped_in_a_row.fill_(int(state['skipped_in_a_row']))
 
     def model_state_dict(self, model):
-        """The model's state_dict in fp32: the masters in place of half-precision weights, where there are any."""
+        """The model's state_dict in fp32 on the CPU: the masters in place of half-precision weights, where there are any."""
         state = model.state_dict()
-        masters = {id(weight): master.detach() for weight, master in zip(self.weights, self.masters)}
-        for name, parameter in model.named_parameters():
-            state[name] = masters.get(id(parameter), state[name])
+        if self.has_copies:
+            masters = {id(weight): master.detach() for weight, master in zip(self.weights, self.masters)}
+            for name, parameter in model.named_parameters():
+                state[name] = masters.get(id(parameter), state[name])
         for name, value in state.items():
-            state[name] = value.float() if value.is_floating_point() else value
+            state[name] = value.detach().to('cpu', torch.float32 if value.is_floating_point() else value.dtype)
         return state
 
     def optimizer_state_dict(self):
         """What torch.optim.SGD.state_dict gives on current torch, in fp32, on any torch and device."""
         options = {key: value for key, value in self.optimizer.param_groups[0].items() if key != 'params'}
-        momentum = {position: {'momentum_buffer': self.optimizer.state[parameter]['momentum_buffer'].float()}
+        momentum = {position: {'momentum_buffer': self.optimizer.state[parameter]['momentum_buffer'].to('cpu', torch.float32)}
                     for position, parameter in enumerate(self.masters)
                     if self.optimizer.state[parameter].get('momentum_buffer') is not None}
         return {'state': momentum, 'param_groups': [dict(options, params=list(range(len(self.masters))))]}

@@ -62,11 +62,11 @@ class Writer:
                 _write(content, path)
             if also is not None:
                 link(path, also)
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             self._error = error
 
     def wait(self):
-        """Wait until the last save is on the disk. Returns None, or the OSError (disk full, read-only, …) of it."""
+        """Wait until the last save is on the disk. Returns None, or its OSError (disk full, …) or MemoryError."""
         if self._thread is not None:
             self._thread.join()
         error, self._thread, self._error = self._error, None, None

@@ -69,9 +69,6 @@ class Batches:
                 yield epoch, order[first:first + self.local_batch]
             epoch, step = epoch + 1, 0
 
-    def __len__(self):
-        return ((self.epochs - self.start[0]) * self.steps_per_epoch - self.start[1]) * self.accum_steps
-
 
 class Dataset:
     """Batches of a source: `dataset[epoch, indices]` is (images (n, S, S, 3) uint8, labels (n,) int64).
@@ -113,8 +110,12 @@ class Folder:
 
     def __init__(self, root):
         self.root = os.fsencode(root)
-        if not os.path.isdir(root):
-            raise BadData('{}: no such folder'.format(root))
+        try:
+            self._index(root)
+        except OSError as error:
+            raise BadData('{}: {}'.format(error.filename or root, error.strerror))
+
+    def _index(self, root):
         self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
         if not self.classes:
             raise BadData('{}: no classes in it (one folder each is expected)'.format(root))
@@ -182,7 +183,7 @@ def _walk(root, name):
             continue
         seen.add((status.st_dev, status.st_ino))
         pictures = []
-        for entry in os.scandir(os.path.join(root, folder)):
+        for entry in sorted(os.scandir(os.path.join(root, folder)), key=lambda entry: entry.name):
             if entry.is_dir():
                 todo.append(os.path.join(folder, entry.name))
             elif os.fsdecode(entry.name).lower().endswith(EXTENSIONS):

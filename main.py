@@ -15,8 +15,9 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import accelerator
 from accelerator import Accelerator, Scaler
@@ -162,7 +163,7 @@ def parse_args(argv=None):
                              '(default: %(default)s)')
     device.add_argument('--amp-dtype', default='auto', choices=['auto', 'fp16', 'bf16'],
                         help='(default: bf16 where the device is good at it, else fp16)')
-    device.add_argument('--loss-scale-value', type=loss_scale, default=1024.0, metavar='SCALE',
+    device.add_argument('--loss-scale-value', type=loss_scale, metavar='SCALE',
                         help='of fp16: a number, or dynamic (default: 1024)')
     device.add_argument('--deterministic', action='store_true', help='bitwise repeatable on a GPU too, and slower')
 
@@ -171,9 +172,9 @@ def parse_args(argv=None):
                           help='one process for each device of --device-list')
     parallel.add_argument('--device-list', type=device_list, metavar='0,1,…',
                           help='(default: all; on a cpu its length is the number of processes)')
-    parallel.add_argument('--world-size', type=number(int), default=-1, metavar='N',
+    parallel.add_argument('--world-size', type=number(int, -1), default=-1, metavar='N',
                           help='nodes with --multiprocessing-distributed, else processes (default: one)')
-    parallel.add_argument('--rank', type=number(int), default=-1, metavar='N', help="this node's, from 0")
+    parallel.add_argument('--rank', type=number(int, -1), default=-1, metavar='N', help="this node's, from 0")
     parallel.add_argument('--addr', default='127.0.0.1', help='address of the node of rank 0 (default: %(default)s)')
     parallel.add_argument('--dist-url', metavar='URL', help='(default: tcp://ADDR:PORT; env:// under torchrun)')
     parallel.add_argument('--dist-backend', choices=['hccl', 'nccl', 'gloo'], help='(default: what the device has)')
@@ -191,10 +192,15 @@ def parse_args(argv=None):
     if args.resume and args.auto_resume:
         parser.error('--resume names a file and --auto-resume looks for one: give one of them')
     for flag, path in (('--resume', args.resume), ('--pretrained', args.pretrained)):
-        if path and not os.path.isfile(path):
+        # Only global rank 0 reads the file.
+        if path and not os.path.isfile(path) and args.rank <= 0 and os.environ.get('RANK', '0') == '0':
             parser.error('{} {}: no such file'.format(flag, path))
     if args.data and not os.path.isdir(args.data):
         parser.error('--data {}: no such folder'.format(args.data))
+    if args.start_epoch >= args.epochs:
+        parser.error('--start-epoch {} leaves nothing of --epochs {}'.format(args.start_epoch, args.epochs))
+    if args.world_size == 0:
+        parser.error('--world-size 0: at least one')
     if args.warmup_epochs >= args.epochs:
         parser.error('--warmup-epochs {} leaves nothing of --epochs {}'.format(args.warmup_epochs, args.epochs))
     return args
@@ -242,11 +248,12 @@ def rendezvous_url(args):
                 return args.dist_url
             raise WrongUse('--dist-url {}: expected tcp://HOST:PORT, env:// or file://PATH'.format(args.dist_url))
         # The reference's scripts pass a loopback URL and the real address beside it.
-        host = args.addr if match.group(1) in LOOPBACK and args.addr not in LOOPBACK else match.group(1)
+        given = match.group(1).strip('[]')
+        host = args.addr if given in LOOPBACK and args.addr not in LOOPBACK else given
         port = match.group(2)
     if port is None:
         port = processes.free_port() if args.nodes == 1 else MULTI_NODE_PORT
-    return 'tcp://{}:{}'.format(host, port)
+    return 'tcp://{}:{}'.format('[{}]'.format(host) if ':' in host else host, port)
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -267,6 +274,13 @@ def build_sources(args):
         if training is not None:
             check_classes(training.classes, validation.classes, 'train/', 'val/')
     return training, validation
+
+
+def check_same_data(world, *sources):
+    """Raise WrongUse where a process sees other files than rank 0 does: their batches would not belong together."""
+    own = [source.fingerprint for source in sources if source is not None]
+    if world.any(own != world.broadcast(own)):
+        raise WrongUse('the processes do not see the same data: every node needs the same files under --data')
 
 
 def check_classes(first, second, first_name, second_name):
@@ -330,13 +344,13 @@ class Run:
     accelerator: Accelerator
     log: Log
     stop: processes.StopSignals
-    model: torch.nn.Module     # as trained: wrapped by DDP on several processes
-    network: vgg.VGG           # the same parameters, unwrapped
-    scaler: Scaler
+    network: vgg.VGG
     classes: list
     normalise: object          # (N, S, S, 3) uint8 on the host or device -> (N, 3, S, S) on the device
     identity: dict             # what must agree for an epoch to be continued in its middle
-    writer: checkpoint.Writer
+    model: torch.nn.Module = None  # the network as trained: wrapped by DDP on several processes
+    scaler: Scaler = None
+    writer: checkpoint.Writer = field(default_factory=checkpoint.Writer)
     epoch: int = 0
     step_in_epoch: int = 0     # optimizer steps of this epoch that are done
     step: int = 0              # in all
@@ -345,8 +359,13 @@ class Run:
 
 
 def state_of(run):
-    """The checkpoint. Parameter names are torchvision's, values fp32; the first five keys are the reference's."""
+    """The checkpoint. Parameter names are torchvision's, values fp32; the first five keys are the reference's.
+
+    All processes call it, rank 0 gets it. A synchronisation.
+    """
     counts = run.world.sum(run.counts.read())
+    if run.world.rank != 0:
+        return None
     return {'epoch': run.epoch, 'arch': run.args.arch, 'state_dict': run.scaler.model_state_dict(run.network),
             'best_acc1': run.best_acc1, 'optimizer': run.scaler.optimizer_state_dict(),
             'amp': run.scaler.state_dict(), 'step': run.step, 'step_in_epoch': run.step_in_epoch, 'counts': counts,
@@ -360,8 +379,8 @@ def save(run, *, best=False, final=False):
     and fails the run (Diverged).
     """
     begin = time.perf_counter()
-    state = state_of(run)  # a synchronisation
-    if run.world.rank == 0:
+    state = state_of(run)
+    if state is not None:
         folder = run.args.output_dir
         path = os.path.join(folder, 'checkpoint.pth.tar')
         warn_of_failed_save(run)
@@ -370,7 +389,7 @@ def save(run, *, best=False, final=False):
             error = run.writer.wait()
             if error is not None:
                 raise Diverged('{}: the last checkpoint could not be written ({}); the one before it is whole'.format(
-                    path, error.strerror))
+                    path, error))
     run.log.event('checkpoint', epoch=run.epoch, step=run.step, seconds=time.perf_counter() - begin)
 
 
@@ -378,14 +397,14 @@ def warn_of_failed_save(run):
     error = run.writer.wait()
     if error is not None:
         print('main.py: warning: {}: the checkpoint was not saved ({}); training goes on'.format(
-            run.args.output_dir, error.strerror), file=sys.stderr)
+            run.args.output_dir, error), file=sys.stderr)
 
 
 def find_checkpoint(args, log):
     """The state to continue from, or None: that of --resume, or for --auto-resume the newest good one."""
     if args.resume:
         log.line("=> resuming from '{}'".format(args.resume))
-        return checkpoint.load(args.resume)
+        return load_checkpoint(args.resume)
     if not args.auto_resume:
         return None
     damaged = None
@@ -393,7 +412,7 @@ def find_checkpoint(args, log):
         path = os.path.join(args.output_dir, name)
         if os.path.exists(path):
             try:
-                state = checkpoint.load(path)
+                state = load_checkpoint(path)
                 log.line("=> resuming from '{}'".format(path))
                 return state
             except checkpoint.BadCheckpoint as error:
@@ -404,17 +423,24 @@ def find_checkpoint(args, log):
     return None
 
 
+def load_checkpoint(path):
+    state = checkpoint.load(path)
+    if not isinstance(state, dict):
+        raise checkpoint.BadCheckpoint('{}: holds a {}, not a checkpoint'.format(path, type(state).__name__))
+    return state
+
+
 def weights_of(state, path):
     """The renamed state_dict in a checkpoint, or in a file that is nothing but one."""
-    weights = state.get('state_dict', state) if isinstance(state, dict) else {}
-    if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+    weights = state.get('state_dict', state)
+    if not isinstance(weights, dict) or not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise WrongUse('{}: holds no weights (a state_dict of tensors)'.format(path))
     return vgg.rename(weights)
 
 
 def load_pretrained(network, path, classes, world, log):
     """Take the weights of a file; a last layer for another number of classes is left as initialised, and said so."""
-    state = world.broadcast(checkpoint.load(path) if world.rank == 0 else None)
+    state = world.broadcast(load_checkpoint(path) if world.rank == 0 else None)
     weights = weights_of(state, path)
     for part in ('.weight', '.bias'):
         name = vgg.LAST_LAYER + part
@@ -442,23 +468,23 @@ def check_resumable(state, args, classes, identity):
         check_classes(state['classes'], classes, 'the checkpoint', 'the data')
     if state.get('step_in_epoch') and not args.evaluate:
         for name, value in identity.items():
-            if state['identity'].get(name) != value:
+            if (state.get('identity') or {}).get(name) != value:
                 raise WrongUse('--resume: the checkpoint is from the middle of an epoch with {} {}, here {}'.format(
-                    name, state['identity'].get(name), value))
+                    name, (state.get('identity') or {}).get(name), value))
 
 
 def restore(run, state):
     """Continue where a checkpoint, ours or the reference's, was written. The weights are in place already."""
     try:
         run.scaler.load_optimizer_state(state['optimizer'])
+        run.scaler.load_state_dict(state.get('amp') or {})
+        run.epoch, run.step_in_epoch = int(state['epoch']), int(state.get('step_in_epoch', 0))
+        run.step, run.best_acc1 = int(state.get('step', 0)), float(state.get('best_acc1', 0.0))
+        if run.step_in_epoch and run.world.rank == 0:  # the counts are sums over all processes
+            run.counts.load(state['counts'])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise WrongUse("--resume: the checkpoint's optimizer does not fit ({}: {})".format(type(error).__name__, error))
-    if 'loss_scale' in (state.get('amp') or {}):  # the reference keeps apex's state here, which holds no more than 1024
-        run.scaler.load_state_dict(state['amp'])
-    run.epoch, run.step_in_epoch = int(state['epoch']), int(state.get('step_in_epoch', 0))
-    run.step, run.best_acc1 = int(state.get('step', 0)), float(state.get('best_acc1', 0.0))
-    if run.step_in_epoch and run.world.rank == 0:  # the counts are sums over all processes
-        run.counts.load(state['counts'])
+        raise WrongUse('--resume: the checkpoint cannot be continued ({}: {}); --pretrained takes its weights alone'.format(
+            type(error).__name__, error))
     if state.get('world_size', run.world.world_size) != run.world.world_size:
         run.log.line('=> {} processes in place of {}: the same images in the same order, rounded differently'.format(
             run.world.world_size, state['world_size']))
@@ -511,15 +537,16 @@ def train_one_epoch(run, batches, steps):
     with log.progress(steps, run.step_in_epoch, 'Epoch {}'.format(run.epoch)):
         while run.step_in_epoch < steps and not stopping:
             # Dropout depends on (seed, step, rank) alone, so that a resumed run draws the same masks.
-            device.seed((args.seed * 1000003 + run.step) * 1000003 + run.world.rank)
+            device.seed(((args.seed * 1000003 + run.step) * 1000003 + run.world.rank) % 2 ** 63)
             for part in range(args.accum_steps):
                 before = time.perf_counter()
                 pictures, target = fetch(batches)
                 line.wait(time.perf_counter() - before)
                 pictures, target = run.normalise(pictures), device.to_device(target)
-                with device.local_gradients(run.model, part < args.accum_steps - 1), device.autocast():
-                    logits = run.model(pictures)
-                    loss = cross_entropy(logits, target, args.label_smoothing)
+                with device.local_gradients(run.model, part < args.accum_steps - 1):
+                    with device.autocast():
+                        logits = run.model(pictures)
+                        loss = cross_entropy(logits, target, args.label_smoothing)
                     scaler.backward(loss / args.accum_steps)
                 run.counts.update(loss * len(target), logits, target)
             scaler.step()
@@ -528,7 +555,7 @@ def train_one_epoch(run, batches, steps):
             log.tick()
 
             # A signal, on whichever process, stops all of them after the same step.
-            stopping = run.world.any(run.stop) or run.step == args.stop_step_num
+            stopping = run.world.any(run.stop) or at_last_step(run)
             done = run.step_in_epoch
             if done == 1 or done % args.print_freq == 0 or done == steps or stopping:
                 values = run.counts.read()  # a synchronisation, as is the next line
@@ -553,6 +580,10 @@ def train_one_epoch(run, batches, steps):
         log.event('epoch', epoch=run.epoch, step=run.step, samples=steps * global_batch, loss=loss, acc1=acc1, acc5=acc5,
                   lr=rate, images_per_second=rate_images, seconds=clock.seconds())
     return stopping
+
+
+def at_last_step(run):
+    return run.args.stop_step_num is not None and run.step >= run.args.stop_step_num
 
 
 def validate(run, loader):
@@ -595,16 +626,16 @@ def main_worker(args):
     index = args.device_list[world.local_rank % len(args.device_list)]
     device = Accelerator(args, index, processes=world.local_world_size)
     log = Log(args.output_dir, speaks=world.local_rank == 0, writes=world.rank == 0)
-    try:
-        return work(args, world, device, log, stop)
-    finally:
-        log.close()
-        world.close()
+    code = work(args, world, device, log, stop)
+    log.close()
+    world.close()  # after a failure it would wait for the others
+    return code
 
 
 def work(args, world, device, log, stop):
     """Build everything, then train and validate, or only validate. Returns the exit code."""
     training, validation = (None, None) if args.dummy else build_sources(args)
+    check_same_data(world, training, validation)
     source = images.Folder if args.dummy else validation  # of the normalisation and the default size
     classes = [str(number) for number in range(1000)] if args.dummy else source.classes
     args.image_size = args.image_size or source.default_size
@@ -620,20 +651,20 @@ def work(args, world, device, log, stop):
         load_weights(network, weights_of(state, args.resume), args.resume)
     elif args.pretrained:
         load_pretrained(network, args.pretrained, classes, world, log)
-    network, masters = device.place(network)
-    optimizer = device.build_sgd(masters, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
-    scaler = Scaler(network, masters, optimizer, device.device, clip_grad_norm=args.clip_grad_norm,
-                    loss_scale=args.loss_scale_value if args.precision == 'fp16' else 1.0)
-    model = device.wrap_ddp(network) if world.world_size > 1 and not args.evaluate else network
-    run = Run(args, world, device, log, stop, model, network, scaler, classes, make_normalise(source, device), identity,
-              checkpoint.Writer(), epoch=args.start_epoch, counts=Counts(device.device))
-    if state is not None:
-        restore(run, state)
-    log.event('start', epoch=run.epoch, step=run.step)
-
+    run = Run(args, world, device, log, stop, network, classes, make_normalise(source, device), identity,
+              epoch=args.start_epoch, counts=Counts(device.device))
     validation_loader = None if validation is None else build_loader(validation, args, world, training=False)
     if args.evaluate:
+        run.network, _ = device.place(network)
+        run.epoch = max(0, int((state or {}).get('epoch', 1)) - 1)  # the last one trained
         return processes.STOPPED if validate(run, validation_loader) is None else 0
+
+    run.network, run.scaler = device.prepare_training(network, args)
+    run.model = device.wrap_ddp(run.network) if world.world_size > 1 else run.network
+    if state is not None:
+        restore(run, state)
+        del state  # a gigabyte
+    log.event('start', epoch=run.epoch, step=run.step)
     code = train(run, training, validation_loader)
     log.event('stop' if code else 'done', epoch=run.epoch, step=run.step, acc1=run.best_acc1)
     return code
@@ -646,10 +677,10 @@ def train(run, source, validation_loader):
     loader = DummyLoader(args, run.accelerator.device) if source is None \
         else build_loader(source, args, run.world, training=True, start=start)
     batches, steps = iter(loader), loader.sampler.steps_per_epoch
-    while run.epoch < args.epochs:
+    while run.epoch < args.epochs and not at_last_step(run):
         if run.step_in_epoch < steps and train_one_epoch(run, batches, steps):
             save(run, final=True)
-            return 0 if run.step == args.stop_step_num else processes.STOPPED
+            return 0 if at_last_step(run) else processes.STOPPED
         best = False
         if validation_loader is not None and ((run.epoch + 1) % args.eval_freq == 0 or run.epoch + 1 == args.epochs):
             result = validate(run, validation_loader)
@@ -673,14 +704,30 @@ def say_start(args, world, device, log, training, validation):
     log.line('=> images: {}, {}, {} pixels a side'.format(
         'synthetic' if args.dummy else args.data or 'the embedded digits (no --data given)', ', '.join(counts) or args.dummy,
         args.image_size))
-    if world.rank == 0:
-        commit = subprocess.run(['git', '-C', HERE, 'rev-parse', 'HEAD'], stdout=subprocess.PIPE,
-                                stderr=subprocess.DEVNULL).stdout.decode().strip()
+    if world.rank == 0 and not args.evaluate:
         record = {'flags': vars(args), 'torch': torch.__version__, 'python': platform.python_version(),
-                  'device': device.name(), 'processes': world.world_size, 'commit': commit or None}
+                  'device': device.name(), 'processes': world.world_size, 'commit': git_commit()}
         with open(os.path.join(args.output_dir, 'args.json'), 'w') as file:
             json.dump(record, file, indent=2, sort_keys=True)
             file.write('\n')
+
+
+def make_output_folder(folder):
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise WrongUse('--output-dir {}: cannot be written to ({})'.format(folder, error.strerror))
+
+
+def git_commit():
+    """The commit of this program, or None outside a clone."""
+    try:
+        answer = subprocess.run(['git', '-C', HERE, 'rev-parse', 'HEAD'], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    except OSError:  # no git here
+        return None
+    return answer.stdout.decode().strip() or None
 
 
 def main(argv=None):
@@ -689,12 +736,12 @@ def main(argv=None):
     try:
         accelerator.choose(args)
         settle_processes(args)
-        os.makedirs(args.output_dir, exist_ok=True)
+        make_output_folder(args.output_dir)
         if args.multiprocessing_distributed:
             return processes.spawn(main_worker, args, USER_ERRORS, count=args.processes,
                                    first_rank=args.rank * args.processes, world_size=args.nodes * args.processes)
-        if args.nodes > 1 and not processes.under_torchrun():
-            os.environ.update(RANK=str(args.rank), WORLD_SIZE=str(args.nodes))
+        if not processes.under_torchrun():
+            os.environ.update(RANK=str(args.rank), WORLD_SIZE=str(args.nodes), LOCAL_RANK='0', LOCAL_WORLD_SIZE='1')
         return main_worker(args)
     except USER_ERRORS as error:
         print('main.py: error: {}'.format(error), file=sys.stderr)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Counting and telling: exact accuracy counts, throughput, log lines, metrics.jsonl, curves."""
+import contextlib
 import json
 import math
 import os
@@ -22,7 +23,8 @@ class Counts:
         right = top.eq(target.unsqueeze(1))
         images = torch.full_like(self.hits[0], len(target))
         self.hits += torch.stack([images, right[:, 0].sum(), right.sum()])
-        self.loss_sum += loss_sum.detach().float()
+        loss_sum = loss_sum.detach().float()  # a step that is not finite is skipped; so is its loss
+        self.loss_sum += torch.where(torch.isfinite(loss_sum), loss_sum, torch.zeros_like(loss_sum))
 
     def read(self):
         """[images, right at first, among the first five, loss sum] as floats. A synchronisation."""
@@ -51,32 +53,33 @@ class Throughput:
 
     def __init__(self, steps):
         self.skip = self.WARM_UP if steps > 10 else 0
-        self.steps = self.images = 0
-        self.begin, self.paused = time.perf_counter(), None
+        self.steps, self.images = 0, 0
+        self.begin = time.perf_counter()
+        self.warm = self.begin, 0  # when the clock began to count, and the images before that
+        self.paused = self.pauses = 0.0
 
     def step(self, images, synchronize):
         """images: of this step, over all processes."""
         self.steps += 1
-        if self.steps > self.skip:
-            self.images += images
-        elif self.steps == self.skip:
+        self.images += images
+        if self.steps == self.skip:
             synchronize()  # once an epoch
-            self.begin = time.perf_counter()
+            self.warm = time.perf_counter(), self.images
 
     def pause(self):
         self.paused = time.perf_counter()
 
     def go_on(self):
-        self.begin += time.perf_counter() - self.paused
+        self.pauses += time.perf_counter() - self.paused
 
     def seconds(self):
-        return max(time.perf_counter() - self.begin, 1e-9)
+        return max(time.perf_counter() - self.warm[0] - self.pauses, 1e-9)
 
     def images_per_second(self):
-        return self.images / self.seconds()
-
-    def step_seconds(self):
-        return self.seconds() / max(1, self.steps - self.skip)
+        """Where the run was stopped in the first five steps: over those."""
+        if self.steps <= self.skip:
+            self.warm = self.begin, 0
+        return (self.images - self.warm[1]) / self.seconds()
 
 
 class StepLine:
@@ -119,32 +122,41 @@ class Log:
     def __init__(self, folder, *, speaks, writes):
         self.folder, self.speaks, self.writes = folder, speaks, writes
         self.bar = self.tensorboard = self.jsonl = None
+        self.warned = False
         if writes:
             self.jsonl = open(os.path.join(folder, 'metrics.jsonl'), 'a')
-            try:
+            with contextlib.suppress(ImportError):  # the same figures are in metrics.jsonl
                 from torch.utils.tensorboard import SummaryWriter
                 self.tensorboard = SummaryWriter(os.path.join(folder, 'tensorboard'))
-            except ImportError:
-                pass  # not installed: the same figures are in metrics.jsonl
 
     def line(self, text):
         if not self.speaks:
             return
         if self.bar is not None:
             self.bar.clear()
-        print(text, flush=True)
+        with self._survive():
+            print(text, flush=True)
         if self.bar is not None:
             self.bar.refresh()
+
+    @contextlib.contextmanager
+    def _survive(self):
+        """A full disk, or a reader of our output that has gone (`| tee` at Ctrl-C), must not end the training."""
+        try:
+            yield
+        except OSError as error:
+            if not self.warned:
+                self.warned = True
+                with contextlib.suppress(OSError):
+                    print('main.py: warning: a line or figure is lost ({})'.format(error), file=sys.stderr)
 
     def progress(self, total, done, label):
         """A bar with ETA on a terminal, where tqdm is installed. Returns a context; advance it by `tick`."""
         self.bar = None
         if self.speaks and sys.stderr.isatty():
-            try:
+            with contextlib.suppress(ImportError):
                 from tqdm import tqdm
                 self.bar = tqdm(total=total, initial=done, desc=label, unit='step', leave=False, dynamic_ncols=True)
-            except ImportError:
-                pass
         return self
 
     def __enter__(self):
@@ -165,8 +177,9 @@ class Log:
             return
         finite = {key: value if not isinstance(value, float) or math.isfinite(value) else None
                   for key, value in fields.items()}  # JSON has no NaN
-        self.jsonl.write(json.dumps(dict(event=event, **finite)) + '\n')
-        self.jsonl.flush()
+        with self._survive():
+            self.jsonl.write(json.dumps(dict(event=event, **finite)) + '\n')
+            self.jsonl.flush()
         if self.tensorboard is not None and 'step' in fields:
             for key in ('loss', 'acc1', 'acc5', 'lr', 'images_per_second'):
                 if key in fields:
@@ -176,14 +189,13 @@ class Log:
         """Redraw curves.png from metrics.jsonl."""
         if not self.writes:
             return
-        try:
+        with self._survive(), contextlib.suppress(ImportError):  # matplotlib may be absent: metrics.jsonl has the figures
             draw_curves(self.folder)
-        except ImportError:
-            pass  # matplotlib is not installed; the figures are in metrics.jsonl
 
     def close(self):
         if self.jsonl is not None:
-            self.jsonl.close()
+            with self._survive():
+                self.jsonl.close()
         if self.tensorboard is not None:
             self.tensorboard.close()
 
@@ -191,7 +203,7 @@ class Log:
 def read_events(folder):
     """The `epoch` and the `validate` events of metrics.jsonl, each a list in order of epochs.
 
-    A run that starts at an epoch replaces what an earlier run in this folder said of it and of later ones.
+    A run that starts at a step replaces what an earlier run in this folder said of later ones.
     """
     train, validate = {}, {}
     with open(os.path.join(folder, 'metrics.jsonl')) as file:
@@ -202,7 +214,7 @@ def read_events(folder):
                 continue
             if record['event'] == 'start':
                 for records in (train, validate):
-                    for epoch in [epoch for epoch in records if epoch >= record['epoch']]:
+                    for epoch in [epoch for epoch in records if records[epoch]['step'] > record['step']]:
                         del records[epoch]
             elif record['event'] in ('epoch', 'validate'):
                 (train if record['event'] == 'epoch' else validate)[record['epoch']] = record

@@ -14,6 +14,7 @@ import pickle
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 
@@ -52,7 +53,7 @@ def spawn(worker, args, user_errors, *, count, first_rank, world_size):
     user_errors: the exceptions that are told in one line and not as a traceback.
     """
     context = multiprocessing.get_context('spawn')
-    reports = context.SimpleQueue()  # (is a user's error, text)
+    reports = context.SimpleQueue()  # (exit code where it is a user's error, text)
     children = []
     for local_rank in range(count):
         environment = {'RANK': str(first_rank + local_rank), 'LOCAL_RANK': str(local_rank),
@@ -84,13 +85,15 @@ def spawn(worker, args, user_errors, *, count, first_rank, world_size):
             if child.exitcode not in (0, STOPPED) and deadline is None and code in (0, STOPPED):
                 code = child.exitcode if child.exitcode > 0 else 128 - child.exitcode
                 if child.exitcode < 0:
-                    said.insert(0, (True, 'main.py: error: the process of rank {} was ended by signal {}\n'.format(
+                    said.insert(0, (code, 'main.py: error: the process of rank {} was ended by signal {}\n'.format(
                         first_rank + children.index(child), -child.exitcode)))
                 deadline = time.monotonic() + GRACE_SECONDS
             elif child.exitcode == STOPPED and code == 0:
                 code = STOPPED
     if said:  # the others' failures follow from the first, and from a user's error before all
-        sys.stderr.write(next((text for users, text in said if users), said[0][1]))
+        users_code, text = next((report for report in said if report[0] is not None), said[0])
+        sys.stderr.write(text)
+        code = users_code or code
     return code
 
 
@@ -101,10 +104,10 @@ def _child(worker, args, user_errors, environment, reports, parent):
         code = worker(args)
     except user_errors as error:
         code = exit_code(error)
-        reports.put((True, 'main.py: error: {}\n'.format(error)))
+        reports.put((code, 'main.py: error: {}\n'.format(error)))
     except Exception:
         code = 1
-        reports.put((False, traceback.format_exc()))
+        reports.put((None, traceback.format_exc()))
     sys.stdout.flush()
     os._exit(code)  # without waiting for threads of a broken process group
 
@@ -136,14 +139,24 @@ class StopSignals:
 
     def __init__(self):
         self.first = None  # time.monotonic()
+        # Python runs its handlers between two steps of the interpreter, so not while a collective or a backward pass
+        # hangs. The number of a signal, though, is written to this socket at once, and a thread reads it.
+        receiver, sender = socket.socketpair()
+        sender.setblocking(False)
+        signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
         for number in STOP_SIGNALS:
-            signal.signal(number, self._receive)
+            signal.signal(number, lambda *_: None)
+        threading.Thread(target=self._listen, args=(receiver, sender), daemon=True).start()
 
-    def _receive(self, number, _):
-        if self.first is None:
-            self.first = time.monotonic()
-        elif time.monotonic() - self.first > 2:
-            os._exit(128 + number)
+    def _listen(self, receiver, _sender_kept_open):
+        while True:
+            number = receiver.recv(1)[0]
+            if number not in STOP_SIGNALS:
+                continue
+            if self.first is None:
+                self.first = time.monotonic()
+            elif time.monotonic() - self.first > 2:
+                os._exit(128 + number)
 
     def __bool__(self):
         return self.first is not None
@@ -218,8 +231,8 @@ class World:
             pickler.dump(state)
         layouts = [(tensor.dtype, tensor.shape) for tensor in pickler.tensors]
         plain, layouts = self._broadcast_plain((pickler.file.getvalue(), layouts))
-        tensors = [tensor.contiguous() for tensor in pickler.tensors] or \
-            [torch.empty(shape, dtype=dtype) for dtype, shape in layouts]
+        tensors = [tensor.contiguous() for tensor in pickler.tensors] \
+            or [torch.empty(shape, dtype=dtype) for dtype, shape in layouts]
         for tensor in tensors:
             dist.broadcast(tensor, 0, group=self.control)
         unpickler = pickle.Unpickler(io.BytesIO(plain))
@@ -248,6 +261,7 @@ class _TensorPickler(pickle.Pickler):
 
     def persistent_id(self, value):
         if isinstance(value, torch.Tensor):
-            self.tensors.append(value)
+            # gloo of old torch sends neither bool nor bfloat16
+            self.tensors.append(value.float() if value.is_floating_point() else value.long())
             return len(self.tensors) - 1
         return None

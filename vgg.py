@@ -8,7 +8,6 @@ from collections import OrderedDict
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 # Convolutions in each of the five stages: columns A, B, D and E of the paper's table 1.
 DEPTHS = {'vgg11': (1, 1, 2, 2, 2), 'vgg13': (2, 2, 2, 2, 2), 'vgg16': (2, 2, 3, 3, 3), 'vgg19': (2, 2, 4, 4, 4)}
@@ -59,9 +58,13 @@ def _average_pool_7x7(maps):
     size = tuple(maps.shape[-2:])
     if size == (7, 7):
         return maps
-    if size == (1, 1):  # the same values as adaptive pooling, and a backward pass that is deterministic on a GPU
+    if size == (1, 1):
         return maps.expand(-1, -1, 7, 7)
-    return F.adaptive_avg_pool2d(maps, (7, 7))
+    # The values of F.adaptive_avg_pool2d, by means whose backward pass is deterministic on a GPU too.
+    for dimension, length in ((2, size[0]), (3, size[1])):
+        maps = torch.stack([maps.narrow(dimension, length * i // 7, -(-length * (i + 1) // 7) - length * i // 7).mean(dimension)
+                            for i in range(7)], dimension)
+    return maps
 
 
 def _initialise(layer):

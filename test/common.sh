@@ -43,13 +43,10 @@ USAGE
 
 # Absolute form of a path that the caller gave relative to where they stand.
 absolute() { # path
-    case $1 in
-        /*) printf '%s' "$1" ;;
-        *) printf '%s/%s' "$PWD" "$1" ;;
-    esac
+    realpath -m -- "$1"
 }
 
-data_path='' workers='' device='' device_id=${ASCEND_DEVICE_ID:-0} device_list=0,1,2,3,4,5,6,7 opt_level='' resume=''
+data_path='' workers='' device='' device_id=${ASCEND_DEVICE_ID:-0} device_list='' opt_level='' resume=''
 output='' nnodes=1 node_rank=0 local_addr='' master_addr=127.0.0.1 master_port=59629
 epochs=90 nodes=one recipe=()
 
@@ -112,6 +109,7 @@ move_aside() { # path
 
 make_output() {
     output=$(absolute "${output:-$test_dir/output/$device_id}")
+    case $PWD/ in "$output"/*) fail "--output=$output: name a folder below this one" ;; esac
     local moved
     moved=$(move_aside "$output")
     # A checkpoint in there is found where it is now.
@@ -156,7 +154,9 @@ run_training() { # the caller's words
     if [ -n "$resume" ]; then flags+=(--resume "$resume"); fi
     if [ "$cards" = 1 ]; then
         flags+=(--gpu "$device_id")
+        if [ -n "$device_list" ]; then flags+=(--device-list "$device_list"); fi # --device_id counts into it
     else
+        device_list=${device_list:-0,1,2,3,4,5,6,7}
         flags+=(--multiprocessing-distributed --device-list "$device_list" --world-size "$nnodes" --rank "$node_rank")
         if [ "$nnodes" -gt 1 ]; then flags+=(--dist-url "tcp://$master_addr:$master_port"); fi
     fi
@@ -164,17 +164,20 @@ run_training() { # the caller's words
     echo "$(basename "$0"): running, see $log"
     local begin=$SECONDS code=0 child=''
     # Who stops the script stops the training, which saves and ends with 75.
-    trap 'if [ -n "$child" ]; then kill -TERM "$child"; fi' TERM INT USR1
+    local stopped=''
+    trap 'stopped=yes; if [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null || true; fi' TERM INT USR1
     "$python" -u "$repository/main.py" "${flags[@]}" >"$log" 2>&1 &
     child=$!
     wait $child || code=$?
-    while kill -0 $child 2>/dev/null; do # wait was interrupted by a signal
+    while [ -n "$stopped" ]; do # the signal ended the wait, not the child
+        stopped=''
         code=0
         wait $child || code=$?
     done
     if [ $code -ne 0 ]; then
         tail -n 20 "$log" >&2
         echo "$(basename "$0"): main.py ended with $code; the whole log is $log" >&2
+        if [ $code -eq 75 ]; then echo "stopped after saving; to go on, add --resume=$output/checkpoint.pth.tar" >&2; fi
         exit $code
     fi
     if [ "$kind" = acc ]; then publish_checkpoints; fi

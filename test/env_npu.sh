@@ -3,7 +3,7 @@
 # Ascend's environment, found where CANN is installed; silent and without effect where it is not. Sourced.
 
 for cann in "${ASCEND_TOOLKIT_HOME:-}" "${ASCEND_HOME_PATH:-}" /usr/local/Ascend/ascend-toolkit /usr/local/Ascend/nnae \
-    "$HOME/Ascend/ascend-toolkit"; do
+    "${HOME:-}/Ascend/ascend-toolkit"; do
     if [ -n "$cann" ] && [ -f "$cann/set_env.sh" ]; then
         set +eu # CANN's script reads variables that may be unset
         # shellcheck disable=SC1091
