@@ -162,6 +162,65 @@ class StopSignals:
         return self.first is not None
 
 
+class Heartbeat:
+    """Ends this process when another of the job dies, is stopped or cut off, and says which.
+
+    A thread writes a beat to the job's key-value store, so a slow step, a compile or a scan is no death: they do not hold
+    the thread up. Rank 0 watches the beats of all and names the missing; the others watch that and rank 0. A second thread
+    watches the first, which hangs where rank 0's machine, that of the store, is the one that has gone.
+    """
+
+    INTERVAL, PATIENCE = 3, 30  # seconds
+
+    def __init__(self, host, port, rank, world_size):
+        # A connection of its own: one operation that waits holds up all others on the same.
+        patience = datetime.timedelta(seconds=RENDEZVOUS_SECONDS)
+        self.store = dist.TCPStore(host, port, world_size, False, patience)
+        self.rank, self.world_size = rank, world_size
+        self.answered, self.stopped = time.monotonic(), False
+        for target in (self._beat, self._watch):
+            threading.Thread(target=target, daemon=True).start()
+
+    def _beat(self):
+        seen = {}  # rank -> (count, when it changed)
+        try:
+            self.store.add('missing', 0)
+            while not self.stopped:
+                self.store.add('beat/{}'.format(self.rank), 1)
+                others = range(1, self.world_size) if self.rank == 0 else [0]
+                for other in others:
+                    count = self.store.add('beat/{}'.format(other), 0)
+                    if seen.get(other, (None,))[0] != count:
+                        seen[other] = count, time.monotonic()
+                    elif time.monotonic() - seen[other][1] > self.PATIENCE:
+                        self.store.add('missing', other + 1)
+                        self._end(other)
+                missing = self.store.add('missing', 0)
+                if missing:
+                    self._end(missing - 1)
+                self.answered = time.monotonic()
+                time.sleep(self.INTERVAL)
+        except RuntimeError:  # rank 0 has gone: after a job's end, or before it
+            time.sleep(self.INTERVAL)
+            self._end(0)
+
+    def _watch(self):
+        while time.monotonic() - self.answered < self.PATIENCE + 5 * self.INTERVAL:
+            time.sleep(self.INTERVAL)
+        self._end(0)
+
+    def stop(self):
+        """At the end of a job: who is missing from now on has gone home."""
+        self.stopped = True
+
+    def _end(self, missing):
+        if self.stopped:
+            return
+        print('main.py: error: rank {} has not answered for {} s; rank {} ends, the last checkpoint is whole'.format(
+            missing, self.PATIENCE, self.rank), file=sys.stderr, flush=True)
+        os._exit(1)
+
+
 class World:
     """Who this process is among how many, and how they agree.
 
@@ -174,7 +233,7 @@ class World:
         self.rank, self.world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
         self.local_rank = int(os.environ.get('LOCAL_RANK', 0))
         self.local_world_size = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-        self.control = None
+        self.control = self.heartbeat = None
         if self.world_size > 1:
             self._join(backend, url)
 
@@ -188,6 +247,9 @@ class World:
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size)
             self.control = dist.group.WORLD if backend == 'gloo' else dist.new_group(backend='gloo')
             self.barrier()
+            if where.startswith('tcp://'):
+                host, _, port = where[len('tcp://'):].rstrip('/').rpartition(':')
+                self.heartbeat = Heartbeat(host.strip('[]'), int(port), self.rank, self.world_size)
         except (RuntimeError, ValueError, OSError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             if 'ddress already in use' in str(error) or 'EADDRINUSE' in str(error):
@@ -248,7 +310,11 @@ class World:
         return pickle.loads(bytes(buffer.tolist()))
 
     def close(self):
+        """End together; only after success, since it waits for the others."""
         if self.world_size > 1:
+            self.barrier()
+            if self.heartbeat is not None:
+                self.heartbeat.stop()
             dist.destroy_process_group()
 
 

@@ -155,6 +155,29 @@ def test_a_signal_saves_and_ends_with_75(folder, tmp_path, target):
     assert checkpoint.load(str(tmp_path / 'checkpoint.pth.tar'))['step'] == state['step'] + 1
 
 
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_dies_or_stalls_ends_the_others_in_time(folder, tmp_path, number):
+    """Two nodes by hand, each its own launcher, so that only the network tells of the death."""
+    command = [sys.executable, '-u', os.path.join(REPOSITORY, 'main.py'), '--device', 'cpu', folder, *SMALL, '-b', '3',
+               '--epochs', '1000', '--eval-freq', '1000', '-p', '1', '--world-size', '2', '--dist-url',
+               'tcp://127.0.0.1:{}'.format(free_port())]
+    children = [subprocess.Popen(command + ['--rank', str(rank), '--output-dir', str(tmp_path / str(rank))],
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True) for rank in (0, 1)]
+    try:
+        for line in children[0].stdout:
+            if line.startswith('Epoch'):
+                break
+        children[1].send_signal(number)
+        begin = time.monotonic()
+        said = children[0].communicate(timeout=60)[1]
+        assert children[0].returncode not in (0, 75) and time.monotonic() - begin < 60
+        if number == signal.SIGSTOP:
+            assert 'rank 1 has not answered' in said
+    finally:
+        children[1].kill()
+        children[1].communicate()
+
+
 def test_auto_resume_falls_back_to_the_checkpoint_before_and_says_so(folder, tmp_path):
     flags = [folder, *SMALL, '-b', 6, '--epochs', 3, '--output-dir', tmp_path, '--auto-resume', '--eval-freq', 9]
     assert run_main(*flags, '--stop-step-num', 4).code == 0
@@ -264,7 +287,7 @@ WRONG = [
     (['--resume', '/no/such/file'], '/no/such/file'), (['-e'], '--resume PATH'), (['--device', 'npu'], 'NPU'),
     (['--device', 'gpu'], 'GPU'), (['-b', '7', *TWO], 'use 6 or 8'), (['--arch', 'resnet50'], 'resnet50'),
     (['--rank', '5', '--world-size', '2'], '--rank 5'), (['--warmup-epochs', '90'], '--warmup-epochs'),
-    (['--amp', '--amp-dtype', 'fp16'], 'bf16'), (['--device-list', '0,0'], 'twice'), (['--dist-url', 'nonsense'], 'tcp://'),
+    (['--amp', '--amp-dtype', 'fp16'], 'bf16' if hasattr(torch, 'autocast') else '1.10'), (['--device-list', '0,0'], 'twice'), (['--dist-url', 'nonsense'], 'tcp://'),
     (['-j', '-1'], 'out of range'),
 ]
 

@@ -42,7 +42,7 @@ def test_gradients_are_those_of_relu_before_the_pools():
     for model in (theirs, ours):
         model(images).square().sum().backward()
     for (name, mine), other in zip(ours.named_parameters(), theirs.parameters()):
-        assert torch.equal(mine.grad, other.grad), name
+        assert torch.allclose(mine.grad, other.grad, rtol=1e-3, atol=1e-4), name
 
 
 @pytest.mark.parametrize('prefix', ['', 'module.'])
