@@ -648,7 +648,7 @@ def work(args, world, device, log, stop):
     state = world.broadcast(find_checkpoint(args, log) if world.rank == 0 else None)
     if state is not None:
         check_resumable(state, args, classes, identity)
-        load_weights(network, weights_of(state, args.resume), args.resume)
+        load_weights(network, weights_of(state, '--resume'), '--resume')
     elif args.pretrained:
         load_pretrained(network, args.pretrained, classes, world, log)
     run = Run(args, world, device, log, stop, network, classes, make_normalise(source, device), identity,
