@@ -483,6 +483,18 @@ class Scaler:
             self.optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter).copy_(momentum)
 
 
+def parameter_digest(model):
+    """A whole number that tells two sets of parameters apart by a single bit. One synchronisation."""
+    total = 0
+    for position, parameter in enumerate(model.parameters()):
+        if TORCH >= (1, 7):
+            bits = parameter.detach().view({2: torch.int16, 4: torch.int32}[parameter.element_size()])
+            total = total + bits.sum(dtype=torch.int64) * (2 * position + 1)
+        else:  # no view of the bits
+            total = total + parameter.detach().double().sum() * (2 * position + 1)
+    return total.item()
+
+
 def _norm(gradients):
     """The 2-norm of all gradients together, summed in fp32 whatever their format: a () float32 on their device."""
     if hasattr(nn.utils, 'get_total_norm') and gradients[0].dtype == torch.float32:

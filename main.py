@@ -582,6 +582,16 @@ def train_one_epoch(run, batches, steps):
     return stopping
 
 
+def check_replicas(world, network):
+    """Raise Diverged where the parameters of a process are not bit for bit those of rank 0."""
+    own = accelerator.parameter_digest(network)
+    apart = own != world.broadcast(own)
+    if world.any(apart):
+        raise Diverged('the parameters of the processes have drifted apart{}: faulty hardware or a library that computes '
+                       'differently; continue from the last checkpoint'.format(
+                           ' (rank {} is one)'.format(world.rank) if apart else ''))
+
+
 def at_last_step(run):
     return run.args.stop_step_num is not None and run.step >= run.args.stop_step_num
 
@@ -681,6 +691,8 @@ def train(run, source, validation_loader):
         if run.step_in_epoch < steps and train_one_epoch(run, batches, steps):
             save(run, final=True)
             return 0 if at_last_step(run) else processes.STOPPED
+        if run.world.world_size > 1:
+            check_replicas(run.world, run.network)
         best = False
         if validation_loader is not None and ((run.epoch + 1) % args.eval_freq == 0 or run.epoch + 1 == args.epochs):
             result = validate(run, validation_loader)

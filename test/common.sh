@@ -9,6 +9,8 @@ set -euo pipefail
 network=Vgg16_ID1630_for_PyTorch
 test_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repository=$(dirname "$test_dir")
+# shellcheck source=test/setup.sh
+source "$test_dir/setup.sh"
 
 fail() { # message
     echo "$(basename "$0"): error: $1" >&2
@@ -142,7 +144,7 @@ run_training() { # the caller's words
     make_output
     if [ -z "$opt_level" ]; then
         opt_level=O1
-        if [ "$device" = cpu ] && ! "$python" -c 'import torch; torch.autocast' 2>/dev/null; then
+        if [ "$device" = cpu ] && ! python_can "$python" 'import torch; torch.autocast'; then
             opt_level=O0 # torch before 1.10 has no mixed precision on a CPU
         fi
     fi

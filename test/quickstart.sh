@@ -13,7 +13,7 @@ set_up_python
 output=$repository/test/output/quickstart
 mkdir -p "$output"
 amp=(--amp)
-if ! "$python" -c 'import torch; torch.autocast' 2>/dev/null; then amp=(); fi # torch before 1.10 has none on a CPU
+if ! python_can "$python" 'import torch; torch.autocast'; then amp=(); fi # torch before 1.10 has none on a CPU
 # tee -i: Ctrl-C stops the training, which saves, and not the log.
 "$python" -u "$repository/main.py" "${amp[@]}" -b 64 --epochs 16 --lr 0.05 --warmup-epochs 2 --clip-grad-norm 1 --eval-freq 4 \
     --output-dir "$output" "$@" 2>&1 | tee -i "$output/train.log"

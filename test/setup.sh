@@ -3,9 +3,14 @@
 # shellcheck disable=SC2154
 # Sets `python` to one that runs this project, for quickstart.sh and run_tests.sh. Sourced; fit to be run again.
 
+# Whether `python` runs a line without an error. (torch 2.5 and later would load torch_npu by itself, and fail without CANN.)
+python_can() { # python, line
+    TORCH_DEVICE_BACKEND_AUTOLOAD=0 "$1" -c "$2" 2>/dev/null
+}
+
 # A python whose torch and torchvision work: both load, and torchvision's own operators fit this torch.
 torch_works() { # python
-    "$1" -c 'import torch, torchvision, PIL, numpy; getattr(torchvision, "ops", torchvision); torch.ones(2).sum()' 2>/dev/null
+    python_can "$1" 'import torch, torchvision, PIL, numpy; torch.ones(2).sum()'
 }
 
 # The active python where its torch works (an Ascend or CUDA image: nothing of it is replaced), else .venv and

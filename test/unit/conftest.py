@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+os.environ.setdefault('TORCH_DEVICE_BACKEND_AUTOLOAD', '0')  # as accelerator.py, before any test imports torch
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, REPOSITORY)
 

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What several processes agree on, in two real processes over gloo."""
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from conftest import REPOSITORY
+
+
+def two_processes(code, tmp_path, count=2):
+    """Run `check(world)` of the code in processes of one job; return what each printed."""
+    import processes
+    script = tmp_path / 'check.py'
+    script.write_text('import sys\nimport torch\nimport processes, main\n' + textwrap.dedent(code)
+                      + '\nworld = processes.World("gloo", sys.argv[1])\ncheck(world)\nworld.close()\n')
+    url = 'tcp://127.0.0.1:{}'.format(processes.free_port())
+    children = []
+    for rank in range(count):
+        env = dict(os.environ, PYTHONPATH=REPOSITORY, RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank),
+                   LOCAL_WORLD_SIZE=str(count))
+        children.append(subprocess.Popen([sys.executable, str(script), url], env=env, stdout=subprocess.PIPE,
+                                         stderr=subprocess.PIPE, universal_newlines=True))
+    said = [child.communicate(timeout=120) for child in children]
+    assert [child.returncode for child in children] == [0] * count, said
+    return [out for out, _ in said]
+
+
+def test_a_state_reaches_every_process_unchanged(tmp_path):
+    outputs = two_processes('''
+        def check(world):
+            state = {'a': torch.arange(6.).view(2, 3).t(), 'b': [1, 'x', None, {'c': torch.tensor(7)}], 'empty': torch.zeros(0)}
+            got = world.broadcast(state if world.rank == 0 else None)
+            assert torch.equal(got['a'], state['a']) and got['b'][:3] == [1, 'x', None], got
+            assert int(got['b'][3]['c']) == 7 and got['empty'].numel() == 0
+            assert world.any(world.rank == 1) and not world.any(False)
+            assert world.sum([1, 2.5]) == [2.0, 5.0]
+            print('same')
+    ''', tmp_path)
+    assert outputs == ['same\n', 'same\n']
+
+
+@pytest.mark.parametrize('altered', [False, True])
+def test_replicas_that_differ_by_one_bit_are_noticed_on_both(tmp_path, altered):
+    outputs = two_processes('''
+        def check(world):
+            torch.manual_seed(0)
+            network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(20, 5))
+            if {} and world.rank == 1:
+                with torch.no_grad():
+                    network[1].bias[3] *= 1 + 2 ** -20
+            try:
+                main.check_replicas(world, network)
+                print('alike')
+            except main.Diverged as error:
+                print('apart', 'rank 1 is one' in str(error))
+    '''.format(altered), tmp_path)
+    assert outputs == (['apart False\n', 'apart True\n'] if altered else ['alike\n', 'alike\n'])
+
+
+def test_a_port_in_use_and_a_master_that_is_not_there_are_told_in_time(tmp_path):
+    import socket
+    import time
+    from conftest import run_main
+    with socket.socket() as taken:
+        taken.bind(('127.0.0.1', 0))
+        taken.listen(1)
+        url = 'tcp://127.0.0.1:{}'.format(taken.getsockname()[1])
+        begin = time.monotonic()
+        result = run_main('--arch', 'vgg11', '--world-size', 2, '--rank', 0, '--dist-url', url, '--output-dir', tmp_path)
+        assert result.code == 2 and 'in use' in result.err and url in result.err, result.err
+        assert len(result.err.strip().splitlines()) == 1 and time.monotonic() - begin < 60
