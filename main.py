@@ -699,7 +699,7 @@ def train(run, source, validation_loader):
             if result is None:
                 save(run, final=True)
                 return processes.STOPPED
-            best = result[1] > run.best_acc1
+            best = result[1] >= run.best_acc1
             run.best_acc1 = max(result[1], run.best_acc1)
             run.log.curves()
         run.epoch, run.step_in_epoch, run.counts = run.epoch + 1, 0, Counts(run.accelerator.device)
