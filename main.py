@@ -269,7 +269,7 @@ def build_sources(args):
         training = None if args.evaluate else images.read_cifar10(args.data, training=True)
         validation = images.read_cifar10(args.data, training=False)
     else:
-        training = None if args.evaluate else images.Folder(os.path.join(args.data, 'train'))
+        training = None if args.evaluate else images.Folder(os.path.join(args.data, 'train'), accelerator.antialiased_resize)
         validation = images.Folder(os.path.join(args.data, 'val'))
         if training is not None:
             check_classes(training.classes, validation.classes, 'train/', 'val/')

@@ -79,19 +79,37 @@ def test_validation_pixels_are_torchvisions_bit_for_bit(tmp_path):
             assert np.array_equal(source.validation_picture(index, size), expected), source.path(index)
 
 
-def test_training_crops_are_torchvisions_for_the_same_box(tmp_path):
+@pytest.mark.parametrize('size, tolerance', [((500, 375), 0.3), ((2000, 1500), 1.5)], ids=['whole', 'scaled decode'])
+@pytest.mark.parametrize('fast', [False, True], ids=['Pillow', 'simplejpeg'])
+def test_training_crops_are_torchvisions_for_the_same_box(tmp_path, fast, size, tolerance):
+    """By the mean difference in grey levels of 255."""
+    import accelerator
+    if fast and (images.simplejpeg is None or accelerator.TORCH < (2, 1)):
+        pytest.skip('simplejpeg is not installed, or this torch resizes no uint8')
     folder = tmp_path / 'a'
     folder.mkdir()
-    Image.fromarray(picture(500, 375, 3)).save(str(folder / 'x.jpg'), quality=92)
-    source = images.Folder(str(tmp_path))
+    Image.fromarray(picture(size[0], size[1], 3)).save(str(folder / 'x.jpg'), quality=92)
+    source = images.Folder(str(tmp_path), accelerator.antialiased_resize if fast else None)
     for seed in range(20):
         rng = images.generator(seed, 0, 0)
-        box = images.random_crop_box(500, 375, rng)
+        box = images.random_crop_box(size[0], size[1], rng)
+        assert not fast or source._fast_crop(0, 224, images.generator(seed, 0, 0)) is not None
         expected = np.asarray(Image.open(source.path(0)).convert('RGB').crop(box).resize((224, 224), Image.BILINEAR), int)
         if rng.random_sample() < 0.5:
             expected = expected[:, ::-1]
         ours = source.training_picture(0, 224, images.generator(seed, 0, 0)).astype(int)
-        assert abs(ours - expected).mean() <= 0.3
+        assert abs(ours - expected).mean() <= tolerance
+
+
+@pytest.mark.parametrize('mode, format', [('CMYK', 'JPEG'), ('L', 'JPEG'), ('RGBA', 'PNG'), ('RGB', 'PNG')])
+def test_the_fast_path_leaves_to_pillow_what_it_cannot_read(tmp_path, mode, format):
+    import accelerator
+    (tmp_path / 'a').mkdir()
+    Image.fromarray(picture(300, 200, 3)).convert(mode).save(str(tmp_path / 'a' / 'x.JPEG'), format=format)
+    fast, slow = images.Folder(str(tmp_path), accelerator.antialiased_resize), images.Folder(str(tmp_path))
+    for seed in range(5):
+        pictures = [source.training_picture(0, 64, images.generator(seed, 0, 0)).astype(int) for source in (fast, slow)]
+        assert abs(pictures[0] - pictures[1]).mean() <= 1.5  # of 255: the decode may be scaled
 
 
 def test_crop_boxes_have_torchvisions_distribution():
