@@ -73,18 +73,6 @@ class Writer:
         return error
 
 
-def save(state, path):
-    """Write a state of tensors and plain values to `path`, whole or not at all; the file before is kept.
-
-    Raises OSError; the file that was there is then untouched and the temporary one gone.
-    """
-    writer = Writer()
-    writer.save(state, path)
-    error = writer.wait()
-    if error is not None:
-        raise error
-
-
 def _write(content, path):
     comment = DIGEST_MARK + hashlib.sha256(content).hexdigest().encode()
     temporary = path + '.tmp'

@@ -2,6 +2,9 @@
 import io
 import os
 import pickle
+import shutil
+import subprocess
+import sys
 import tarfile
 from collections import OrderedDict
 
@@ -9,6 +12,15 @@ import pytest
 import torch
 
 import checkpoint
+from conftest import REPOSITORY
+
+
+def save(state, path):
+    writer = checkpoint.Writer()
+    writer.save(state, path)
+    error = writer.wait()
+    if error is not None:
+        raise error
 
 
 def state():
@@ -39,14 +51,14 @@ def assert_same(first, second):
 
 def test_what_is_saved_is_loaded(tmp_path):
     path = str(tmp_path / 'x.pth.tar')
-    checkpoint.save(state(), path)
+    save(state(), path)
     assert_same(checkpoint.load(path), state())
     assert sorted(os.listdir(str(tmp_path))) == ['x.pth.tar']
 
 
 def test_torch_load_reads_it_with_weights_only(tmp_path):
     path = str(tmp_path / 'x.pth.tar')
-    checkpoint.save(state(), path)
+    save(state(), path)
     options = {'weights_only': True} if 'weights_only' in torch.load.__code__.co_varnames else {}
     assert_same(torch.load(path, **options), state())
 
@@ -68,7 +80,7 @@ def test_a_model_state_dict_with_its_metadata_is_read(tmp_path):
 def test_the_file_before_is_kept(tmp_path):
     path = str(tmp_path / 'x.pth.tar')
     for epoch in range(3):
-        checkpoint.save({'epoch': epoch}, path)
+        save({'epoch': epoch}, path)
     assert checkpoint.load(path) == {'epoch': 2}
     assert checkpoint.load(path + '.previous') == {'epoch': 1}
 
@@ -76,7 +88,7 @@ def test_the_file_before_is_kept(tmp_path):
 def test_a_link_is_not_changed_by_the_next_save(tmp_path):
     path, best = str(tmp_path / 'x.pth.tar'), str(tmp_path / 'best.pth.tar')
     for epoch in range(3):
-        checkpoint.save({'epoch': epoch}, path)
+        save({'epoch': epoch}, path)
         if epoch < 2:
             checkpoint.link(path, best)
     assert checkpoint.load(best) == {'epoch': 1}
@@ -86,7 +98,7 @@ def test_a_link_is_not_changed_by_the_next_save(tmp_path):
 def test_every_truncation_is_named(tmp_path, format):
     path = str(tmp_path / 'x')
     if format == 'ours':
-        checkpoint.save(state(), path)
+        save(state(), path)
     else:
         torch.save(state(), path, _use_new_zipfile_serialization=format == 'torch')
     content = open(path, 'rb').read()
@@ -99,7 +111,7 @@ def test_every_truncation_is_named(tmp_path, format):
 
 def test_every_flipped_byte_is_named(tmp_path):
     path = str(tmp_path / 'x')
-    checkpoint.save({'weights': torch.arange(50.)}, path)
+    save({'weights': torch.arange(50.)}, path)
     content = open(path, 'rb').read()
     for position in range(0, len(content), 7):
         damaged = bytearray(content)
@@ -182,14 +194,47 @@ def test_a_tensor_that_reaches_outside_its_storage_is_refused():
 
 def test_a_full_disk_leaves_the_old_file_and_no_temporary(tmp_path, monkeypatch):
     path = str(tmp_path / 'x')
-    checkpoint.save({'epoch': 1}, path)
+    save({'epoch': 1}, path)
 
     def full(descriptor):
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(os, 'fsync', full)
     with pytest.raises(OSError):
-        checkpoint.save({'epoch': 2}, path)
+        save({'epoch': 2}, path)
     monkeypatch.undo()
     assert checkpoint.load(path) == {'epoch': 1}
     assert os.listdir(str(tmp_path)) == ['x']
+
+
+@pytest.mark.skipif(shutil.which('strace') is None, reason='strace is not installed')
+def test_a_kill_at_every_system_call_of_a_save_leaves_a_whole_checkpoint(tmp_path):
+    """A save over an older checkpoint is killed at its first, second, … write, fsync, link and rename, until none is left."""
+    code = '''if True:
+        import sys, torch, checkpoint
+        writer = checkpoint.Writer()
+        writer.save({"epoch": 2, "weights": torch.full((1000,), 2.0)}, sys.argv[1], also=sys.argv[1] + ".best")
+        assert writer.wait() is None
+    '''
+    found = {}  # (system call, how many times until the kill) -> epoch of what was then there
+    for call in ('write', 'fsync', 'link', 'rename'):
+        for kill_at in range(1, 20):
+            folder = tmp_path / '{} {}'.format(call, kill_at)
+            folder.mkdir()
+            path = str(folder / 'x')
+            for epoch in (0, 1):
+                save({'epoch': epoch}, path)
+            checkpoint.link(path, path + '.best')
+            command = ['strace', '-qq', '-f', '-o', '/dev/null', '-e', 'trace=' + call,
+                       '-e', 'inject={}:signal=KILL:when={}'.format(call, kill_at), '-P', str(folder)]
+            for base in (path, path + '.best', path + '.previous'):
+                command += ['-P', base, '-P', base + '.tmp']
+            finished = subprocess.run(command + [sys.executable, '-c', code, path], stderr=subprocess.PIPE,
+                                      env=dict(os.environ, PYTHONPATH=REPOSITORY))
+            found[call, kill_at] = checkpoint.load(path)['epoch']
+            assert checkpoint.load(path + '.best')['epoch'] in (1, 2)
+            assert checkpoint.load(path + '.previous')['epoch'] in (0, 1)
+            if finished.returncode == 0:
+                assert found[call, kill_at] == 2
+                break
+    assert set(found.values()) == {1, 2} and len(found) >= 10, found
