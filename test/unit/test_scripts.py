@@ -34,7 +34,7 @@ open(os.path.join(output, 'model_best.pth.tar'), 'w').write('weights')
 def clone(tmp_path):
     """A copy of the repository under a path with a space."""
     root = tmp_path / 'a clone'
-    shutil.copytree(REPOSITORY, str(root), ignore=shutil.ignore_patterns('.git', '.venv', 'output', '*.tar*', '__pycache__'))
+    shutil.copytree(REPOSITORY, str(root), ignore=shutil.ignore_patterns('.git', '.venv*', 'output', '*.tar*', '__pycache__'))
     return root
 
 
