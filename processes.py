@@ -177,15 +177,16 @@ class Heartbeat:
         patience = datetime.timedelta(seconds=RENDEZVOUS_SECONDS)
         self.store = dist.TCPStore(host, port, world_size, False, patience)
         self.rank, self.world_size = rank, world_size
-        self.answered, self.stopped = time.monotonic(), False
-        for target in (self._beat, self._watch):
-            threading.Thread(target=target, daemon=True).start()
+        self.answered, self.stopped = time.monotonic(), threading.Event()
+        self.threads = [threading.Thread(target=target, daemon=True) for target in (self._beat, self._watch)]
+        for thread in self.threads:
+            thread.start()
 
     def _beat(self):
         seen = {}  # rank -> (count, when it changed)
         try:
             self.store.add('missing', 0)
-            while not self.stopped:
+            while not self.stopped.is_set():
                 self.store.add('beat/{}'.format(self.rank), 1)
                 others = range(1, self.world_size) if self.rank == 0 else [0]
                 for other in others:
@@ -199,22 +200,26 @@ class Heartbeat:
                 if missing:
                     self._end(missing - 1)
                 self.answered = time.monotonic()
-                time.sleep(self.INTERVAL)
+                self.stopped.wait(self.INTERVAL)
         except RuntimeError:  # rank 0 has gone: after a job's end, or before it
-            time.sleep(self.INTERVAL)
+            self.stopped.wait(self.INTERVAL)
             self._end(0)
 
     def _watch(self):
         while time.monotonic() - self.answered < self.PATIENCE + 5 * self.INTERVAL:
-            time.sleep(self.INTERVAL)
+            if self.stopped.wait(self.INTERVAL):
+                return
         self._end(0)
 
     def stop(self):
-        """At the end of a job: who is missing from now on has gone home."""
-        self.stopped = True
+        """At the end of a job: who is missing from now on has gone home. Waits for the threads, since one that is inside
+        the store when Python ends takes the process down with an abort."""
+        self.stopped.set()
+        for thread in self.threads:
+            thread.join(timeout=5)
 
     def _end(self, missing):
-        if self.stopped:
+        if self.stopped.is_set():
             return
         print('main.py: error: rank {} has not answered for {} s; rank {} ends, the last checkpoint is whole'.format(
             missing, self.PATIENCE, self.rank), file=sys.stderr, flush=True)
