@@ -344,6 +344,11 @@ def antialiased_resize(picture, box, size):
     return resized[0].permute(1, 2, 0).numpy()
 
 
+def cores_left(device, processes):
+    """The loader workers that a node has cores for beside its processes; none on a CPU, where training takes every core."""
+    return 0 if device == 'cpu' else max(processes, available_cores() - processes)
+
+
 def available_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 

@@ -234,8 +234,8 @@ def settle_processes(args):
         below = args.batch_size // args.processes * args.processes
         raise WrongUse('--batch-size {} does not divide by {} processes: use {}{}'.format(
             args.batch_size, args.processes, '{} or '.format(below) if below else '', below + args.processes))
-    if args.workers is None:  # on a CPU the training itself takes every core
-        args.workers = 0 if args.device == 'cpu' else max(args.processes, accelerator.available_cores() - args.processes)
+    if args.workers is None:
+        args.workers = accelerator.cores_left(args.device, args.processes)
 
 
 def rendezvous_url(args):
@@ -293,7 +293,7 @@ def check_classes(first, second, first_name, second_name):
                 repr(pair[1]) if pair[1] else 'missing', second_name))
 
 
-def build_loader(source, args, world, *, training, start=(0, 0)):
+def build_loader(source, args, world, device, *, training, start=(0, 0)):
     """A loader of (images (n, S, S, 3) uint8, target (n,) int64) for this process.
 
     Training goes on from `start` (epoch, step) over all epochs without a pause between them; validation is one pass.
@@ -306,7 +306,7 @@ def build_loader(source, args, world, *, training, start=(0, 0)):
             len(source), args.batch_size * args.nodes * args.accum_steps))
     dataset = images.Dataset(source, size=args.image_size, training=training, seed=args.seed)
     return DataLoader(dataset, batch_size=None, sampler=batches, num_workers=-(-args.workers // args.processes),
-                      pin_memory=args.device == 'gpu', worker_init_fn=processes.ignore_stop_signals)
+                      pin_memory=device.pin_memory, worker_init_fn=processes.ignore_stop_signals)
 
 
 class DummyLoader:
@@ -663,7 +663,7 @@ def work(args, world, device, log, stop):
         load_pretrained(network, args.pretrained, classes, world, log)
     run = Run(args, world, device, log, stop, network, classes, make_normalise(source, device), identity,
               epoch=args.start_epoch, counts=Counts(device.device))
-    validation_loader = None if validation is None else build_loader(validation, args, world, training=False)
+    validation_loader = None if validation is None else build_loader(validation, args, world, device, training=False)
     if args.evaluate:
         run.network, _ = device.place(network)
         run.epoch = max(0, int((state or {}).get('epoch', 1)) - 1)  # the last one trained
@@ -685,7 +685,7 @@ def train(run, source, validation_loader):
     args = run.args
     start = run.epoch, run.step_in_epoch
     loader = DummyLoader(args, run.accelerator.device) if source is None \
-        else build_loader(source, args, run.world, training=True, start=start)
+        else build_loader(source, args, run.world, run.accelerator, training=True, start=start)
     batches, steps = iter(loader), loader.sampler.steps_per_epoch
     while run.epoch < args.epochs and not at_last_step(run):
         if run.step_in_epoch < steps and train_one_epoch(run, batches, steps):
