@@ -4,6 +4,7 @@
 Spawned processes and those of torchrun differ only in who sets RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE; all of
 them then make a `World`.
 """
+import contextlib
 import ctypes
 import datetime
 import io
@@ -53,12 +54,14 @@ def spawn(worker, args, user_errors, *, count, first_rank, world_size):
     user_errors: the exceptions that are told in one line and not as a traceback.
     """
     context = multiprocessing.get_context('spawn')
-    reports = context.SimpleQueue()  # (exit code where it is a user's error, text)
-    children = []
+    children, reports = [], []
     for local_rank in range(count):
         environment = {'RANK': str(first_rank + local_rank), 'LOCAL_RANK': str(local_rank),
                        'WORLD_SIZE': str(world_size), 'LOCAL_WORLD_SIZE': str(count)}
-        children.append(context.Process(target=_child, args=(worker, args, user_errors, environment, reports, os.getpid())))
+        # A pipe each: the lock of a shared queue would stay with a process that is killed as it reports.
+        receiver, sender = context.Pipe(duplex=False)
+        children.append(context.Process(target=_child, args=(worker, args, user_errors, environment, sender, os.getpid())))
+        reports.append((receiver, sender))
 
     def pass_on(number, _):
         for child in children:
@@ -67,8 +70,9 @@ def spawn(worker, args, user_errors, *, count, first_rank, world_size):
 
     for number in STOP_SIGNALS:
         signal.signal(number, pass_on)
-    for child in children:
+    for child, (_, sender) in zip(children, reports):
         child.start()
+        sender.close()  # the child's copy is then the last, and its end the end of the pipe
     running, code, deadline, said = list(children), 0, None, []
     while running:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -80,8 +84,10 @@ def spawn(worker, args, user_errors, *, count, first_rank, world_size):
         for child in [child for child in running if child.sentinel in ended]:
             child.join()
             running.remove(child)
-            while not reports.empty():
-                said.append(reports.get())
+            receiver, _ = reports[children.index(child)]
+            with contextlib.suppress(EOFError, OSError):  # it had nothing to say, or was killed as it said it
+                if receiver.poll():
+                    said.append(receiver.recv())
             if child.exitcode not in (0, STOPPED) and deadline is None and code in (0, STOPPED):
                 code = child.exitcode if child.exitcode > 0 else 128 - child.exitcode
                 if child.exitcode < 0:
@@ -97,17 +103,18 @@ def spawn(worker, args, user_errors, *, count, first_rank, world_size):
     return code
 
 
-def _child(worker, args, user_errors, environment, reports, parent):
+def _child(worker, args, user_errors, environment, report, parent):
+    """Sends (exit code where it is a user's error, else None; text) through the pipe `report` where it fails."""
     _die_with(parent)
     os.environ.update(environment)
     try:
         code = worker(args)
     except user_errors as error:
         code = exit_code(error)
-        reports.put((code, 'main.py: error: {}\n'.format(error)))
+        report.send((code, 'main.py: error: {}\n'.format(error)))
     except Exception:
         code = 1
-        reports.put((None, traceback.format_exc()))
+        report.send((None, traceback.format_exc()[-30000:]))  # a pipe holds 64 KiB, and is read after this process's end
     sys.stdout.flush()
     os._exit(code)  # without waiting for threads of a broken process group
 
