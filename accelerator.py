@@ -278,6 +278,16 @@ class Accelerator:
     def to_device(self, tensor):
         return tensor.to(self.device, non_blocking=self.pin_memory)
 
+    def loader_options(self, workers):
+        """What a DataLoader with that many workers is to be told here."""
+        options = {'num_workers': workers, 'pin_memory': self.pin_memory}
+        if workers and sys.platform == 'linux':
+            # Python 3.14 would start workers anew, with all imports and a copy of the index each.
+            options['multiprocessing_context'] = 'fork'
+        if workers and TORCH >= (1, 7):
+            options['persistent_workers'] = True
+        return options
+
     def _build_sgd(self, params, *, lr, momentum, weight_decay):
         """Momentum SGD over a list of parameters, fused into one kernel where this torch and device have that."""
         options = {'lr': lr, 'momentum': momentum, 'weight_decay': weight_decay}
@@ -330,18 +340,17 @@ def _set_npu_options():
         torch.npu.config.allow_internal_format = True  # the chip's own 5-D layout for convolution
 
 
-def antialiased_resize(picture, box, size):
-    """A box (left, top, right, bottom) of a (H, W, 3) uint8 array, resized to (size, size, 3) as Pillow's BILINEAR does it.
-
-    None on torch before 2.1, which resizes no uint8.
-    """
-    if TORCH < (2, 1):
-        return None
+def _antialiased_resize(picture, box, size, flip):
+    """A box (left, top, right, bottom) of a (H, W, 3) uint8 array, resized to (size, size, 3) as Pillow's BILINEAR does it,
+    and mirrored if `flip`."""
     left, top, right, bottom = box
     # (1, 3, h, w), channels last in memory without a copy: the layout that the uint8 kernel is fastest on
     crop = torch.from_numpy(picture)[top:bottom, left:right].permute(2, 0, 1).unsqueeze(0)
-    resized = nn.functional.interpolate(crop, (size, size), mode='bilinear', antialias=True)
-    return resized[0].permute(1, 2, 0).numpy()
+    resized = nn.functional.interpolate(crop, (size, size), mode='bilinear', antialias=True)[0].permute(1, 2, 0)
+    return (resized.flip(1) if flip else resized).numpy()
+
+
+antialiased_resize = _antialiased_resize if TORCH >= (2, 1) else None  # older ones resize no uint8
 
 
 def cores_left(device, processes):

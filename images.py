@@ -2,16 +2,22 @@
 """From files to uint8 batches: a folder of pictures, CIFAR-10, or the embedded digits.
 
 Three sources (`Folder`, and `Arrays` made by `read_cifar10` and `read_digits`) give single pictures; `Dataset` makes
-batches of them; `Batches` says which images those are. Nothing here needs torch.
+batches of them; `Batches` says which images those are; `Index` keeps the files of a folder. Nothing here needs torch.
 
 The order is fixed by (seed, epoch) alone, and the augmentation by (seed, epoch, index of the image), so neither depends
 on the number of processes or workers, and any run can be continued in the middle of an epoch.
 """
+import contextlib
 import hashlib
+import io
+import json
 import math
 import os
 import pickle
+import tempfile
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from PIL import Image
@@ -21,6 +27,7 @@ try:
 except ImportError:
     simplejpeg = None
 
+INDEX_FORMAT = 1  # a part of the name of a cached index: raise it where _scan finds other files, or the layout changes
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')  # torchvision's ImageFolder
 MAX_PIXELS = 178956970  # where Pillow, too, speaks of a decompression bomb
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -44,9 +51,10 @@ def permutation(seed, epoch, count):
     return np.random.RandomState([seed, epoch]).permutation(count)
 
 
-def generator(seed, epoch, index):
-    """The random numbers of one image in one epoch; 5 µs."""
-    return np.random.RandomState([seed, epoch, index])
+def reseed(rng, seed, epoch, index):
+    """Turn a RandomState to the numbers of one image in one epoch: 7 µs, where making a new one takes 75."""
+    rng.seed([seed, epoch, index])
+    return rng
 
 
 class Batches:
@@ -84,6 +92,7 @@ class Dataset:
 
     def __init__(self, source, *, size, training, seed=0):
         self.source, self.size, self.training, self.seed = source, size, training, seed
+        self.rng = np.random.RandomState()
 
     def __getitem__(self, request):
         epoch, indices = request
@@ -91,12 +100,12 @@ class Dataset:
         try:
             for image, index in zip(images, indices):
                 if self.training:
-                    image[...] = self.source.training_picture(index, self.size, generator(self.seed, epoch, index))
+                    image[...] = self.source.training_picture(index, self.size, reseed(self.rng, self.seed, epoch, index))
                 else:
                     image[...] = self.source.validation_picture(index, self.size)
         except BadImage as error:
             return error
-        return images, self.source.labels[indices]
+        return images, np.asarray(self.source.labels[indices])
 
 
 # --- a folder of pictures ---------------------------------------------------------------------------------------------
@@ -104,8 +113,8 @@ class Dataset:
 class Folder:
     """ROOT/class/**/picture, read as torchvision's ImageFolder reads it: the same classes, files and order.
 
-    The paths are one byte string and offsets into it: a list of 1.28 million str would be 150 MB, and loader workers
-    would copy it page by page as reference counts change.
+    resize(picture (H, W, 3), box, size, flip): how a decoded JPEG is cropped, resized and mirrored without Pillow, or None.
+    check: None, or what leaves unreadable pictures out; see `Index.open`.
 
     Raises BadData for a missing folder, none or an empty class.
     """
@@ -113,73 +122,64 @@ class Folder:
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, in [0, 1]
     default_size = 224
 
-    def __init__(self, root, resize=None):
-        """resize(array (H, W, 3), box, size): how a decoded JPEG is cropped and resized without Pillow; may return None."""
-        self.root, self.resize = os.fsencode(root), resize
-        try:
-            self._index(root)
-        except OSError as error:
-            raise BadData('{}: {}'.format(error.filename or root, error.strerror))
-
-    def _index(self, root):
-        self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-        if not self.classes:
-            raise BadData('{}: no classes in it (one folder each is expected)'.format(root))
-        names, labels = [], []
-        for label, name in enumerate(self.classes):
-            pictures = _walk(self.root, os.fsencode(name))
-            if not pictures:
-                raise BadData('{}: no pictures in it ({})'.format(os.path.join(root, name), ' '.join(EXTENSIONS)))
-            names += pictures
-            labels += [label] * len(pictures)
-        self.labels = np.array(labels, np.int64)
-        self._offsets = np.cumsum([0] + [len(name) for name in names])
-        self._names = b''.join(names)
-        digest = hashlib.sha256(self._names)
-        digest.update(self._offsets.tobytes() + self.labels.tobytes())
-        self.fingerprint = digest.hexdigest()
+    def __init__(self, root, resize=None, check=None):
+        self.resize = resize if simplejpeg is not None else None
+        self.index = Index.open(root, check)
+        self.classes, self.labels, self.fingerprint = self.index.classes, self.index.labels, self.index.fingerprint
+        self.bad = [(shown(os.path.join(root, name)), reason) for name, reason in self.index.bad]
+        self._buffer = bytearray()  # of decoded pixels: new memory for each would cost a page fault every 4 KiB
 
     def __len__(self):
         return len(self.labels)
 
     def path(self, index):
-        name = self._names[self._offsets[index]:self._offsets[index + 1]]
-        return os.fsdecode(os.path.join(self.root, name))
+        return self.index.path(index)
 
     def training_picture(self, index, size, rng):
-        """(size, size, 3) uint8: random resized crop (Szegedy et al., arXiv:1409.4842), flipped half the time."""
-        state = rng.get_state()
-        picture = self._fast_crop(index, size, rng)
-        if picture is None:
-            rng.set_state(state)
-            image = self._open(index)
-            box = random_crop_box(image.width, image.height, rng)
-            picture = np.asarray(image.resize((size, size), BILINEAR, box=box))
-        return picture[:, ::-1] if rng.random_sample() < 0.5 else picture
-
-    def _fast_crop(self, index, size, rng):
-        """A random resized crop by simplejpeg and `resize`; None where either is missing or refuses the file."""
-        if simplejpeg is None or self.resize is None:
-            return None
-        try:
-            with open(self.path(index), 'rb') as file:
+        """(size, size, 3) uint8: random resized crop (Szegedy et al., arXiv:1409.4842), mirrored half the time."""
+        with self._named(index) as path:
+            with open(path, 'rb') as file:
                 content = file.read()
-            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(content)
-            if colorspace not in ('YCbCr', 'Gray') or width * height > MAX_PIXELS:
-                return None
-            box = random_crop_box(width, height, rng)
-            # Decode at 1/2, 1/4 or 1/8 where the crop is at least twice the output.
+            image, shape = None, self.resize and _jpeg_shape(content)
+            if not shape:
+                image = open_picture(io.BytesIO(content))
+                shape = image.size
+            box, flip = random_crop_box(shape[0], shape[1], rng), rng.random_sample() < 0.5
+            # JPEGs are decoded at 1/2, 1/4 or 1/8 where the crop is at least twice the output.
             shrink = 1
             while shrink < 8 and min(box[2] - box[0], box[3] - box[1]) >= 2 * shrink * size:
                 shrink *= 2
-            picture = simplejpeg.decode_jpeg(content, 'RGB', min_height=-(-height // shrink), min_width=-(-width // shrink))
-            return self.resize(picture, [int(round(edge / shrink)) for edge in box], size)
-        except (OSError, ValueError, MemoryError):
-            return None  # Pillow reads more kinds of file, and names what is wrong
+            if image is None:
+                try:
+                    picture = self._decode(content, shape, box[3], shrink)
+                    return self.resize(picture, [int(round(edge / shrink)) for edge in box], size, flip)
+                except ValueError:  # Pillow reads more kinds of file, and says what is wrong
+                    image = open_picture(io.BytesIO(content))
+            if shrink > 1:
+                image.draft(None, (shape[0] // shrink, shape[1] // shrink))  # another format than JPEG ignores it
+            across, down = image.width / shape[0], image.height / shape[1]
+            picture = np.asarray(to_rgb(image).resize(
+                (size, size), BILINEAR, box=(box[0] * across, box[1] * down, box[2] * across, box[3] * down)))
+            return picture[:, ::-1] if flip else picture
+
+    def _decode(self, content, shape, bottom, shrink):
+        """The rows of a JPEG down to `bottom` at least, as an array that the next call overwrites. Raises ValueError."""
+        width, height = shape
+        shorter = _shorten(content, bottom, height)
+        if shorter is not None:
+            content, height = shorter
+        least = -(-height // shrink), -(-width // shrink)
+        # libjpeg may round a size up
+        if len(self._buffer) < 3 * (least[0] + 1) * (least[1] + 1):
+            self._buffer = bytearray(3 * (least[0] + 1) * (least[1] + 1))
+        # A shortened file ends in rows that nobody asked for: no error then.
+        return simplejpeg.decode_jpeg(content, 'RGB', min_height=least[0], min_width=least[1], buffer=self._buffer,
+                                      strict=shorter is None)
 
     def validation_picture(self, index, size):
         """(size, size, 3) uint8: torchvision's Resize(round(size·256/224)) and CenterCrop(size), bit for bit."""
-        image = self._open(index)
+        with self._named(index) as path:
+            image = read_rgb(path)
         short = round(size * 256 / 224)
         width, height = image.size
         if width <= height:
@@ -191,19 +191,191 @@ class Folder:
         left, top = int(round((scaled[0] - size) / 2.0)), int(round((scaled[1] - size) / 2.0))
         return np.asarray(image.crop((left, top, left + size, top + size)))
 
-    def _open(self, index):
+    @contextlib.contextmanager
+    def _named(self, index):
+        """The path of a picture, within which whatever its reader raises becomes a BadImage that names it."""
         path = self.path(index)
         try:
-            return read_rgb(path)
+            yield path
         except Exception as error:  # Pillow's readers raise nearly anything on a damaged file
-            reason = str(error).partition('<')[0].replace('\n', ' ').strip() or type(error).__name__
-            raise BadImage('{}: cannot be read as a picture ({})'.format(path, reason))
+            raise BadImage('{}: cannot be read as a picture ({}); --bad-images skip leaves such files out'.format(
+                shown(path), reason_of(error)))
 
 
-def _walk(root, name):
+def shown(path):
+    """A path as one line of valid text."""
+    return os.fsencode(path).decode('utf-8', 'backslashreplace').replace('\n', '\\n')
+
+
+def reason_of(error):
+    return getattr(error, 'strerror', None) or str(error).partition('<')[0].replace('\n', ' ').strip() or type(error).__name__
+
+
+def _jpeg_shape(content):
+    """(width, height) of a JPEG that simplejpeg can give in RGB, else None."""
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(content)
+    except ValueError:
+        return None
+    return (width, height) if colorspace in ('YCbCr', 'Gray') and width * height <= MAX_PIXELS else None
+
+
+def _shorten(content, bottom, height):
+    """(content, height) of the same JPEG that ends below row `bottom`, or None: its rows above are the same bit for bit.
+
+    The height in the frame header (ITU T.81, B.2.2) is lowered, and the decoder stops there: a seventh of the work, for
+    random crops. Only in a baseline file, whose rows follow each other, and a complete one: damage is left to be found.
+    """
+    lowered = -(-bottom // 16) * 16 + 16  # whole blocks, and the row of blocks that smooths into the last one's colours
+    if lowered >= height or content[-2:] != b'\xff\xd9':
+        return None
+    position = 2
+    while position + 9 < len(content) and content[position] == 0xff:
+        marker, length = content[position + 1], content[position + 2] << 8 | content[position + 3]
+        if marker == 0xc0:
+            return content[:position + 5] + bytes([lowered >> 8, lowered & 255]) + content[position + 7:], lowered
+        if 0xc1 <= marker <= 0xcf and marker not in (0xc4, 0xcc) or marker == 0xda:  # another frame, or no frame
+            return None
+        position += 2 + length
+    return None
+
+
+class Index:
+    """The pictures of a folder, their classes and labels, in three arrays that are read from a file as they are needed.
+
+    A list of ImageNet's 1.28 million paths would be 150 MB in every process, and loader workers would copy it page by
+    page as reference counts change. The file is in the user's cache folder, and so a later start need not scan again.
+
+    classes: names. labels: (N,) int64. fingerprint: of names and labels. bad: [name, reason] of the pictures left out.
+    """
+
+    def __init__(self, root, header, offsets, labels, names):
+        self.root, self.labels, self._offsets, self._names = os.fsencode(root), labels, offsets, names
+        self.classes, self.fingerprint, self.bad = header['classes'], header['fingerprint'], header['bad']
+
+    def path(self, index):
+        name = self._names[self._offsets[index]:self._offsets[index + 1]].tobytes()
+        return os.fsdecode(os.path.join(self.root, name))
+
+    @classmethod
+    def open(cls, root, check=None):
+        """The index of a folder: the cached one where its folders have not changed since, else by a scan.
+
+        check(verdicts, count), where given, passes on an iterator that reads each picture of a new index once, with a
+        progress bar, say; the unreadable ones are left out. Raises BadData.
+        """
+        path = _cache_path(root, checked=check is not None)
+        index = cls._load(path, root)
+        if index is None:
+            begin = time.time()
+            try:
+                folders, classes, names, labels = _scan(root)
+            except OSError as error:
+                raise BadData('{}: {}'.format(shown(error.filename or root), error.strerror))
+            bad = _unreadable(root, names, check) if check is not None else {}
+            parts = cls._build(root, folders, classes, names, labels, bad, begin)
+            del names, labels
+            index = cls(root, *parts)
+            with contextlib.suppress(OSError):  # no place to keep it: the next start scans again
+                _write_index(path, *parts)
+                index = cls._load(path, root) or index
+        return index
+
+    @staticmethod
+    def _build(root, folders, classes, names, labels, bad, begin):
+        """(header, offsets, labels, names) of the pictures that are not `bad` {position: reason}."""
+        names_of_bad = [[os.fsdecode(names[position]), bad[position]] for position in bad]
+        # A bad file that is mended keeps its folder's time of change, and so its own is kept beside it.
+        stamps = [_stamp(os.path.join(os.fsencode(root), names[position])) for position in bad]
+        if bad:
+            names, labels = zip(*[pair for position, pair in enumerate(zip(names, labels)) if position not in bad]) \
+                if len(bad) < len(names) else ((), ())
+        labels = np.array(labels, np.int64)
+        for label in np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0):
+            raise BadData('{}: {} in it ({})'.format(
+                shown(os.path.join(root, classes[label])), 'no readable picture' if bad else 'no pictures', ' '.join(EXTENSIONS)))
+        offsets = np.cumsum([0] + [len(name) for name in names], dtype=np.int64)
+        joined = np.frombuffer(b''.join(names), np.uint8)
+        digest = hashlib.sha256(joined.tobytes() + offsets.tobytes() + labels.tobytes()).hexdigest()
+        header = {'root': os.path.realpath(root), 'scanned': begin, 'folders': folders, 'classes': classes, 'bad': names_of_bad,
+                  'stamps': stamps, 'fingerprint': digest, 'count': len(labels), 'bytes': len(joined)}
+        return header, offsets, labels, joined
+
+    @classmethod
+    def _load(cls, path, root):
+        """The index in a file, or None where there is none that holds."""
+        try:
+            with open(path, 'rb') as file:
+                line = file.readline()
+            header = json.loads(line.decode())
+            # A folder that changed within two seconds of the scan may have changed again without another time of change.
+            if header['root'] != os.path.realpath(root) or any(
+                    _stamp(os.path.join(os.fsencode(root), os.fsencode(name)))[0] != changed or changed > (header['scanned'] - 2) * 1e9
+                    for name, changed in header['folders']):
+                return None
+            if any(_stamp(os.path.join(os.fsencode(root), os.fsencode(name))) != stamp
+                   for (name, _), stamp in zip(header['bad'], header['stamps'])):
+                return None
+            content = np.memmap(path, np.uint8, 'r')[len(line):]
+            if len(content) != 16 * header['count'] + 8 + header['bytes']:
+                return None
+            offsets, labels, names = np.split(content, [header['count'] * 8 + 8, header['count'] * 16 + 8])
+        except (OSError, ValueError, KeyError):
+            return None
+        return cls(root, header, offsets.view(np.int64), labels.view(np.int64), names)
+
+
+def _cache_path(root, checked):
+    """The file that keeps the index of a folder, in the user's cache folder and never among the data."""
+    folder = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
+    name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:24]
+    return os.path.join(folder, 'vgg16', '{}{}.index{}'.format(name, '-checked' if checked else '', INDEX_FORMAT))
+
+
+def _write_index(path, header, offsets, labels, names):
+    """One line of JSON, padded to a multiple of 8 bytes, and the arrays."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    line = json.dumps(header).encode()
+    line += b' ' * (-(len(line) + 1) % 8) + b'\n'
+    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path))
+    try:
+        with os.fdopen(handle, 'wb') as file:
+            for part in (line, offsets, labels, names):
+                file.write(part)
+        os.replace(temporary, path)
+    except BaseException:
+        os.remove(temporary)
+        raise
+
+
+def _stamp(path):
+    """[time of change in ns, size], or [0, 0] where there is nothing."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return [0, 0]
+    return [status.st_mtime_ns, status.st_size]
+
+
+def _scan(root):
+    """Walk a folder. Returns ([[folder, time of change in ns]], classes, names relative to root as bytes, labels)."""
+    folders = [['', _stamp(root)[0]]]
+    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    if not classes:
+        raise BadData('{}: no classes in it (one folder each is expected)'.format(shown(root)))
+    names, labels = [], []
+    for label, name in enumerate(classes):
+        pictures = _walk(os.fsencode(root), os.fsencode(name), folders)
+        names += pictures
+        labels += [label] * len(pictures)
+    return folders, classes, names, labels
+
+
+def _walk(root, name, folders):
     """The pictures below root/name as paths relative to root, in the order of sorted(os.walk) and sorted names.
 
-    Links are followed, as torchvision does, but into each folder once, so that a loop of links ends.
+    Links are followed, as torchvision does, but into each folder once, so that a loop of links ends. Notes each folder and
+    its time of change in `folders`.
     """
     found, todo, seen = [], [name], set()
     while todo:
@@ -212,6 +384,7 @@ def _walk(root, name):
         if (status.st_dev, status.st_ino) in seen:
             continue
         seen.add((status.st_dev, status.st_ino))
+        folders.append([os.fsdecode(folder), status.st_mtime_ns])
         pictures = []
         for entry in sorted(os.scandir(os.path.join(root, folder)), key=lambda entry: entry.name):
             if entry.is_dir():
@@ -222,18 +395,45 @@ def _walk(root, name):
     return [picture for _, pictures in sorted(found) for picture in pictures]
 
 
-def read_rgb(path):
-    """A file as an RGB Pillow image, converted as torchvision's loader does; 16 bits become 8 by their upper byte.
+def _unreadable(root, names, check):
+    """Read each picture once, in a thread for each core. Returns {position: reason} of those that cannot be read."""
+    def read(first):
+        reasons = []
+        for name in names[first:first + 64]:
+            try:
+                read_rgb(os.path.join(os.fsencode(root), name))
+                reasons.append(None)
+            except Exception as error:  # Pillow's readers raise nearly anything on a damaged file
+                reasons.append(reason_of(error))
+        return reasons
 
-    Raises whatever Pillow raises, and ValueError for a header that claims more than MAX_PIXELS, before decoding.
-    """
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes without Python's lock
+        verdicts = (reason for reasons in threads.map(read, range(0, len(names), 64)) for reason in reasons)
+        return {position: reason for position, reason in enumerate(check(verdicts, len(names))) if reason is not None}
+
+
+def read_rgb(path):
+    """A file as an RGB Pillow image; see `open_picture` and `to_rgb`."""
     with open(path, 'rb') as file:
-        image = Image.open(file)
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError('its header claims {} × {} pixels'.format(image.width, image.height))
-        if image.mode.startswith('I'):  # Pillow would clip at 255
-            return Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8)).convert('RGB')
-        return image.convert('RGB')
+        return to_rgb(open_picture(file))
+
+
+def open_picture(file):
+    """A Pillow image that is not decoded yet.
+
+    Raises whatever Pillow raises, and ValueError for a header that claims more than MAX_PIXELS.
+    """
+    image = Image.open(file)
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError('its header claims {} × {} pixels'.format(image.width, image.height))
+    return image
+
+
+def to_rgb(image):
+    """Converted as torchvision's loader does; 16 bits become 8 by their upper byte. Raises whatever Pillow raises."""
+    if image.mode.startswith('I'):  # Pillow would clip at 255
+        return Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8)).convert('RGB')
+    return image.convert('RGB')
 
 
 def random_crop_box(width, height, rng, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
@@ -259,6 +459,7 @@ class Arrays:
     """Pictures held as one array. images: (N, 32, 32, 3) uint8; labels: N numbers; flip: mirror half of them."""
 
     default_size = 32
+    bad = ()
 
     def __init__(self, images, labels, classes, *, mean, std, flip):
         self.images, self.labels, self.classes = images, np.asarray(labels, np.int64), list(classes)

@@ -109,6 +109,9 @@ def parse_args(argv=None):
                       help='loader workers of this node, shared out over its processes (default: the cores left)')
     data.add_argument('--image-size', type=number(int, 32), metavar='S',
                       help='pixels a side (default: 224, CIFAR-10 and digits 32)')
+    data.add_argument('--bad-images', default='error', choices=['error', 'skip'],
+                      help='pictures that cannot be read: stop at the first, or check all once ahead and leave them out '
+                           '(default: %(default)s)')
     data.add_argument('--dummy', type=number(int, 1), nargs='?', const=1281167, metavar='N',
                       help='N synthetic images made on the device, for measuring (default N: %(const)s)')
 
@@ -258,29 +261,45 @@ def rendezvous_url(args):
 
 # --- data -------------------------------------------------------------------------------------------------------------
 
-def build_sources(args):
-    """(training, validation) sources of single pictures; no training source for --evaluate.
+def build_sources(args, world, log):
+    """(training, validation) sources of single pictures; no training source for --evaluate or --dummy.
 
-    Raises images.BadData, and WrongUse where the classes of the two differ.
+    The first process of a node is the first to build them: it scans a folder, and the others find its index. Raises
+    images.BadData, and WrongUse where the classes of the two differ or the processes see other files.
     """
+    if world.local_rank != 0:
+        world.barrier()
+    try:
+        training, validation = open_sources(args, log)
+    finally:
+        if world.local_rank == 0:
+            world.barrier()
+    own = [source.fingerprint for source in (training, validation) if source is not None]
+    if world.any(own != world.broadcast(own)):
+        raise WrongUse('the processes do not see the same data: every node needs the same files under --data')
+    return training, validation
+
+
+def open_sources(args, log):
+    if args.dummy:
+        return None, None
     if args.data is None:
         training, validation = images.read_digits(training=True), images.read_digits(training=False)
     elif images.find_cifar10(args.data):
         training = None if args.evaluate else images.read_cifar10(args.data, training=True)
         validation = images.read_cifar10(args.data, training=False)
     else:
-        training = None if args.evaluate else images.Folder(os.path.join(args.data, 'train'), accelerator.antialiased_resize)
-        validation = images.Folder(os.path.join(args.data, 'val'))
+        def check(verdicts, count):
+            log.line('=> checking {:,} pictures, once'.format(count))
+            return log.track(verdicts, count, 'Checking')
+
+        check = check if args.bad_images == 'skip' else None
+        training = None if args.evaluate else images.Folder(os.path.join(args.data, 'train'), accelerator.antialiased_resize,
+                                                            check=check)
+        validation = images.Folder(os.path.join(args.data, 'val'), check=check)
         if training is not None:
             check_classes(training.classes, validation.classes, 'train/', 'val/')
     return training, validation
-
-
-def check_same_data(world, *sources):
-    """Raise WrongUse where a process sees other files than rank 0 does: their batches would not belong together."""
-    own = [source.fingerprint for source in sources if source is not None]
-    if world.any(own != world.broadcast(own)):
-        raise WrongUse('the processes do not see the same data: every node needs the same files under --data')
 
 
 def check_classes(first, second, first_name, second_name):
@@ -305,8 +324,8 @@ def build_loader(source, args, world, device, *, training, start=(0, 0)):
         raise WrongUse('{} images are fewer than the {} of one step: use a smaller --batch-size'.format(
             len(source), args.batch_size * args.nodes * args.accum_steps))
     dataset = images.Dataset(source, size=args.image_size, training=training, seed=args.seed)
-    return DataLoader(dataset, batch_size=None, sampler=batches, num_workers=-(-args.workers // args.processes),
-                      pin_memory=device.pin_memory, worker_init_fn=processes.ignore_stop_signals)
+    return DataLoader(dataset, batch_size=None, sampler=batches, worker_init_fn=processes.ignore_stop_signals,
+                      **device.loader_options(-(-args.workers // args.processes)))
 
 
 class DummyLoader:
@@ -644,8 +663,7 @@ def main_worker(args):
 
 def work(args, world, device, log, stop):
     """Build everything, then train and validate, or only validate. Returns the exit code."""
-    training, validation = (None, None) if args.dummy else build_sources(args)
-    check_same_data(world, training, validation)
+    training, validation = build_sources(args, world, log)
     source = images.Folder if args.dummy else validation  # of the normalisation and the default size
     classes = [str(number) for number in range(1000)] if args.dummy else source.classes
     args.image_size = args.image_size or source.default_size
@@ -716,6 +734,13 @@ def say_start(args, world, device, log, training, validation):
     log.line('=> images: {}, {}, {} pixels a side'.format(
         'synthetic' if args.dummy else args.data or 'the embedded digits (no --data given)', ', '.join(counts) or args.dummy,
         args.image_size))
+    bad = [picture for source in (training, validation) if source is not None for picture in source.bad]
+    if bad:
+        path = os.path.join(args.output_dir, 'bad_images.txt')
+        log.line('=> {:,} pictures cannot be read and are left out; {} names them'.format(len(bad), path))
+        if world.rank == 0:
+            with open(path, 'w', encoding='utf-8') as file:
+                file.writelines('{}\t{}\n'.format(*picture) for picture in bad)
     if world.rank == 0 and not args.evaluate:
         record = {'flags': vars(args), 'torch': torch.__version__, 'python': platform.python_version(),
                   'device': device.name(), 'processes': world.world_size, 'commit': git_commit()}

@@ -171,6 +171,13 @@ class Log:
         if self.bar is not None:
             self.bar.update()
 
+    def track(self, items, total, label):
+        """Pass on an iterator of `total` items with a progress bar."""
+        with self.progress(total, 0, label):
+            for item in items:
+                self.tick()
+                yield item
+
     def event(self, event, **fields):
         """One line of metrics.jsonl: event is start, train, epoch, validate, checkpoint, stop or done."""
         if not self.writes:

@@ -67,6 +67,12 @@ def make_folder(root, classes=3, train=8, val=5, size=(96, 72)):
     return str(root)
 
 
+@pytest.fixture(scope='session', autouse=True)
+def cache(tmp_path_factory):
+    """Indexes of the tests' folders go to a cache folder of their own."""
+    os.environ['XDG_CACHE_HOME'] = str(tmp_path_factory.mktemp('cache'))
+
+
 @pytest.fixture(scope='session')
 def folder(tmp_path_factory):
     """A folder of JPEGs, its name with a space: 3 classes, 24 to train on, 15 to validate on."""

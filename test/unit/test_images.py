@@ -11,6 +11,10 @@ import images
 from conftest import make_folder, picture
 
 
+def generator(seed, epoch, index):
+    return images.reseed(np.random.RandomState(), seed, epoch, index)
+
+
 def write_cifar10(root, binary, count=40):
     """A folder in CIFAR-10's own format, of `count` pictures a file."""
     os.makedirs(str(root), exist_ok=True)
@@ -84,21 +88,96 @@ def test_validation_pixels_are_torchvisions_bit_for_bit(tmp_path):
 def test_training_crops_are_torchvisions_for_the_same_box(tmp_path, fast, size, tolerance):
     """By the mean difference in grey levels of 255."""
     import accelerator
-    if fast and (images.simplejpeg is None or accelerator.TORCH < (2, 1)):
+    if fast and (images.simplejpeg is None or accelerator.antialiased_resize is None):
         pytest.skip('simplejpeg is not installed, or this torch resizes no uint8')
     folder = tmp_path / 'a'
     folder.mkdir()
     Image.fromarray(picture(size[0], size[1], 3)).save(str(folder / 'x.jpg'), quality=92)
     source = images.Folder(str(tmp_path), accelerator.antialiased_resize if fast else None)
     for seed in range(20):
-        rng = images.generator(seed, 0, 0)
+        rng = generator(seed, 0, 0)
         box = images.random_crop_box(size[0], size[1], rng)
-        assert not fast or source._fast_crop(0, 224, images.generator(seed, 0, 0)) is not None
         expected = np.asarray(Image.open(source.path(0)).convert('RGB').crop(box).resize((224, 224), Image.BILINEAR), int)
         if rng.random_sample() < 0.5:
             expected = expected[:, ::-1]
-        ours = source.training_picture(0, 224, images.generator(seed, 0, 0)).astype(int)
+        ours = source.training_picture(0, 224, generator(seed, 0, 0)).astype(int)
         assert abs(ours - expected).mean() <= tolerance
+
+
+@pytest.mark.parametrize('options', [{}, {'subsampling': 0}, {'subsampling': 1}, {'progressive': True}, {'restart_marker_rows': 3}],
+                         ids=['4:2:0', '4:4:4', '4:2:2', 'progressive', 'restart markers'])
+def test_a_jpeg_decoded_down_to_the_crop_has_the_pixels_of_the_whole(tmp_path, monkeypatch, options):
+    import accelerator
+    if images.simplejpeg is None or accelerator.antialiased_resize is None:
+        pytest.skip('simplejpeg is not installed, or this torch resizes no uint8')
+    (tmp_path / 'a').mkdir()
+    Image.fromarray(picture(701, 501, 3)).save(str(tmp_path / 'a' / 'x.jpg'), quality=92, **options)
+    source = images.Folder(str(tmp_path), accelerator.antialiased_resize)
+
+    def crops():
+        return [source.training_picture(0, size, generator(seed, 0, 0)).copy() for seed in range(40) for size in (64, 224)]
+
+    shortened, calls = crops(), []
+    monkeypatch.setattr(images, '_shorten', lambda *words: calls.append(words))
+    whole = crops()
+    assert len(calls) == 80 and all(np.array_equal(one, other) for one, other in zip(shortened, whole))
+
+
+@pytest.mark.parametrize('fast', [False, True], ids=['Pillow', 'simplejpeg'])
+def test_a_picture_cut_off_anywhere_is_named(tmp_path, fast):
+    import accelerator
+    content = io.BytesIO()
+    Image.fromarray(picture(300, 200, 3)).save(content, format='JPEG', quality=90)
+    content = content.getvalue()
+    (tmp_path / 'a').mkdir()
+    path = tmp_path / 'a' / 'x.jpg'
+    path.write_bytes(content)
+    source = images.Folder(str(tmp_path), accelerator.antialiased_resize if fast else None)
+    for hundredth in range(100):
+        path.write_bytes(content[:len(content) * hundredth // 100])
+        for read in (lambda: source.training_picture(0, 64, generator(hundredth, 0, 0)), lambda: source.validation_picture(0, 64)):
+            with pytest.raises(images.BadImage, match='x.jpg'):
+                read()
+
+
+def settle(root):
+    """Let every folder have changed an hour ago: the index of one that has just changed is not trusted."""
+    for folder, _, _ in os.walk(str(root)):
+        os.utime(folder, (1e9, os.stat(folder).st_mtime - 3600))
+
+
+def test_a_second_start_reads_the_index_and_sees_every_change(tmp_path, monkeypatch):
+    root = tmp_path / '图 片'
+    for name in ('a/1.jpg', 'a/deep/2.jpg', 'b/3.jpg'):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture(20, 20, 1)).save(str(root / name))
+    settle(root)
+    scans, scan = [], images._scan
+    monkeypatch.setattr(images, '_scan', lambda root: scans.append(root) or scan(root))
+
+    def files():
+        source = images.Folder(str(root))
+        return [os.path.relpath(source.path(i), str(root)) for i in range(len(source))], list(source.labels), source.fingerprint
+
+    first = files()
+    assert files() == first and first[0] == ['a/1.jpg', 'a/deep/2.jpg', 'b/3.jpg'] and len(scans) == 1
+    (root / 'a' / 'deep' / '4.jpg').write_bytes((root / 'b' / '3.jpg').read_bytes())
+    assert files()[0] == ['a/1.jpg', 'a/deep/2.jpg', 'a/deep/4.jpg', 'b/3.jpg'] and len(scans) == 2
+    settle(root)
+    files()
+    (root / 'b').rename(root / 'c')
+    assert files()[0][-1] == 'c/3.jpg'
+    settle(root)
+    before = files()
+    for name in os.listdir(os.path.join(os.environ['XDG_CACHE_HOME'], 'vgg16')):  # cut short: a new scan, not an error
+        path = os.path.join(os.environ['XDG_CACHE_HOME'], 'vgg16', name)
+        os.truncate(path, os.path.getsize(path) - 5)
+    assert files() == before
+
+
+def test_without_a_place_for_the_index_everything_works(tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', '/proc/nowhere')
+    assert len(images.Folder(os.path.join(make_folder(tmp_path, classes=2), 'val'))) == 10
 
 
 @pytest.mark.parametrize('mode, format', [('CMYK', 'JPEG'), ('L', 'JPEG'), ('RGBA', 'PNG'), ('RGB', 'PNG')])
@@ -108,12 +187,12 @@ def test_the_fast_path_leaves_to_pillow_what_it_cannot_read(tmp_path, mode, form
     Image.fromarray(picture(300, 200, 3)).convert(mode).save(str(tmp_path / 'a' / 'x.JPEG'), format=format)
     fast, slow = images.Folder(str(tmp_path), accelerator.antialiased_resize), images.Folder(str(tmp_path))
     for seed in range(5):
-        pictures = [source.training_picture(0, 64, images.generator(seed, 0, 0)).astype(int) for source in (fast, slow)]
+        pictures = [source.training_picture(0, 64, generator(seed, 0, 0)).astype(int) for source in (fast, slow)]
         assert abs(pictures[0] - pictures[1]).mean() <= 1.5  # of 255: the decode may be scaled
 
 
 def test_crop_boxes_have_torchvisions_distribution():
-    boxes = np.array([images.random_crop_box(500, 375, images.generator(0, 0, index)) for index in range(4000)])
+    boxes = np.array([images.random_crop_box(500, 375, generator(0, 0, index)) for index in range(4000)])
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     assert boxes.min() >= 0 and boxes[:, 2].max() <= 500 and boxes[:, 3].max() <= 375
     area = width * height / (500 * 375)

@@ -14,7 +14,7 @@ import torch
 
 import checkpoint
 import main
-from conftest import REPOSITORY, events, run, run_main
+from conftest import REPOSITORY, events, make_folder, run, run_main
 from test_images import write_cifar10
 
 SMALL = ['--arch', 'vgg11', '--image-size', '32', '--lr', '0.01']
@@ -340,3 +340,50 @@ def test_help_is_quick_and_complete():
             --multiprocessing-distributed --device-list --arch --image-size --pretrained --amp-dtype --output-dir
             --warmup-epochs --clip-grad-norm --dummy --deterministic'''.split():
         assert re.search(r'(^|[\s\[,]){}[\s,\]]'.format(re.escape(flag)), result.out), flag
+
+
+# --- pictures that cannot be read -------------------------------------------------------------------------------------
+
+def spoil(folder):
+    """Put one of each kind of bad file into the training folder, and one into the validation folder. Returns their names."""
+    good = os.path.join(folder, 'train', 'class 0', '图 000.JPEG')
+    with open(good, 'rb') as file:
+        content = file.read()
+    huge = content.replace(content[content.index(b'\xff\xc0'):][:9], b'\xff\xc0\x00\x11\x08\xff\xff\xff\xff')
+    bad = {'train/class 0/cut off.JPEG': content[:len(content) // 2], 'train/class 0/空.jpg': b'', 'train/class 1/a\nb.png': b'text',
+           'train/class 1/gigapixels.jpg': huge, 'train/class 2/half.webp': content[:9], 'val/class 2/坏.JPEG': content[:700]}
+    for name, content in bad.items():
+        with open(os.path.join(folder, name), 'wb') as file:
+            file.write(content)
+    os.symlink('nowhere', os.path.join(folder, 'train', 'class 2', 'broken link.jpg'))
+    os.mkdir(os.path.join(folder, 'train', 'class 2', 'a folder.jpg'))
+    return list(bad) + ['train/class 2/broken link.jpg']
+
+
+@pytest.mark.parametrize('flags', [[], TWO], ids=['one process', 'two'])
+def test_bad_images_stop_the_run_or_are_left_out_and_named(tmp_path, flags):
+    clean, spoilt = make_folder(tmp_path / 'clean'), make_folder(tmp_path / 'spoilt')
+    bad = spoil(spoilt)
+    same = ['--arch', 'vgg11', '--image-size', 32, '-b', 6, '--epochs', 1, *flags]
+    stopped = run_main(spoilt, *same, '--output-dir', tmp_path / 'o')
+    assert stopped.code == 2 and len(stopped.err.splitlines()) == 1 and '--bad-images skip' in stopped.err, stopped.err
+    assert sum(os.path.basename(name).replace('\n', '\\n') in stopped.err for name in bad) == 1
+    skipped = run_main(spoilt, *same, '--output-dir', tmp_path / 'skip', '--bad-images', 'skip')
+    assert skipped.code == 0, skipped.err
+    assert '24 to train on, 15 to validate on' in skipped.out and '7 pictures cannot be read' in skipped.out
+    named = (tmp_path / 'skip' / 'bad_images.txt').read_text(encoding='utf-8').splitlines()
+    assert sorted(line.split('\t')[0] for line in named) == sorted(
+        os.path.join(spoilt, name).replace('\n', '\\n') for name in bad)
+    # What is left is trained on as if the bad files had never been there.
+    reference = run_main(clean, *same, '--output-dir', tmp_path / 'clean out')
+    assert reference.accuracy() == skipped.accuracy()
+    assert [line['loss'] for line in events(tmp_path / 'clean out', 'epoch')] == [line['loss'] for line in events(tmp_path / 'skip', 'epoch')]
+
+
+def test_a_class_without_a_readable_picture_is_named(tmp_path):
+    root = make_folder(tmp_path)
+    for name in os.listdir(os.path.join(root, 'val', 'class 1')):
+        with open(os.path.join(root, 'val', 'class 1', name), 'wb') as file:
+            file.write(b'no picture')
+    result = run_main(root, '--bad-images', 'skip', '--arch', 'vgg11', '-b', 6, '--output-dir', tmp_path / 'o')
+    assert result.code == 2 and 'class 1: no readable picture' in result.err and len(result.err.splitlines()) == 1
