@@ -2,13 +2,14 @@
 import io
 import os
 import pickle
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import images
-from conftest import make_folder, picture
+from conftest import REPOSITORY, make_folder, picture, run
 
 
 def generator(seed, epoch, index):
@@ -321,3 +322,25 @@ def test_pixels_do_not_depend_on_workers_or_batches(tmp_path):
         for ours, theirs in zip(pixels(workers, local_batch), expected):
             assert np.array_equal(ours, theirs)
     assert not np.array_equal(expected[0][:1], images.Dataset(source, size=48, training=True, seed=4)[0, [0]][0])
+
+
+def test_shrink_makes_smaller_pictures_and_goes_on_after_an_interruption(tmp_path):
+    source, target = tmp_path / '图 片', tmp_path / 'small'
+    for name, size in (('train/a/large.JPEG', (200, 100)), ('train/a/tall.png', (60, 300)), ('train/b/small.jpg', (50, 40)),
+                       ('val/b/图.webp', (90, 90))):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture(size[0], size[1], 1)).save(str(source / name))
+    (source / 'train' / 'b' / 'bad.jpg').write_bytes(b'no picture')
+    command = [sys.executable, os.path.join(REPOSITORY, 'tools', 'shrink.py'), source, target, '--short-side', '48']
+    result = run(*command)
+    assert result.code == 1 and '4 pictures written' in result.out and 'bad.jpg: left out' in result.err
+    sizes = {os.path.relpath(os.path.join(folder, name), str(target)): Image.open(os.path.join(folder, name)).size
+             for folder, _, names in os.walk(str(target)) for name in names}
+    assert sizes == {'train/a/large.JPEG': (96, 48), 'train/a/tall.png.jpg': (48, 240), 'train/b/small.jpg': (50, 40),
+                     'val/b/图.webp.jpg': (48, 48)}
+    assert (target / 'train' / 'b' / 'small.jpg').read_bytes() == (source / 'train' / 'b' / 'small.jpg').read_bytes()
+    (target / 'train' / 'a' / 'large.JPEG').unlink()
+    result = run(*command)
+    assert '1 pictures written' in result.out and '3 were there already' in result.out
+    assert run(*command[:-2], '--short-side', '5').code == 2
+    assert run(*command[:2], source, source / 'train' / 'c').code == 2
