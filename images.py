@@ -113,7 +113,7 @@ class Dataset:
 class Folder:
     """ROOT/class/**/picture, read as torchvision's ImageFolder reads it: the same classes, files and order.
 
-    resize(picture (H, W, 3), box, size, flip): how a decoded JPEG is cropped, resized and mirrored without Pillow, or None.
+    resize(picture (H, W, 3), box, size, flip): how a decoded JPEG is cropped, resized and mirrored; None: by Pillow.
     check: None, or what leaves unreadable pictures out; see `Index.open`.
 
     Raises BadData for a missing folder, none or an empty class.
@@ -123,7 +123,7 @@ class Folder:
     default_size = 224
 
     def __init__(self, root, resize=None, check=None):
-        self.resize = resize if simplejpeg is not None else None
+        self.resize = resize or resize_by_pillow
         self.index = Index.open(root, check)
         self.classes, self.labels, self.fingerprint = self.index.classes, self.index.labels, self.index.fingerprint
         self.bad = [(shown(os.path.join(root, name)), reason) for name, reason in self.index.bad]
@@ -140,7 +140,7 @@ class Folder:
         with self._named(index) as path:
             with open(path, 'rb') as file:
                 content = file.read()
-            image, shape = None, self.resize and _jpeg_shape(content)
+            image, shape = None, simplejpeg and _jpeg_shape(content)
             if not shape:
                 image = open_picture(io.BytesIO(content))
                 shape = image.size
@@ -158,9 +158,7 @@ class Folder:
             if shrink > 1:
                 image.draft(None, (shape[0] // shrink, shape[1] // shrink))  # another format than JPEG ignores it
             across, down = image.width / shape[0], image.height / shape[1]
-            picture = np.asarray(to_rgb(image).resize(
-                (size, size), BILINEAR, box=(box[0] * across, box[1] * down, box[2] * across, box[3] * down)))
-            return picture[:, ::-1] if flip else picture
+            return resize_by_pillow(to_rgb(image), (box[0] * across, box[1] * down, box[2] * across, box[3] * down), size, flip)
 
     def _decode(self, content, shape, bottom, shrink):
         """The rows of a JPEG down to `bottom` at least, as an array that the next call overwrites. Raises ValueError."""
@@ -200,6 +198,13 @@ class Folder:
         except Exception as error:  # Pillow's readers raise nearly anything on a damaged file
             raise BadImage('{}: cannot be read as a picture ({}); --bad-images skip leaves such files out'.format(
                 shown(path), reason_of(error)))
+
+
+def resize_by_pillow(picture, box, size, flip):
+    """A box (left, top, right, bottom) of a Pillow image or a (H, W, 3) uint8 array, resized to (size, size, 3) uint8."""
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    image = image.resize((size, size), BILINEAR, box=box)
+    return np.asarray(image.transpose(Image.FLIP_LEFT_RIGHT) if flip else image)
 
 
 def shown(path):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import accelerator
 import images
 from conftest import REPOSITORY, make_folder, picture, run
 
@@ -84,17 +85,22 @@ def test_validation_pixels_are_torchvisions_bit_for_bit(tmp_path):
             assert np.array_equal(source.validation_picture(index, size), expected), source.path(index)
 
 
+@pytest.fixture(params=['Pillow', 'simplejpeg'])
+def decoder(request, monkeypatch):
+    """What decodes the JPEGs."""
+    if request.param == 'Pillow':
+        monkeypatch.setattr(images, 'simplejpeg', None)
+    elif images.simplejpeg is None:
+        pytest.skip('simplejpeg is not installed')
+
+
 @pytest.mark.parametrize('size, tolerance', [((500, 375), 0.3), ((2000, 1500), 1.5)], ids=['whole', 'scaled decode'])
-@pytest.mark.parametrize('fast', [False, True], ids=['Pillow', 'simplejpeg'])
-def test_training_crops_are_torchvisions_for_the_same_box(tmp_path, fast, size, tolerance):
+def test_training_crops_are_torchvisions_for_the_same_box(tmp_path, decoder, size, tolerance):
     """By the mean difference in grey levels of 255."""
-    import accelerator
-    if fast and (images.simplejpeg is None or accelerator.antialiased_resize is None):
-        pytest.skip('simplejpeg is not installed, or this torch resizes no uint8')
     folder = tmp_path / 'a'
     folder.mkdir()
     Image.fromarray(picture(size[0], size[1], 3)).save(str(folder / 'x.jpg'), quality=92)
-    source = images.Folder(str(tmp_path), accelerator.antialiased_resize if fast else None)
+    source = images.Folder(str(tmp_path), accelerator.antialiased_resize)
     for seed in range(20):
         rng = generator(seed, 0, 0)
         box = images.random_crop_box(size[0], size[1], rng)
@@ -108,9 +114,7 @@ def test_training_crops_are_torchvisions_for_the_same_box(tmp_path, fast, size, 
 @pytest.mark.parametrize('options', [{}, {'subsampling': 0}, {'subsampling': 1}, {'progressive': True}, {'restart_marker_rows': 3}],
                          ids=['4:2:0', '4:4:4', '4:2:2', 'progressive', 'restart markers'])
 def test_a_jpeg_decoded_down_to_the_crop_has_the_pixels_of_the_whole(tmp_path, monkeypatch, options):
-    import accelerator
-    if images.simplejpeg is None or accelerator.antialiased_resize is None:
-        pytest.skip('simplejpeg is not installed, or this torch resizes no uint8')
+    pytest.importorskip('simplejpeg')
     (tmp_path / 'a').mkdir()
     Image.fromarray(picture(701, 501, 3)).save(str(tmp_path / 'a' / 'x.jpg'), quality=92, **options)
     source = images.Folder(str(tmp_path), accelerator.antialiased_resize)
@@ -124,16 +128,14 @@ def test_a_jpeg_decoded_down_to_the_crop_has_the_pixels_of_the_whole(tmp_path, m
     assert len(calls) == 80 and all(np.array_equal(one, other) for one, other in zip(shortened, whole))
 
 
-@pytest.mark.parametrize('fast', [False, True], ids=['Pillow', 'simplejpeg'])
-def test_a_picture_cut_off_anywhere_is_named(tmp_path, fast):
-    import accelerator
+def test_a_picture_cut_off_anywhere_is_named(tmp_path, decoder):
     content = io.BytesIO()
     Image.fromarray(picture(300, 200, 3)).save(content, format='JPEG', quality=90)
     content = content.getvalue()
     (tmp_path / 'a').mkdir()
     path = tmp_path / 'a' / 'x.jpg'
     path.write_bytes(content)
-    source = images.Folder(str(tmp_path), accelerator.antialiased_resize if fast else None)
+    source = images.Folder(str(tmp_path), accelerator.antialiased_resize)
     for hundredth in range(100):
         path.write_bytes(content[:len(content) * hundredth // 100])
         for read in (lambda: source.training_picture(0, 64, generator(hundredth, 0, 0)), lambda: source.validation_picture(0, 64)):
@@ -182,14 +184,18 @@ def test_without_a_place_for_the_index_everything_works(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('mode, format', [('CMYK', 'JPEG'), ('L', 'JPEG'), ('RGBA', 'PNG'), ('RGB', 'PNG')])
-def test_the_fast_path_leaves_to_pillow_what_it_cannot_read(tmp_path, mode, format):
-    import accelerator
+def test_simplejpeg_leaves_to_pillow_what_it_cannot_read(tmp_path, monkeypatch, mode, format):
+    pytest.importorskip('simplejpeg')
     (tmp_path / 'a').mkdir()
     Image.fromarray(picture(300, 200, 3)).convert(mode).save(str(tmp_path / 'a' / 'x.JPEG'), format=format)
-    fast, slow = images.Folder(str(tmp_path), accelerator.antialiased_resize), images.Folder(str(tmp_path))
-    for seed in range(5):
-        pictures = [source.training_picture(0, 64, generator(seed, 0, 0)).astype(int) for source in (fast, slow)]
-        assert abs(pictures[0] - pictures[1]).mean() <= 1.5  # of 255: the decode may be scaled
+    source = images.Folder(str(tmp_path), accelerator.antialiased_resize)
+
+    def crops():
+        return [source.training_picture(0, 64, generator(seed, 0, 0)).astype(int) for seed in range(5)]
+
+    fast = crops()
+    monkeypatch.setattr(images, 'simplejpeg', None)
+    assert max(abs(one - other).mean() for one, other in zip(fast, crops())) <= 1.5  # of 255: the decode may be scaled
 
 
 def test_crop_boxes_have_torchvisions_distribution():
