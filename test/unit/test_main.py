@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """main.py through its command line: training, evaluating, resuming, and the shapes of what it prints and writes."""
 import json
+import math
 import os
 import re
 import shutil
@@ -38,9 +39,23 @@ def assert_same_weights(first, second):
 def trained(folder, tmp_path_factory):
     """Two epochs on the folder of JPEGs: (output folder, result)."""
     output = tmp_path_factory.mktemp('out put')
-    result = run_main(folder, *SMALL, '-b', 8, '--epochs', 2, '-p', 2, '--output-dir', output)
+    result = run_main(folder, *SMALL, '-b', 8, '--epochs', 2, '-p', 2, '--output-dir', output, '--label-smoothing', 0.1,
+                      '--warmup-epochs', 1, '--clip-grad-norm', 1)
     assert result.code == 0, result.err
     return output, result
+
+
+def test_the_recipes_are_the_papers_formulas():
+    generator = torch.Generator().manual_seed(0)
+    logits, target = torch.randn(7, 10, generator=generator), torch.arange(7)
+    smooth = torch.full((7, 10), 0.1 / 10).scatter_add(1, target.unsqueeze(1), torch.full((7, 1), 0.9))
+    for smoothing, wanted in ((0.0, torch.eye(10)[:7]), (0.1, smooth)):
+        expected = -(wanted * logits.log_softmax(1)).sum(1).mean()
+        assert torch.allclose(main.cross_entropy(logits, target, smoothing), expected, atol=1e-6)
+    args = main.parse_args(['--epochs', '10', '--lr', '0.08', '--min-lr', '0.01', '--warmup-epochs', '3'])
+    rates = [main.learning_rate(epoch, args) for epoch in range(10)]
+    assert rates[:4] == pytest.approx([0.02, 0.04, 0.06, 0.08]) and rates == rates[:3] + sorted(rates[3:], reverse=True)
+    assert rates[9] == pytest.approx(0.01 + 0.07 * 0.5 * (1 + math.cos(math.pi * 6 / 7)))
 
 
 def test_lines_have_the_shapes_that_others_parse(trained):
