@@ -9,7 +9,9 @@ import importlib.util
 import inspect
 import os
 import re
+import shutil
 import sys
+import sysconfig
 
 # torch >= 2.5 loads torch_npu by itself and then dies where CANN is missing; it is imported below, when it is wanted.
 os.environ.setdefault('TORCH_DEVICE_BACKEND_AUTOLOAD', '0')
@@ -85,6 +87,32 @@ def choose(args):
         _notice('--loss-scale-value is ignored: bf16 has the range of fp32 and needs no scale')
     if args.deterministic and TORCH < (1, 8):
         raise Unavailable('--deterministic needs torch 1.8 or later, this is {}'.format(torch.__version__))
+    _check_options_of_torch_2(args)
+
+
+def _check_options_of_torch_2(args):
+    if args.profile and not hasattr(torch, 'profiler'):
+        raise Unavailable('--profile needs torch 1.8.1 or later, this is {}'.format(torch.__version__))
+    for flag, wanted in (('--compile', args.compile), ('--grad-compress', args.grad_compress != 'none')):
+        if wanted and TORCH < (2, 0):
+            raise Unavailable('{} needs torch 2.0 or later, this is {}: leave it out'.format(flag, torch.__version__))
+    if args.compile:
+        _check_compiler(args.device)
+
+
+def _check_compiler(device):
+    """torch.compile builds C++ for a CPU; for a GPU Triton makes the kernels and builds a C launcher for each."""
+    if device not in ('gpu', 'cpu'):
+        raise Unavailable('--compile serves gpu and cpu, this is {}: leave it out'.format(device))
+    names = [os.environ.get('CXX', 'g++')] if device == 'cpu' else [os.environ.get('CC', 'gcc'), 'clang']
+    if not any(map(shutil.which, names)):
+        raise Unavailable('--compile needs a compiler, and {} is not there: install it (Debian: apt-get install {}), or '
+                          'leave --compile out'.format(names[0], 'g++' if device == 'cpu' else 'gcc'))
+    if not os.path.exists(os.path.join(sysconfig.get_path('include'), 'Python.h')):
+        raise Unavailable('--compile needs the headers of Python, and {} has no Python.h: install them (Debian: apt-get '
+                          'install python3-dev), or leave --compile out'.format(sysconfig.get_path('include')))
+    if device == 'gpu' and importlib.util.find_spec('triton') is None:
+        raise Unavailable('--compile on a GPU needs the package triton: install it, or leave --compile out')
 
 
 def _choose_list(args, count):
@@ -271,9 +299,7 @@ class Accelerator:
 
     def local_gradients(self, model, local):
         """A context in which gradients add up here and are not sent: all but the last batch of an accumulated step."""
-        if local and isinstance(model, nn.parallel.DistributedDataParallel):
-            return model.no_sync()
-        return contextlib.nullcontext()
+        return model.no_sync() if local and hasattr(model, 'no_sync') else contextlib.nullcontext()
 
     def to_device(self, tensor):
         return tensor.to(self.device, non_blocking=self.pin_memory)
@@ -301,7 +327,7 @@ class Accelerator:
                 optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
         return optimizer
 
-    def wrap_ddp(self, model):
+    def wrap_ddp(self, model, grad_compress='none'):
         """DistributedDataParallel; batch norm's figures are not sent at every step, `World.broadcast_buffers` does it."""
         names = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
         options = {'forward_sync_buffers' if 'forward_sync_buffers' in names else 'broadcast_buffers': False}
@@ -309,7 +335,41 @@ class Accelerator:
             options['gradient_as_bucket_view'] = True
         if self.type in ('gpu', 'npu'):
             options['device_ids'] = [self.device.index]
-        return nn.parallel.DistributedDataParallel(model, **options)
+        model = nn.parallel.DistributedDataParallel(model, **options)
+        if grad_compress != 'none':
+            from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+            model.register_comm_hook(None, getattr(default_hooks, grad_compress + '_compress_hook'))
+        return model
+
+    def compile(self, model):
+        """The model with its forward and backward passes compiled, at the first step; to be called on what DDP has wrapped.
+
+        DDP's buckets are then sent while the rest of the backward pass runs: Dynamo splits the graph between them. The
+        model inside keeps its own forward pass and its parameters' names. Raises Unavailable.
+        """
+        try:
+            return torch.compile(model, dynamic=False)  # batches of training are all of one size
+        except RuntimeError as error:  # a Python newer than this torch knows, Windows
+            raise Unavailable('--compile: {}; leave it out'.format(str(error).splitlines()[0]))
+
+    @contextlib.contextmanager
+    def trace(self, path, tell):
+        """Profile ten steps after five of warm-up and write them to `path`, a Chrome trace (Perfetto, chrome://tracing).
+
+        Yields a profiler: its `step()` is to be called after each step. tell: called with a line on where the file is.
+        """
+        library = getattr(sys.modules.get('torch_npu'), 'profiler', None) or torch.profiler
+        schedule = library.schedule(wait=4, warmup=1, active=10, repeat=1)
+        written = []
+
+        def write(profiler):
+            profiler.export_chrome_trace(path)
+            written.append(path)
+            tell('=> --profile: a trace of the steps after the first five is in {}'.format(path))
+        with library.profile(schedule=schedule, on_trace_ready=write) as profiler:
+            yield profiler
+        if not written:
+            tell('=> --profile: no trace, the run ended within the five steps of warm-up')
 
     def seed(self, seed):
         """Seed torch's generators, this device's included."""

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import accelerator
@@ -154,6 +155,8 @@ def parse_args(argv=None):
     run.add_argument('--save-freq', type=number(int, 0), default=0, metavar='N',
                      help='also save every N steps (default: at the end of epochs only)')
     run.add_argument('--output-dir', default='.', metavar='DIR', help='checkpoints, metrics, curves (default: here)')
+    run.add_argument('--profile', action='store_true',
+                     help='write trace.json to --output-dir: ten steps after five of warm-up, on rank 0')
 
     device = parser.add_argument_group('device and precision')
     device.add_argument('--device', default='auto', choices=['auto', 'npu', 'gpu', 'cuda', 'mps', 'cpu'],
@@ -169,6 +172,8 @@ def parse_args(argv=None):
     device.add_argument('--loss-scale-value', type=loss_scale, metavar='SCALE',
                         help='of fp16: a number, or dynamic (default: 1024)')
     device.add_argument('--deterministic', action='store_true', help='bitwise repeatable on a GPU too, and slower')
+    device.add_argument('--compile', action='store_true',
+                        help='torch.compile the training step (torch 2, gpu and cpu; needs a C++ compiler)')
 
     parallel = parser.add_argument_group('several devices, several nodes')
     parallel.add_argument('--multiprocessing-distributed', action='store_true',
@@ -181,6 +186,8 @@ def parse_args(argv=None):
     parallel.add_argument('--addr', default='127.0.0.1', help='address of the node of rank 0 (default: %(default)s)')
     parallel.add_argument('--dist-url', metavar='URL', help='(default: tcp://ADDR:PORT; env:// under torchrun)')
     parallel.add_argument('--dist-backend', choices=['hccl', 'nccl', 'gloo'], help='(default: what the device has)')
+    parallel.add_argument('--grad-compress', default='none', choices=['none', 'bf16', 'fp16'],
+                          help='format of the gradients on the wire (torch 2; default: that of the weights)')
 
     args = parser.parse_args(argv)
     if args.dir and args.data and os.path.abspath(args.dir) != os.path.abspath(args.data):
@@ -367,7 +374,8 @@ class Run:
     classes: list
     normalise: object          # (N, S, S, 3) uint8 on the host or device -> (N, 3, S, S) on the device
     identity: dict             # what must agree for an epoch to be continued in its middle
-    model: torch.nn.Module = None  # the network as trained: wrapped by DDP on several processes
+    model: torch.nn.Module = None  # the network as trained: wrapped by DDP on several processes, compiled by --compile
+    trace: object = None       # the profiler of --profile
     scaler: Scaler = None
     writer: checkpoint.Writer = field(default_factory=checkpoint.Writer)
     epoch: int = 0
@@ -572,6 +580,8 @@ def train_one_epoch(run, batches, steps):
             run.step, run.step_in_epoch = run.step + 1, run.step_in_epoch + 1
             clock.step(global_batch, device.synchronize)
             log.tick()
+            if run.trace is not None:
+                run.trace.step()
 
             # A signal, on whichever process, stops all of them after the same step.
             stopping = run.world.any(run.stop) or at_last_step(run)
@@ -688,12 +698,16 @@ def work(args, world, device, log, stop):
         return processes.STOPPED if validate(run, validation_loader) is None else 0
 
     run.network, run.scaler = device.prepare_training(network, args)
-    run.model = device.wrap_ddp(run.network) if world.world_size > 1 else run.network
+    run.model = device.wrap_ddp(run.network, args.grad_compress) if world.world_size > 1 else run.network
+    if args.compile:
+        run.model = device.compile(run.model)
     if state is not None:
         restore(run, state)
         del state  # a gigabyte
     log.event('start', epoch=run.epoch, step=run.step)
-    code = train(run, training, validation_loader)
+    tracing = args.profile and world.rank == 0
+    with device.trace(os.path.join(args.output_dir, 'trace.json'), log.line) if tracing else nullcontext() as run.trace:
+        code = train(run, training, validation_loader)
     log.event('stop' if code else 'done', epoch=run.epoch, step=run.step, acc1=run.best_acc1)
     return code
 

@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 
+import accelerator
 import checkpoint
 import main
 from conftest import REPOSITORY, events, make_folder, run, run_main
@@ -303,8 +304,12 @@ WRONG = [
     (['--device', 'gpu'], 'GPU'), (['-b', '7', *TWO], 'use 6 or 8'), (['--arch', 'resnet50'], 'resnet50'),
     (['--rank', '5', '--world-size', '2'], '--rank 5'), (['--warmup-epochs', '90'], '--warmup-epochs'),
     (['--amp', '--amp-dtype', 'fp16'], 'bf16' if hasattr(torch, 'autocast') else '1.10'), (['--device-list', '0,0'], 'twice'), (['--dist-url', 'nonsense'], 'tcp://'),
-    (['-j', '-1'], 'out of range'),
+    (['-j', '-1'], 'out of range'), (['--grad-compress', 'int8'], 'int8'),
 ]
+if accelerator.TORCH < (2, 0):
+    WRONG += [(['--compile'], '--compile needs torch 2.0'), (['--grad-compress', 'bf16'], '--grad-compress needs torch 2.0')]
+if not hasattr(torch, 'profiler'):
+    WRONG += [(['--profile'], '--profile needs torch 1.8.1')]
 
 
 @pytest.mark.parametrize('flags, word', WRONG, ids=[' '.join(flags) for flags, _ in WRONG])
@@ -353,7 +358,7 @@ def test_help_is_quick_and_complete():
             --weight-decay -p --p --print-freq --resume -e --e --evaluate --seed --gpu --gup --world-size --rank --dist-url
             --dist-backend --addr --amp --opt-level --loss-scale-value --device --stop-step-num --eval-freq
             --multiprocessing-distributed --device-list --arch --image-size --pretrained --amp-dtype --output-dir
-            --warmup-epochs --clip-grad-norm --dummy --deterministic'''.split():
+            --warmup-epochs --clip-grad-norm --dummy --deterministic --compile --grad-compress --profile'''.split():
         assert re.search(r'(^|[\s\[,]){}[\s,\]]'.format(re.escape(flag)), result.out), flag
 
 
