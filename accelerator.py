@@ -248,6 +248,7 @@ class Accelerator:
             torch.backends.cudnn.benchmark = not args.deterministic
         if self.type in ('gpu', 'npu'):
             self._runtime.set_device(self.device)
+        self._copies = self._runtime.Stream(self.device) if self.type == 'gpu' else None
         if self.type == 'npu':
             _set_npu_options()
         if args.deterministic:
@@ -302,7 +303,16 @@ class Accelerator:
         return model.no_sync() if local and hasattr(model, 'no_sync') else contextlib.nullcontext()
 
     def to_device(self, tensor):
-        return tensor.to(self.device, non_blocking=self.pin_memory)
+        """A tensor of a batch on the device. On a GPU, where the loader pins its memory, a stream of its own copies it: beside
+        the steps that are still being computed, not behind them."""
+        if self._copies is None:
+            return tensor.to(self.device)
+        with self._runtime.stream(self._copies):
+            tensor = tensor.to(self.device, non_blocking=True)
+        computing = self._runtime.current_stream()
+        computing.wait_stream(self._copies)
+        tensor.record_stream(computing)  # its memory belongs to the copying stream, and is not free before the step ends
+        return tensor
 
     def loader_options(self, workers):
         """What a DataLoader with that many workers is to be told here."""
@@ -328,7 +338,11 @@ class Accelerator:
         return optimizer
 
     def wrap_ddp(self, model, grad_compress='none'):
-        """DistributedDataParallel; batch norm's figures are not sent at every step, `World.broadcast_buffers` does it."""
+        """DistributedDataParallel; batch norm's figures are not sent at every step, `World.broadcast_buffers` does it.
+
+        grad_compress: 'bf16' or 'fp16' sends the gradients in that format, by DDP's own hooks. No static_graph: it fails in
+        a first step under no_sync, and gains nothing where every parameter gets a gradient (bench/RESULTS.md).
+        """
         names = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
         options = {'forward_sync_buffers' if 'forward_sync_buffers' in names else 'broadcast_buffers': False}
         if TORCH >= (1, 8) and self.type != 'npu':  # the fused NPU optimizer keeps the gradients in a buffer of its own
