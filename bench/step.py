@@ -119,8 +119,8 @@ def work(name, flags):
 def matrix_rate(device, dtype):
     """GFLOP/s of a 4096³ matrix product at its best: what the chip can do for this format.
 
-    Both ways to ask for one, each until its threads and memory have been warm for a while: torch.mm, which goes to MKL or
-    cuBLAS (MKL gives an AMD processor half of what it can do in fp32), and a 1×1 convolution, which goes to oneDNN or cuDNN.
+    The best of several, after the first have warmed threads and memory, by torch.mm and as a 1×1 convolution: on a GPU only
+    convolutions take TF32 for fp32 unless told otherwise, and those are nearly all of the step.
     """
     import accelerator
     import torch
