@@ -256,6 +256,22 @@ def test_every_flag_that_old_torch_cannot_honour_is_refused_in_one_line():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
+def test_batches_copied_beside_a_busy_gpu_arrive_whole():
+    """Each batch is used behind a matrix product that takes longer than its copy, and dropped at once."""
+    args = main.parse_args(['--device', 'gpu'])
+    accelerator.choose(args)
+    device = accelerator.Accelerator(args, 0, processes=1)
+    busy, sums = torch.randn(4096, 4096, device=device.device), []
+    for number in range(40):
+        pictures = device.to_device(torch.full((64, 224, 224, 3), number, dtype=torch.uint8).pin_memory())
+        busy = (busy @ busy).clamp(-1, 1)
+        sums.append(pictures.sum())
+        del pictures
+    assert [total.item() for total in sums] == [number * 64 * 224 * 224 * 3 for number in range(40)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 @pytest.mark.parametrize('dtype', ['fp16', 'bf16'])
 @pytest.mark.parametrize('level', ['O0', 'O1', 'O2', 'O3'])
 def test_training_and_resuming_on_a_gpu(tmp_path, level, dtype):
