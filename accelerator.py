@@ -288,7 +288,7 @@ class Accelerator:
             for master, weight in zip(masters, exact):  # apex copies its masters from weights that are half already
                 master.data.copy_(weight)
         return model, Scaler(model, masters, optimizer, self.device, loss_scale=scale, apex=self.apex,
-                             clip_grad_norm=args.clip_grad_norm)
+                             clip_grad_norm=args.clip_grad_norm, average=bool(args.ema_decay))
 
     def autocast(self):
         """The context of the forward pass: autocast at O1, nothing else otherwise."""
@@ -439,7 +439,7 @@ def available_cores():
 # --- gradients to weights ---------------------------------------------------------------------------------------------
 
 class Scaler:
-    """From a loss to new weights: loss scale, fp32 masters, clipping, and the skip of a step that is not finite.
+    """From a loss to new weights: loss scale, fp32 masters, clipping, the skip of a step that is not finite, averages.
 
     Everything stays on the device: the flag that skips, the dynamic scale, the count of skips. One pass over the
     gradients gives their norm, which serves the check and the clipping alike; after an all-reduce it is the same on
@@ -452,7 +452,7 @@ class Scaler:
 
     GROWTH_INTERVAL = 2000  # steps
 
-    def __init__(self, model, masters, optimizer, device, *, loss_scale=1.0, clip_grad_norm=None, apex=None):
+    def __init__(self, model, masters, optimizer, device, *, loss_scale=1.0, clip_grad_norm=None, apex=None, average=False):
         self.weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.masters = masters
         self.apex = apex  # keeps masters and scale itself, and leaves unscaled gradients in the masters
@@ -468,6 +468,11 @@ class Scaler:
         self.skips_on_device = getattr(self.optimizer, '_step_supports_amp_scaling', False)
         # Batch norm's running figures, to be put back where a step is skipped.
         self.model, self.good_buffers = model, [buffer.clone() for buffer in model.buffers()]
+        self.skipped = torch.zeros((), dtype=torch.bool, device=device)  # whether the last step was
+        # What is averaged (of weights: the masters), what the averages stand in for, and the averages themselves, fp32.
+        buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()] if average else []
+        self.averaged_from, self.averaged_for = (masters + buffers, self.weights + buffers) if average else ([], [])
+        self.averages = [tensor.detach().to(torch.float32, copy=True) for tensor in self.averaged_from]
 
     def backward(self, loss):
         if self.apex is not None:
@@ -500,7 +505,27 @@ class Scaler:
             self.optimizer.step()
         self._after_step(found_inf > 0)
 
+    def average(self, decay):
+        """averages = decay · averages + (1 - decay) · weights, except after a skipped step. No synchronisation."""
+        with torch.no_grad():
+            share = (~self.skipped).float() * (1 - decay)
+            for average, tensor in zip(self.averages, self.averaged_from):
+                average.lerp_(tensor.float(), share)
+
+    @contextlib.contextmanager
+    def averages_in_place(self):
+        """A context in which the model computes with the averages, where they are kept."""
+        own = [tensor.data for tensor in self.averaged_for]
+        for tensor, average in zip(self.averaged_for, self.averages):
+            tensor.data = average.to(tensor.dtype)
+        try:
+            yield
+        finally:
+            for tensor, data in zip(self.averaged_for, own):
+                tensor.data = data
+
     def _after_step(self, skipped):
+        self.skipped = skipped
         with torch.no_grad():
             self._publish()
             for buffer, good in zip(self.model.buffers(), self.good_buffers):
@@ -547,16 +572,23 @@ class Scaler:
         self.good_steps.fill_(int(state['good_steps']))
         self.skipped_in_a_row.fill_(int(state['skipped_in_a_row']))
 
-    def model_state_dict(self, model):
-        """The model's state_dict in fp32 on the CPU: the masters in place of half-precision weights, where there are any."""
+    def model_state_dict(self, model, averaged=False):
+        """The model's state_dict in fp32 on the CPU: the masters in place of half-precision weights, or the averages."""
         state = model.state_dict()
-        if self.has_copies:
-            masters = {id(weight): master.detach() for weight, master in zip(self.weights, self.masters)}
-            for name, parameter in model.named_parameters():
-                state[name] = masters.get(id(parameter), state[name])
+        pairs = zip(self.averaged_for, self.averages) if averaged else zip(self.weights, self.masters)
+        exact = {id(tensor): value for tensor, value in pairs}
+        for name, tensor in list(model.named_parameters()) + list(model.named_buffers()):
+            state[name] = exact.get(id(tensor), state[name])
         for name, value in state.items():
             state[name] = value.detach().to('cpu', torch.float32 if value.is_floating_point() else value.dtype)
         return state
+
+    def load_averages(self, model, state):
+        """Take over what `model_state_dict` gave as averaged."""
+        averages = {id(tensor): average for tensor, average in zip(self.averaged_for, self.averages)}
+        for name, tensor in list(model.named_parameters()) + list(model.named_buffers()):
+            if id(tensor) in averages:
+                averages[id(tensor)].copy_(state[name])
 
     def optimizer_state_dict(self):
         """What torch.optim.SGD.state_dict gives on current torch, in fp32, on any torch and device."""

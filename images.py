@@ -121,6 +121,7 @@ class Folder:
 
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, in [0, 1]
     default_size = 224
+    crop = True  # whether validation_picture cuts the middle out, or takes the whole picture
 
     def __init__(self, root, resize=None, check=None):
         self.resize = resize or resize_by_pillow
@@ -465,6 +466,7 @@ class Arrays:
 
     default_size = 32
     bad = ()
+    crop = False
 
     def __init__(self, images, labels, classes, *, mean, std, flip):
         self.images, self.labels, self.classes = images, np.asarray(labels, np.int64), list(classes)

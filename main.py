@@ -119,6 +119,8 @@ def parse_args(argv=None):
     model = parser.add_argument_group('model')
     model.add_argument('--arch', default='vgg16', choices=vgg.ARCHITECTURES, help='(default: %(default)s)')
     model.add_argument('--pretrained', metavar='PATH', help="weights to start from: torchvision's, ModelZoo's or ours")
+    model.add_argument('--freeze-features', action='store_true',
+                       help='train the classifier alone, on the features of --pretrained')
 
     training = parser.add_argument_group('training')
     training.add_argument('--epochs', type=number(int, 1), default=90, metavar='N', help='(default: %(default)s)')
@@ -139,6 +141,8 @@ def parse_args(argv=None):
                           help='(default: %(default)s)')
     training.add_argument('--clip-grad-norm', type=number(float, above=0), metavar='NORM',
                           help='largest norm of all gradients together (default: no limit)')
+    training.add_argument('--ema-decay', type=number(float, 0, 1), default=0.0, metavar='DECAY',
+                          help='also average the weights, and validate the averages: 0.9999, say (default: off)')
     training.add_argument('--seed', type=number(int, 0, 2 ** 32 - 1), default=49, help='(default: %(default)s)')
     training.add_argument('--stop-step-num', type=number(int, 1), metavar='N', help='end cleanly after N steps in all')
 
@@ -197,6 +201,8 @@ def parse_args(argv=None):
     args.device = 'gpu' if args.device == 'cuda' else args.device
     if args.evaluate and not (args.resume or args.pretrained):
         parser.error('--evaluate needs weights: --resume PATH or --pretrained PATH')
+    if args.freeze_features and not (args.pretrained or args.resume):
+        parser.error('--freeze-features leaves the features as they are, and without --pretrained PATH they are random')
     if args.dummy and (args.data or args.evaluate):
         parser.error('--dummy takes no data and cannot be evaluated: leave one of them out')
     if args.resume and args.auto_resume:
@@ -374,6 +380,7 @@ class Run:
     classes: list
     normalise: object          # (N, S, S, 3) uint8 on the host or device -> (N, 3, S, S) on the device
     identity: dict             # what must agree for an epoch to be continued in its middle
+    preprocessing: dict        # what a picture goes through to be classified, for predict.py and export.py
     model: torch.nn.Module = None  # the network as trained: wrapped by DDP on several processes, compiled by --compile
     trace: object = None       # the profiler of --profile
     scaler: Scaler = None
@@ -393,10 +400,12 @@ def state_of(run):
     counts = run.world.sum(run.counts.read())
     if run.world.rank != 0:
         return None
-    return {'epoch': run.epoch, 'arch': run.args.arch, 'state_dict': run.scaler.model_state_dict(run.network),
+    averages = {'state_dict_ema': run.scaler.model_state_dict(run.network, averaged=True)} if run.args.ema_decay else {}
+    return {'epoch': run.epoch, 'arch': run.args.arch, 'state_dict': run.scaler.model_state_dict(run.network), **averages,
             'best_acc1': run.best_acc1, 'optimizer': run.scaler.optimizer_state_dict(),
             'amp': run.scaler.state_dict(), 'step': run.step, 'step_in_epoch': run.step_in_epoch, 'counts': counts,
-            'classes': run.classes, 'identity': run.identity, 'world_size': run.world.world_size}
+            'classes': run.classes, 'identity': run.identity, 'world_size': run.world.world_size,
+            'preprocessing': run.preprocessing}
 
 
 def save(run, *, best=False, final=False):
@@ -457,9 +466,11 @@ def load_checkpoint(path):
     return state
 
 
-def weights_of(state, path):
-    """The renamed state_dict in a checkpoint, or in a file that is nothing but one."""
+def weights_of(state, path, averaged=True):
+    """The renamed state_dict in a checkpoint, or in a file that is nothing but one; the averaged one where there are two."""
     weights = state.get('state_dict', state)
+    if averaged and 'state_dict_ema' in state:
+        weights = state['state_dict_ema']
     if not isinstance(weights, dict) or not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise WrongUse('{}: holds no weights (a state_dict of tensors)'.format(path))
     return vgg.rename(weights)
@@ -477,7 +488,7 @@ def load_pretrained(network, path, classes, world, log):
                 name, len(weights[name]), path, len(classes)))
             weights[name] = own
     load_weights(network, weights, path)
-    log.line("=> loaded the weights of '{}'".format(path))
+    log.line("=> loaded the {}weights of '{}'".format('averaged ' * ('state_dict_ema' in state), path))
 
 
 def load_weights(network, weights, path):
@@ -505,6 +516,8 @@ def restore(run, state):
     try:
         run.scaler.load_optimizer_state(state['optimizer'])
         run.scaler.load_state_dict(state.get('amp') or {})
+        if run.args.ema_decay and 'state_dict_ema' in state:
+            run.scaler.load_averages(run.network, vgg.rename(state['state_dict_ema']))
         run.epoch, run.step_in_epoch = int(state['epoch']), int(state.get('step_in_epoch', 0))
         run.step, run.best_acc1 = int(state.get('step', 0)), float(state.get('best_acc1', 0.0))
         if run.step_in_epoch and run.world.rank == 0:  # the counts are sums over all processes
@@ -512,6 +525,9 @@ def restore(run, state):
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise WrongUse('--resume: the checkpoint cannot be continued ({}: {}); --pretrained takes its weights alone'.format(
             type(error).__name__, error))
+    if bool(run.args.ema_decay) != ('state_dict_ema' in state):
+        run.log.line('=> the checkpoint has no averaged weights: averaging begins here' if run.args.ema_decay else
+                     '=> the averaged weights of the checkpoint are left behind: --ema-decay would continue them')
     if state.get('world_size', run.world.world_size) != run.world.world_size:
         run.log.line('=> {} processes in place of {}: the same images in the same order, rounded differently'.format(
             run.world.world_size, state['world_size']))
@@ -553,6 +569,8 @@ def train_one_epoch(run, batches, steps):
     """Train from run.step_in_epoch to the end of the epoch of `steps` steps. Returns whether to stop the run here."""
     args, device, scaler, log = run.args, run.accelerator, run.scaler, run.log
     run.model.train()
+    if args.freeze_features:
+        run.network.features.eval()  # batch norm's figures stay too
     rate = learning_rate(run.epoch, args)
     for group in scaler.optimizer.param_groups:
         group['lr'] = rate
@@ -578,6 +596,8 @@ def train_one_epoch(run, batches, steps):
                 run.counts.update(loss * len(target), logits, target)
             scaler.step()
             run.step, run.step_in_epoch = run.step + 1, run.step_in_epoch + 1
+            if args.ema_decay:  # the first steps weigh less, as in TensorFlow's ExponentialMovingAverage(num_updates)
+                scaler.average(min(args.ema_decay, (1 + run.step) / (10 + run.step)))
             clock.step(global_batch, device.synchronize)
             log.tick()
             if run.trace is not None:
@@ -686,10 +706,15 @@ def work(args, world, device, log, stop):
     state = world.broadcast(find_checkpoint(args, log) if world.rank == 0 else None)
     if state is not None:
         check_resumable(state, args, classes, identity)
-        load_weights(network, weights_of(state, '--resume'), '--resume')
+        load_weights(network, weights_of(state, '--resume', averaged=args.evaluate), '--resume')
+        if args.evaluate and 'state_dict_ema' in state:
+            log.line('=> evaluating the averaged weights (--ema-decay)')
     elif args.pretrained:
         load_pretrained(network, args.pretrained, classes, world, log)
-    run = Run(args, world, device, log, stop, network, classes, make_normalise(source, device), identity,
+    if args.freeze_features:
+        network.features.requires_grad_(False)
+    preprocessing = {'image_size': args.image_size, 'crop': source.crop, 'mean': list(source.mean), 'std': list(source.std)}
+    run = Run(args, world, device, log, stop, network, classes, make_normalise(source, device), identity, preprocessing,
               epoch=args.start_epoch, counts=Counts(device.device))
     validation_loader = None if validation is None else build_loader(validation, args, world, device, training=False)
     if args.evaluate:
@@ -727,7 +752,8 @@ def train(run, source, validation_loader):
             check_replicas(run.world, run.network)
         best = False
         if validation_loader is not None and ((run.epoch + 1) % args.eval_freq == 0 or run.epoch + 1 == args.epochs):
-            result = validate(run, validation_loader)
+            with run.scaler.averages_in_place():
+                result = validate(run, validation_loader)
             if result is None:
                 save(run, final=True)
                 return processes.STOPPED

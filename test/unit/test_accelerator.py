@@ -86,7 +86,8 @@ def test_a_double_of_apex_is_called_as_apex_documents_it(tmp_path):
         from apex import amp
         accelerator._has_autocast = lambda runtime: False
         flags = types.SimpleNamespace(device='cpu', precision='fp16', opt_level='O2', deterministic=False, lr=0.5,
-                                      momentum=0.9, weight_decay=0.0, loss_scale_value=8.0, clip_grad_norm=None)
+                                      momentum=0.9, weight_decay=0.0, loss_scale_value=8.0, clip_grad_norm=None,
+                                      ema_decay=0.0)
         device = accelerator.Accelerator(flags, 0, processes=1)
         model, scaler = device.prepare_training(torch.nn.Linear(2, 1, bias=False), flags)
         before = model.weight.detach().clone()

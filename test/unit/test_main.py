@@ -126,7 +126,8 @@ def test_validation_is_exact_for_any_processes_and_batch(folder37, tmp_path):
         assert result.accuracy() == ('{:.3f}'.format(100 * right / 37), '100.000'), flags
 
 
-@pytest.mark.parametrize('extra', [['--amp'], TWO], ids=['one process, amp', 'two processes'])
+@pytest.mark.parametrize('extra', [['--amp', '--ema-decay', '0.9'], TWO + ['--ema-decay', '0.9', '--arch', 'vgg11_bn'], TWO],
+                         ids=['one process, amp, averages', 'two processes, averages', 'two processes'])
 def test_a_run_stopped_in_the_middle_of_an_epoch_continues_bit_for_bit(folder, tmp_path, extra):
     if '--amp' in extra and not hasattr(torch, 'autocast'):
         pytest.skip('this torch has no mixed precision on a CPU')
@@ -139,6 +140,10 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_continues_bit_for_bit(folder, t
         assert result.code == 0, result.err
     first, second = (checkpoint.load(str(path / 'checkpoint.pth.tar')) for path in (whole, parts))
     assert_same_weights(first['state_dict'], second['state_dict'])
+    assert ('state_dict_ema' in first) == ('--ema-decay' in extra)
+    if '--ema-decay' in extra:
+        assert_same_weights(first['state_dict_ema'], second['state_dict_ema'])
+        assert not torch.equal(first['state_dict_ema']['classifier.6.bias'], first['state_dict']['classifier.6.bias'])
     for position, entry in first['optimizer']['state'].items():
         assert torch.equal(entry['momentum_buffer'], second['optimizer']['state'][position]['momentum_buffer'])
     assert (first['epoch'], first['step'], first['best_acc1']) == (second['epoch'], second['step'], second['best_acc1'])
