@@ -179,16 +179,7 @@ class Folder:
         """(size, size, 3) uint8: torchvision's Resize(round(size·256/224)) and CenterCrop(size), bit for bit."""
         with self._named(index) as path:
             image = read_rgb(path)
-        short = round(size * 256 / 224)
-        width, height = image.size
-        if width <= height:
-            scaled = short, int(short * height / width)
-        else:
-            scaled = int(short * width / height), short
-        if scaled != image.size:
-            image = image.resize(scaled, BILINEAR)
-        left, top = int(round((scaled[0] - size) / 2.0)), int(round((scaled[1] - size) / 2.0))
-        return np.asarray(image.crop((left, top, left + size, top + size)))
+        return middle(image, size)
 
     @contextlib.contextmanager
     def _named(self, index):
@@ -199,6 +190,25 @@ class Folder:
         except Exception as error:  # Pillow's readers raise nearly anything on a damaged file
             raise BadImage('{}: cannot be read as a picture ({}); --bad-images skip leaves such files out'.format(
                 shown(path), reason_of(error)))
+
+
+def middle(image, size):
+    """(size, size, 3) uint8: Resize(round(size·256/224)) and CenterCrop(size) of an RGB Pillow image, as torchvision's."""
+    short = round(size * 256 / 224)
+    width, height = image.size
+    if width <= height:
+        scaled = short, int(short * height / width)
+    else:
+        scaled = int(short * width / height), short
+    if scaled != image.size:
+        image = image.resize(scaled, BILINEAR)
+    left, top = int(round((scaled[0] - size) / 2.0)), int(round((scaled[1] - size) / 2.0))
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def whole(image, size):
+    """(size, size, 3) uint8: all of an RGB Pillow image, as CIFAR-10 and the digits are validated."""
+    return _resized(np.asarray(image), size)
 
 
 def resize_by_pillow(picture, box, size, flip):

@@ -57,7 +57,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, and which takes `-b8` for `-b 8` on Python 3.7 too."""
 
     def error(self, message):
-        self.exit(processes.WRONG_USE, 'main.py: error: {}; see python main.py --help\n'.format(message))
+        self.exit(processes.WRONG_USE, '{0}: error: {1}; see python {0} --help\n'.format(self.prog, message))
 
     def parse_args(self, args=None, namespace=None):
         words = []
@@ -102,7 +102,7 @@ def loss_scale(text):
 
 def parse_args(argv=None):
     """The flags, with every check that needs neither torch nor a device. Exits with 2 where one fails."""
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser('main.py', description=__doc__.splitlines()[0], allow_abbrev=False)
     data = parser.add_argument_group('data')
     data.add_argument('dir', metavar='DIR', nargs='?', help='the same as --data')
     data.add_argument('--data', help='folder with train/ and val/, or CIFAR-10 (default: the embedded digits)')
@@ -579,7 +579,7 @@ def train_one_epoch(run, batches, steps):
     line = StepLine('Epoch: [{}]'.format(run.epoch), steps, run.step_in_epoch, run.counts.read())
     stopping = False
 
-    with log.progress(steps, run.step_in_epoch, 'Epoch {}'.format(run.epoch)):
+    with log.progress(steps * global_batch, run.step_in_epoch * global_batch, 'Epoch {}'.format(run.epoch)):
         while run.step_in_epoch < steps and not stopping:
             # Dropout depends on (seed, step, rank) alone, so that a resumed run draws the same masks.
             device.seed(((args.seed * 1000003 + run.step) * 1000003 + run.world.rank) % 2 ** 63)
@@ -599,7 +599,7 @@ def train_one_epoch(run, batches, steps):
             if args.ema_decay:  # the first steps weigh less, as in TensorFlow's ExponentialMovingAverage(num_updates)
                 scaler.average(min(args.ema_decay, (1 + run.step) / (10 + run.step)))
             clock.step(global_batch, device.synchronize)
-            log.tick()
+            log.tick(global_batch)
             if run.trace is not None:
                 run.trace.step()
 
@@ -653,7 +653,7 @@ def validate(run, loader):
     steps = loader.sampler.steps_per_epoch
     line, begin = StepLine('Test: ', steps), time.perf_counter()
     batches = iter(loader)
-    with torch.no_grad(), run.log.progress(steps, 0, 'Test'):
+    with torch.no_grad(), run.log.progress(loader.sampler.count, 0, 'Test'):
         for done in range(1, steps + 1):
             before = time.perf_counter()
             pictures, target = fetch(batches)
@@ -665,7 +665,7 @@ def validate(run, loader):
                 counts.update(cross_entropy(logits, target) * len(target), logits, target)
             if done == 1 or done % run.args.print_freq == 0 or done == steps:
                 run.log.line(line.text(done, counts.read()))  # a synchronisation
-            run.log.tick()
+            run.log.tick(run.args.batch_size * run.args.nodes)
             if run.world.any(run.stop):
                 return None
     totals = run.world.sum(counts.read())

@@ -151,12 +151,16 @@ class Log:
                     print('main.py: warning: a line or figure is lost ({})'.format(error), file=sys.stderr)
 
     def progress(self, total, done, label):
-        """A bar with ETA on a terminal, where tqdm is installed. Returns a context; advance it by `tick`."""
+        """A bar with ETA and images a second on a terminal, where tqdm is installed. Returns a context for `tick`s.
+
+        total, done: images of all processes.
+        """
         self.bar = None
         if self.speaks and sys.stderr.isatty():
             with contextlib.suppress(ImportError):
                 from tqdm import tqdm
-                self.bar = tqdm(total=total, initial=done, desc=label, unit='step', leave=False, dynamic_ncols=True)
+                self.bar = tqdm(total=total, initial=done, desc=label, unit=' images', leave=False,
+                                dynamic_ncols=True)
         return self
 
     def __enter__(self):
@@ -167,9 +171,9 @@ class Log:
             self.bar.close()
             self.bar = None
 
-    def tick(self):
+    def tick(self, images):
         if self.bar is not None:
-            self.bar.update()
+            self.bar.update(min(images, self.bar.total - self.bar.n))  # the last batch of a validation is a shorter one
 
     def track(self, items, total, label):
         """Pass on an iterator of `total` items with a progress bar."""

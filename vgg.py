@@ -93,6 +93,16 @@ def rename(state_dict):
     return OrderedDict((torchvision_name(name), tensor) for name, tensor in state_dict.items())
 
 
+def architecture(state_dict):
+    """The architecture that a renamed state_dict is of, by its number of convolutions; None where it is no VGG's."""
+    convolutions = sum(tensor.dim() == 4 for tensor in state_dict.values())
+    batch_norm = any(name.endswith('running_mean') for name in state_dict)
+    for name, depths in DEPTHS.items():
+        if sum(depths) == convolutions:
+            return name + '_bn' * batch_norm
+    return None
+
+
 def mismatch(state_dict, model):
     """Say how a renamed state_dict fails to fit the model, by its first parameter that differs; None where it fits."""
     expected = model.state_dict()
