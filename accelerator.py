@@ -427,6 +427,11 @@ def _antialiased_resize(picture, box, size, flip):
 antialiased_resize = _antialiased_resize if TORCH >= (2, 1) else None  # older ones resize no uint8
 
 
+def tracing_exporter():
+    """What makes torch.onnx.export trace the model: torch's other way, its default since 2.9, needs onnxscript too."""
+    return {'dynamo': False} if 'dynamo' in inspect.signature(torch.onnx.export).parameters else {}
+
+
 def cores_left(device, processes):
     """The loader workers that a node has cores for beside its processes; none on a CPU, where training takes every core."""
     return 0 if device == 'cpu' else max(processes, available_cores() - processes)
