@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 
 import accelerator
 from accelerator import Accelerator, Scaler
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
@@ -149,6 +150,7 @@ def parse_args(argv=None):
     run = parser.add_argument_group('evaluating, resuming, recording')
     run.add_argument('-e', '--e', '--evaluate', dest='evaluate', action='store_true',
                      help='evaluate the weights of --resume or --pretrained, and end')
+    run.add_argument('--report', metavar='DIR', help='with -e: also write the evaluation as a page, DIR/index.html')
     run.add_argument('--eval-freq', type=number(int, 1), default=1, metavar='N',
                      help='epochs between validations; the last always validates (default: %(default)s)')
     run.add_argument('-p', '--p', '--print-freq', dest='print_freq', type=number(int, 1), default=10, metavar='N',
@@ -201,6 +203,8 @@ def parse_args(argv=None):
     args.device = 'gpu' if args.device == 'cuda' else args.device
     if args.evaluate and not (args.resume or args.pretrained):
         parser.error('--evaluate needs weights: --resume PATH or --pretrained PATH')
+    if args.report and not args.evaluate:
+        parser.error('--report tells of an evaluation: use it with --evaluate')
     if args.freeze_features and not (args.pretrained or args.resume):
         parser.error('--freeze-features leaves the features as they are, and without --pretrained PATH they are random')
     if args.dummy and (args.data or args.evaluate):
@@ -645,24 +649,32 @@ def at_last_step(run):
     return run.args.stop_step_num is not None and run.step >= run.args.stop_step_num
 
 
-def validate(run, loader):
-    """Loss and accuracy over the validation images, each counted once. Returns (loss, acc1, acc5), or None if stopped."""
+def validate(run, loader, answers=None):
+    """Loss and accuracy over the validation images, each counted once. Returns (loss, acc1, acc5), or None if stopped.
+
+    answers: (2, images) float32 zeros, to be filled with this process's answers: the class plus one, its probability.
+    """
     run.network.eval()
     run.world.broadcast_buffers(run.network)
     counts, device = Counts(run.accelerator.device), run.accelerator
     steps = loader.sampler.steps_per_epoch
     line, begin = StepLine('Test: ', steps), time.perf_counter()
-    batches = iter(loader)
+    batches, requests = iter(loader), iter(loader.sampler)
     with torch.no_grad(), run.log.progress(loader.sampler.count, 0, 'Test'):
         for done in range(1, steps + 1):
             before = time.perf_counter()
             pictures, target = fetch(batches)
             line.wait(time.perf_counter() - before)
+            _, indices = next(requests)
             if len(target):  # the last batch may leave nothing for this process
                 target = device.to_device(target)
                 with device.autocast():
                     logits = run.network(run.normalise(pictures))
                 counts.update(cross_entropy(logits, target) * len(target), logits, target)
+                if answers is not None:
+                    first = logits.topk(min(5, logits.shape[1]), dim=1)[1][:, :1]  # as it is counted
+                    found = torch.cat([first.float() + 1, logits.float().softmax(1).gather(1, first)], 1)
+                    answers[:, torch.from_numpy(indices).to(answers.device)] = found.t()
             if done == 1 or done % run.args.print_freq == 0 or done == steps:
                 run.log.line(line.text(done, counts.read()))  # a synchronisation
             run.log.tick(run.args.batch_size * run.args.nodes)
@@ -720,7 +732,13 @@ def work(args, world, device, log, stop):
     if args.evaluate:
         run.network, _ = device.place(network)
         run.epoch = max(0, int((state or {}).get('epoch', 1)) - 1)  # the last one trained
-        return processes.STOPPED if validate(run, validation_loader) is None else 0
+        answers = torch.zeros(2, len(validation), device=device.device) if args.report else None
+        result = validate(run, validation_loader, answers)
+        if result is None:
+            return processes.STOPPED
+        if args.report:
+            write_report(run, validation, answers, result)
+        return 0
 
     run.network, run.scaler = device.prepare_training(network, args)
     run.model = device.wrap_ddp(run.network, args.grad_compress) if world.world_size > 1 else run.network
@@ -789,13 +807,28 @@ def say_start(args, world, device, log, training, validation):
             file.write('\n')
 
 
-def make_output_folder(folder):
+def write_report(run, source, answers, result):
+    """The evaluation as a page, on rank 0. Each image has its answer on one process and zeros on the others."""
+    import report  # Pillow and templates: only here
+    args = run.args
+    answers = np.array(run.world.sum(answers.flatten().tolist())).reshape(2, -1)
+    if run.world.rank == 0:
+        weights = args.resume or args.pretrained
+        facts = dict(vars(args), weights=weights, data=args.data or 'the embedded digits', machine=run.accelerator.name(),
+                     torch=torch.__version__, python=platform.python_version(), commit=git_commit())
+        report.write(args.report, title='{}: {:.2f} % Acc@1'.format(args.arch, result[1]), source=source,
+                     classes=run.classes, size=args.image_size, answers=answers, result=result, facts=facts,
+                     training_folders=[os.path.dirname(weights) or '.', args.output_dir])
+        run.log.line('=> the page: {}'.format(os.path.join(args.report, 'index.html')))
+
+
+def make_output_folder(flag, folder):
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise WrongUse('--output-dir {}: cannot be written to ({})'.format(folder, error.strerror))
+        raise WrongUse('{} {}: cannot be written to ({})'.format(flag, folder, error.strerror))
 
 
 def git_commit():
@@ -813,7 +846,9 @@ def main(argv=None):
     try:
         accelerator.choose(args)
         settle_processes(args)
-        make_output_folder(args.output_dir)
+        make_output_folder('--output-dir', args.output_dir)
+        if args.report:
+            make_output_folder('--report', args.report)
         if args.multiprocessing_distributed:
             return processes.spawn(main_worker, args, USER_ERRORS, count=args.processes,
                                    first_rank=args.rank * args.processes, world_size=args.nodes * args.processes)
