@@ -27,18 +27,20 @@ PAGE = Template("""<!DOCTYPE html>
 <style>
 :root { --back: #fff; --front: #1b1f24; --soft: #5d6673; --line: #dde1e6; --card: #f6f7f9; --right: #2f6fb5; --wrong: #d0531f; }
 @media (prefers-color-scheme: dark) {
-  :root { --back: #14171b; --front: #e6e9ed; --soft: #9aa4b1; --line: #333a43; --card: #1d2127; --right: #6ea8e6; --wrong: #f0844f; }
+  :root { --back: #14171b; --front: #e6e9ed; --soft: #9aa4b1; --line: #333a43; --card: #1d2127;
+    --right: #6ea8e6; --wrong: #f0844f; }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 68rem; background: var(--back); color: var(--front);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "Noto Sans", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", sans-serif; }
+  font: 16px/1.5 system-ui, "Segoe UI", "Noto Sans", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", sans-serif; }
 h1 { font-size: 1.5rem; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
 p { margin: .25rem 0 .75rem; color: var(--soft); overflow-wrap: anywhere; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); gap: .75rem; margin: 1.25rem 0; }
 .figures div { background: var(--card); border-radius: .5rem; padding: .75rem 1rem; color: var(--soft); font-size: .9rem; }
 .figures b { display: block; font-size: 1.6rem; line-height: 1.3; color: var(--front); font-variant-numeric: tabular-nums; }
-.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem 2rem; align-items: start; }
+.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem 2rem;
+  align-items: start; }
 svg { width: 100%; height: auto; display: block; }
 svg text { fill: var(--front); font: 11px system-ui, sans-serif; }
 svg .soft { fill: var(--soft); }
@@ -65,7 +67,11 @@ input { font: inherit; color: inherit; background: var(--card); border: 1px soli
   padding: .3rem .6rem; margin-bottom: .5rem; width: 100%; max-width: 20rem; }
 details { margin-top: 2.5rem; }
 summary { cursor: pointer; font-size: 1.15rem; font-weight: 600; }
-@media (max-width: 40rem) { .pictures { grid-template-columns: repeat(3, 1fr); gap: .75rem; } td .bar, .wide { display: none; } th, td { padding: .3rem .35rem; } }
+@media (max-width: 40rem) {
+  .pictures { grid-template-columns: repeat(3, 1fr); gap: .75rem; }
+  td .bar, .wide { display: none; }
+  th, td { padding: .3rem .35rem; }
+}
 </style>
 <h1>$title</h1>
 <p>$subtitle</p>
@@ -134,7 +140,7 @@ def percent(part, total):
 
 def mistakes(source, classes, size, wrong, given, confidence):
     """The pictures of the most confident mistakes, as the network saw them."""
-    shown = []
+    shown, kind = [], 'png' if size <= 64 else 'jpeg'
     for index in wrong:
         if len(shown) == MOST_MISTAKES:
             break
@@ -143,17 +149,16 @@ def mistakes(source, classes, size, wrong, given, confidence):
         except images.BadImage:  # it was read a minute ago
             continue
         content = io.BytesIO()
-        small = size <= 64
-        Image.fromarray(np.ascontiguousarray(picture)).save(content, 'PNG' if small else 'JPEG', **{} if small else {'quality': 88})
+        Image.fromarray(np.ascontiguousarray(picture)).save(content, kind, quality=88)
         name = os.path.basename(source.path(index)) if hasattr(source, 'path') else 'image {}'.format(index)
-        shown.append('<figure><img alt="" src="data:image/{};base64,{}">answered <i>{}</i>, {}<br>is <b>{}</b>'
-                     '<small>{}</small></figure>'.format('png' if small else 'jpeg', base64.b64encode(content.getvalue()).decode(),
-                                                         html.escape(classes[given[index]]), percent(confidence[index], 1),
-                                                         html.escape(classes[source.labels[index]]), html.escape(name)))
+        shown.append(
+            '<figure><img alt="" src="data:image/{};base64,{}">answered <i>{}</i>, {}<br>is <b>{}</b><small>{}</small>'
+            '</figure>'.format(kind, base64.b64encode(content.getvalue()).decode(), html.escape(classes[given[index]]),
+                               percent(confidence[index], 1), html.escape(classes[source.labels[index]]), html.escape(name)))
     if not shown:
         return '<p>None.</p>'
     return '<p>{} of {:,}, as the network saw them.</p><div class="pictures{}">{}</div>'.format(
-        len(shown), len(wrong), ' small' * (size <= 64), ''.join(shown))
+        len(shown), len(wrong), ' small' * (kind == 'png'), ''.join(shown))
 
 
 def confusions(confusion, classes):
@@ -216,17 +221,18 @@ def class_table(confusion, classes):
         others[number] = 0
         most = int(others.argmax())
         rows.append(
-            '<tr><td>{}</td><td data-value="{}">{:,}</td><td data-value="{}"><span class="bar" style="--share:{:.0f}%"></span>{}'
-            '</td><td class="wide" data-value="{}">{}</td><td class="name">{}</td></tr>'.format(
+            '<tr><td>{}</td><td data-value="{}">{:,}</td><td data-value="{}"><span class="bar" style="--share:{:.0f}%"></span>'
+            '{}</td><td class="wide" data-value="{}">{}</td><td class="name">{}</td></tr>'.format(
                 html.escape(classes[number]), totals[number], totals[number], accuracy[number], 100 * accuracy[number],
                 percent(hits[number], totals[number]), hits[number] / max(1, answered[number]),
                 percent(hits[number], answered[number]),
                 html.escape('{} ({})'.format(classes[most], others[most])) if others[most] else ''))
-    search = '<input id="filter" type="search" placeholder="find a class" aria-label="find a class">' if len(classes) > 20 else ''
-    heads = [('class', 'name'), ('images', ''), ('right', ''), ('answers right', 'wide'), ('most often taken for', 'name')]
+    search = '<input id="filter" type="search" placeholder="find a class" aria-label="find a class">'
+    heads = [('class', 'name'), ('images', ''), ('right', '" aria-sort="ascending'), ('answers right', 'wide'),
+             ('most often taken for', 'name')]
     return '{}<div class="scroll" id="classes"><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>'.format(
-        search, ''.join('<th class="{}"{}><button>{}</button></th>'.format(kind, ' aria-sort="ascending"' * (name == 'right'), name)
-                        for name, kind in heads), ''.join(rows))
+        search if len(classes) > 20 else '',
+        ''.join('<th class="{}"><button>{}</button></th>'.format(kind, name) for name, kind in heads), ''.join(rows))
 
 
 # --- curves -----------------------------------------------------------------------------------------------------------
@@ -269,13 +275,14 @@ def panel(title, lines):
         parts.append('<text class="soft" x="{:.1f}" y="{}" text-anchor="middle">{}</text>'.format(x(epoch), bottom + 16, epoch))
     for number, (line, colour, name) in enumerate(zip(lines, ('right', 'wrong'), ('training', 'validation'))):
         if line:
-            parts.append('<polyline fill="none" stroke="var(--{})" stroke-width="2" stroke-linejoin="round" points="{}"/>'.format(
+            parts.append('<polyline fill="none" stroke="var(--{})" stroke-width="2" points="{}"/>'.format(
                 colour, ' '.join('{:.1f},{:.1f}'.format(x(epoch), y(value)) for epoch, value in line)))
             if len(line) <= 30:
                 parts += ['<circle cx="{:.1f}" cy="{:.1f}" r="2.5" fill="var(--{})"/>'.format(x(epoch), y(value), colour)
                           for epoch, value in line]
-            parts.append('<rect x="{0}" y="5" width="10" height="10" rx="2" fill="var(--{1})"/><text class="soft" x="{2}" y="14">'
-                         '{3}</text>'.format(width - 160 + 72 * number, colour, width - 146 + 72 * number, name))
+            parts.append('<rect x="{0}" y="5" width="10" height="10" rx="2" fill="var(--{1})"/>'
+                         '<text class="soft" x="{2}" y="14">{3}</text>'.format(
+                             width - 160 + 72 * number, colour, width - 146 + 72 * number, name))
     parts.append('<text class="soft" x="{}" y="{}" text-anchor="end">epoch</text>'.format(width - 12, height))
     return '<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>'.format(width, height + 4, title, ''.join(parts))
 

@@ -20,9 +20,9 @@ def text(name):
 
 def commands(name):
     """The command lines of the code blocks, without their comments."""
-    blocks = re.findall(r'```\n(.*?)```', text(name), re.DOTALL)
-    lines = [line.partition('  #')[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line.startswith(('python ', 'bash ', 'torchrun '))]
+    blocks = re.findall(r'^```(\w*)\n(.*?)^```', text(name), re.DOTALL | re.MULTILINE)  # (language, content)
+    lines = [line.partition('  #')[0].strip() for language, block in blocks if not language for line in block.splitlines()]
+    return [line for line in lines if line.startswith(('python ', 'bash ', 'torchrun ', 'pip ', 'atc '))]
 
 
 def flags_of_help():
@@ -53,7 +53,7 @@ def test_the_commands_of_main_py_are_accepted(name, tmp_path):
             continue
         weights = tmp_path / 'x.pth.tar'
         weights.write_bytes(b'')
-        flags = [str(tmp_path) if word.startswith('/data') else str(weights) if word.endswith('.tar') else word
+        flags = [str(tmp_path) if word.startswith('/data') else str(weights) if word.endswith(('.tar', '.pth')) else word
                  for word in words[words.index('main.py') + 1:]]
         main.parse_args(flags)
         checked += 1
@@ -62,7 +62,7 @@ def test_the_commands_of_main_py_are_accepted(name, tmp_path):
 
 @pytest.mark.parametrize('name', READMES)
 def test_the_scripts_and_options_named_exist(name):
-    content = text(name)
+    content = re.sub('^atc .*', '', text(name), flags=re.MULTILINE)  # another program's options
     for script in set(re.findall(r'(?:bash (?:\./)?)(test/\w+\.sh)', content)):
         assert os.path.exists(os.path.join(REPOSITORY, script)), script
     for link in re.findall(r'\]\(((?!http|#)[^)]+)\)', content):

@@ -79,6 +79,15 @@ def test_each_script_prints_and_writes_the_references_figures(clone, tmp_path, n
         assert "'--resume', '{}'".format(clone / 'model_best.pth.tar') in flags
 
 
+def test_the_best_recipe_is_mindcvs(clone, tmp_path):
+    result = bash(clone, 'train_best_8p', '--data_path=.', python=stub(tmp_path))
+    assert result.code == 0, result.err
+    flags = (clone / 'test' / 'output' / '0' / 'train_0.log').read_text().replace("'", '').replace(',', '')
+    for words in ('--epochs 200', '-b 256', '--lr 0.01', '--warmup-epochs 2', '--min-lr 1e-4', '--label-smoothing 0.1',
+                  '--wd 4e-5'):
+        assert words in flags, words
+
+
 def test_failure_shows_the_log_and_passes_the_exit_code_on(clone, tmp_path):
     result = bash(clone, 'train_full_1p', '--data_path=.', python=stub(tmp_path), STUB_FAILS='75')
     assert result.code == 75 and 'something broke' in result.err and 'Final' not in result.out
