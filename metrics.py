@@ -252,7 +252,7 @@ def draw_curves(folder):
         axis.grid(alpha=0.3)
         if both and (train or validate):
             axis.legend(frameon=False)
-        if key == 'images_per_second':
+        if not both:
             axis.set_ylim(bottom=0)
     temporary = os.path.join(folder, 'curves.tmp.png')
     figure.savefig(temporary, dpi=110)

@@ -111,20 +111,13 @@ def grad_cam(network, pictures):
 
     pictures: normalised. H and W are those of the last convolution's maps. Selvaraju et al., arXiv:1610.02391, section 3.
     """
-    kept = []
-
-    def keep(layer, inputs, maps):
-        kept.append(F.relu(maps).detach().requires_grad_())  # max-pool and ReLU commute: the rest computes the same
-        return kept[0]
-
-    last = [layer for layer in network.features if isinstance(layer, (torch.nn.Conv2d, torch.nn.BatchNorm2d))][-1]
-    hook = last.register_forward_hook(keep)
+    with torch.no_grad():
+        maps = F.relu(network.features[:-2](pictures))  # the last two are max-pool and ReLU, which commute
     with torch.enable_grad():
-        logits = network(pictures)
-        gradients, = torch.autograd.grad(logits.max(1)[0].sum(), kept)
-    hook.remove()
-    maps = F.relu((gradients.mean((2, 3), keepdim=True) * kept[0].detach()).sum(1))
-    return maps / maps.flatten(1).max(1)[0].clamp(min=1e-12).view(-1, 1, 1), logits.detach()
+        logits = network.classify(network.features[-2](maps.requires_grad_()))
+        gradients, = torch.autograd.grad(logits.max(1)[0].sum(), maps)
+    heat = F.relu((gradients.mean((2, 3), keepdim=True) * maps.detach()).sum(1))
+    return heat / heat.flatten(1).max(1)[0].clamp(min=1e-12).view(-1, 1, 1), logits.detach()
 
 
 def draw_heatmaps(rows, path):

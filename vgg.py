@@ -34,7 +34,11 @@ class VGG(nn.Module):
 
     def forward(self, images):
         """images: (N, 3, H, W) floating point, normalised, H and W at least 32. Returns logits (N, num_classes)."""
-        maps = _average_pool_7x7(self.features(images))
+        return self.classify(self.features(images))
+
+    def classify(self, maps):
+        """maps: (N, 512, h, w), of the features. Returns logits (N, num_classes)."""
+        maps = _average_pool_7x7(maps)
         # (C, H, W) order whatever the memory format: the weights of classifier.0 expect it.
         return self.classifier(torch.flatten(maps.contiguous(), 1))
 

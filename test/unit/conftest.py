@@ -27,7 +27,8 @@ class Result:
 
 
 def run(*command, timeout=300, cwd=None, env=None):
-    environment = dict(os.environ, PYTHONPATH=REPOSITORY, **(env or {}))
+    paths = [REPOSITORY] + [path for path in [os.environ.get('PYTHONPATH')] if path]
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(paths), **(env or {}))
     return Result(subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                  universal_newlines=True, timeout=timeout, cwd=cwd, env=environment))
 

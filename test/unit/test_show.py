@@ -64,6 +64,7 @@ RUN_BY = {
     'python predict.py': 'followed',
     'python export.py': 'followed',
     'python tools/sort_imagenet_val.py': 'test_show.test_the_validation_pictures_are_sorted',
+    'python tools/shrink.py': 'test_images.test_shrink_makes_smaller_pictures_and_goes_on_after_an_interruption',
     'python main.py /data/imagenet --device cpu --multi': 'test_main.test_validation_is_exact_for_any_processes_and_batch',
     'python main.py /data/imagenet -e --resume': 'test_scripts.test_training_then_evaluation_for_real',
     'python main.py /data/imagenet --resume': 'test_main.test_a_run_stopped_in_the_middle_of_an_epoch_continues_bit_for_bit',
@@ -259,15 +260,16 @@ def test_predict_prepares_digits_as_they_were_validated(tmp_path, capsys):
 def test_the_heatmap_is_grad_cam():
     """Against the definition, computed by finite differences of the logit of the likeliest class."""
     torch.manual_seed(0)
-    network = main.vgg.VGG('vgg11', 4).eval().double()
+    network = main.vgg.VGG('vgg11', 4)
+    network.classifier = torch.nn.Linear(512 * 7 * 7, 4)  # a thousand forward passes
+    network.eval().double()
     pictures = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     heat, logits = predict.grad_cam(network, pictures)
     assert torch.allclose(logits, network(pictures)) and heat.shape == (2, 4, 4)
     maps = torch.relu(network.features[:-2](pictures)).detach()
 
     def logit(maps, index):
-        pooled = main.vgg._average_pool_7x7(network.features[-2:](maps))
-        return network.classifier(pooled.flatten(1))[index, logits[index].argmax()]
+        return network.classify(network.features[-2](maps))[index, logits[index].argmax()]
 
     with torch.no_grad():
         for index in range(2):
