@@ -8,6 +8,7 @@
 Result: 97.49 to 98.89 % Acc@1 on the digits for five seeds, 200 s each on two cores of an AMD EPYC with bf16 (quickstart.sh).
 """
 import argparse
+import functools
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -25,7 +27,7 @@ from accelerator import Accelerator, Scaler
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 import checkpoint
 import images
@@ -49,7 +51,7 @@ class Diverged(Exception):
 
 
 USER_ERRORS = (WrongUse, Diverged, accelerator.Unavailable, images.BadData, checkpoint.BadCheckpoint,
-               processes.LaunchError)
+               processes.LaunchError, processes.Lost)
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------
@@ -341,8 +343,21 @@ def build_loader(source, args, world, device, *, training, start=(0, 0)):
         raise WrongUse('{} images are fewer than the {} of one step: use a smaller --batch-size'.format(
             len(source), args.batch_size * args.nodes * args.accum_steps))
     dataset = images.Dataset(source, size=args.image_size, training=training, seed=args.seed)
-    return DataLoader(dataset, batch_size=None, sampler=batches, worker_init_fn=processes.ignore_stop_signals,
+    return DataLoader(dataset, batch_size=None, sampler=batches, collate_fn=to_shared_memory,
+                      worker_init_fn=functools.partial(processes.begin_loader_worker, os.getpid()),
                       **device.loader_options(-(-args.workers // args.processes)))
+
+
+def to_shared_memory(batch):
+    """A batch of arrays as tensors, in shared memory where a loader worker made it.
+
+    The queue to the training process would do the same, but in a thread whose errors are lost: where /dev/shm is full the
+    run would wait for ever (torch 2).
+    """
+    if isinstance(batch, images.BadImage):
+        return batch
+    tensors = [torch.as_tensor(array) for array in batch]
+    return [tensor.share_memory_() for tensor in tensors] if get_worker_info() is not None else tensors
 
 
 class DummyLoader:
@@ -364,7 +379,10 @@ class DummyLoader:
 
 def fetch(batches):
     """The next batch of a loader's iterator; raises the BadImage that came in its place."""
-    batch = next(batches)
+    try:
+        batch = next(batches)
+    except (OSError, EOFError) as error:  # of the socket over which a worker hands over memory, when it has died
+        raise processes.loader_lost(error)
     if isinstance(batch, images.BadImage):
         raise batch
     return batch
@@ -416,9 +434,11 @@ def save(run, *, best=False, final=False):
     """Write checkpoint.pth.tar on global rank 0, and name it model_best.pth.tar too where it is the best.
 
     Training goes on while the disk works. A save that fails leaves the old file and is told; the final one is waited for,
-    and fails the run (Diverged).
+    and fails the run (Diverged). So does a state that comes after ten skipped steps: with a large --print-freq this is
+    where they are noticed.
     """
     begin = time.perf_counter()
+    check_finite(run)
     state = state_of(run)
     if state is not None:
         folder = run.args.output_dir
@@ -612,10 +632,7 @@ def train_one_epoch(run, batches, steps):
             done = run.step_in_epoch
             if done == 1 or done % args.print_freq == 0 or done == steps or stopping:
                 values = run.counts.read()  # a synchronisation, as is the next line
-                if scaler.read_longest_skip() >= SKIPS_THAT_STOP:
-                    raise Diverged('the gradients of {} steps in a row were not finite, by step {}: the run has diverged; '
-                                   'resume from the last checkpoint with a lower --lr, --warmup-epochs or '
-                                   '--clip-grad-norm'.format(SKIPS_THAT_STOP, run.step))
+                check_finite(run)
                 log.line(line.text(done, values))
                 loss, acc1, acc5 = averages(values)
                 log.event('train', epoch=run.epoch, step=run.step, samples=done * global_batch, loss=loss, acc1=acc1,
@@ -633,6 +650,14 @@ def train_one_epoch(run, batches, steps):
         log.event('epoch', epoch=run.epoch, step=run.step, samples=steps * global_batch, loss=loss, acc1=acc1, acc5=acc5,
                   lr=rate, images_per_second=rate_images, seconds=clock.seconds())
     return stopping
+
+
+def check_finite(run):
+    """Raise Diverged where ten steps in a row were skipped; alike on every process. A synchronisation."""
+    if run.scaler.read_longest_skip() >= SKIPS_THAT_STOP:
+        raise Diverged('the gradients of {} steps in a row were not finite, by step {}: the run has diverged; resume from the '
+                       'last checkpoint with a lower --lr, --warmup-epochs or --clip-grad-norm'.format(
+                           SKIPS_THAT_STOP, run.step))
 
 
 def check_replicas(world, network):
@@ -697,7 +722,10 @@ def main_worker(args):
     index = args.device_list[world.local_rank % len(args.device_list)]
     device = Accelerator(args, index, processes=world.local_world_size)
     log = Log(args.output_dir, speaks=world.local_rank == 0, writes=world.rank == 0)
-    code = work(args, world, device, log, stop)
+    try:
+        code = work(args, world, device, log, stop)
+    except Exception as error:
+        raise world.fail(error)
     log.close()
     world.close()
     return code
@@ -748,9 +776,13 @@ def work(args, world, device, log, stop):
         restore(run, state)
         del state  # a gigabyte
     log.event('start', epoch=run.epoch, step=run.step)
+    stop.training = True
     tracing = args.profile and world.rank == 0
-    with device.trace(os.path.join(args.output_dir, 'trace.json'), log.line) if tracing else nullcontext() as run.trace:
-        code = train(run, training, validation_loader)
+    try:
+        with device.trace(os.path.join(args.output_dir, 'trace.json'), log.line) if tracing else nullcontext() as run.trace:
+            code = train(run, training, validation_loader)
+    finally:
+        warn_of_failed_save(run)  # a failure does not cost the checkpoint that is being written
     log.event('stop' if code else 'done', epoch=run.epoch, step=run.step, acc1=run.best_acc1)
     return code
 
@@ -852,12 +884,17 @@ def main(argv=None):
         if args.multiprocessing_distributed:
             return processes.spawn(main_worker, args, USER_ERRORS, count=args.processes,
                                    first_rank=args.rank * args.processes, world_size=args.nodes * args.processes)
-        if not processes.under_torchrun():
+        if processes.under_torchrun():
+            processes.die_with(os.getppid())
+        else:
             os.environ.update(RANK=str(args.rank), WORLD_SIZE=str(args.nodes), LOCAL_RANK='0', LOCAL_WORLD_SIZE='1')
         return main_worker(args)
     except USER_ERRORS as error:
         print('main.py: error: {}'.format(error), file=sys.stderr)
         return processes.exit_code(error)
+    except Exception:  # a fault of the program: said, and left by os._exit below, which waits for no loader worker
+        traceback.print_exc()
+        return 1
 
 
 if __name__ == '__main__':

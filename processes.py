@@ -12,6 +12,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import re
 import signal
 import socket
 import sys
@@ -31,6 +32,11 @@ STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT] + ([signal.SIGUSR1] if hasattr(si
 
 class LaunchError(Exception):
     """The processes cannot be brought together; the text says what to do."""
+
+
+class Lost(Exception):
+    """A process that this one cannot go on without has ended; the text says which. Exit code 1."""
+    exit_code = 1
 
 
 # --- the launcher -----------------------------------------------------------------------------------------------------
@@ -70,9 +76,12 @@ def spawn(worker, args, user_errors, *, count, first_rank, world_size):
 
     for number in STOP_SIGNALS:
         signal.signal(number, pass_on)
+    # A child inherits this, so that a signal waits until it can answer.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     for child, (_, sender) in zip(children, reports):
         child.start()
         sender.close()  # the child's copy is then the last, and its end the end of the pipe
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     running, code, deadline, said = list(children), 0, None, []
     while running:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -95,7 +104,7 @@ def spawn(worker, args, user_errors, *, count, first_rank, world_size):
                         first_rank + children.index(child), -child.exitcode)))
                 deadline = time.monotonic() + GRACE_SECONDS
             elif child.exitcode == STOPPED and code == 0:
-                code = STOPPED
+                code, deadline = STOPPED, time.monotonic() + GRACE_SECONDS
     if said:  # the others' failures follow from the first, and from a user's error before all
         users_code, text = next((report for report in said if report[0] is not None), said[0])
         sys.stderr.write(text)
@@ -105,7 +114,7 @@ def spawn(worker, args, user_errors, *, count, first_rank, world_size):
 
 def _child(worker, args, user_errors, environment, report, parent):
     """Sends (exit code where it is a user's error, else None; text) through the pipe `report` where it fails."""
-    _die_with(parent)
+    die_with(parent)
     os.environ.update(environment)
     try:
         code = worker(args)
@@ -123,7 +132,7 @@ def exit_code(error):
     return getattr(error, 'exit_code', WRONG_USE)
 
 
-def _die_with(parent):
+def die_with(parent):
     """Have the kernel kill this process when its parent dies, however that happens (Linux)."""
     if sys.platform == 'linux':
         pr_set_pdeathsig = 1  # <sys/prctl.h>
@@ -132,20 +141,33 @@ def _die_with(parent):
             os._exit(1)
 
 
-def ignore_stop_signals(*_):
-    """For loader workers: a Ctrl-C reaches every process of the terminal, and they are ended by their parent."""
+def begin_loader_worker(parent, _):
+    """A signal may reach every process of a terminal or job; loader workers go on until their parent ends them.
+
+    multiprocessing asks them by SIGTERM and waits, so whoever has them leaves by os._exit.
+    """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    _die_with(os.getppid())
+    die_with(parent)
+
+
+def loader_lost(error):
+    """What to say where a batch did not come because a loader worker has ended."""
+    return Lost('a loader worker has ended ({}): killed, out of memory, or /dev/shm is too small (docker run --shm-size=8g; '
+                '--workers 0 needs none); the last checkpoint is whole'.format(str(error).strip().splitlines()[-1]))
 
 
 # --- inside a process -------------------------------------------------------------------------------------------------
 
 class StopSignals:
-    """SIGTERM, SIGINT and SIGUSR1 set a flag. A second one, more than two seconds later, ends the process at once."""
+    """SIGTERM, SIGINT and SIGUSR1 set a flag. A second one, more than two seconds later, ends the process at once.
+
+    So does the first, with code 75, before `training` is set: there is nothing to save then.
+    """
 
     def __init__(self):
         self.first = None  # time.monotonic()
+        self.training = False
         # Python runs its handlers between two steps of the interpreter, so not while a collective or a backward pass
         # hangs. The number of a signal, though, is written to this socket at once, and a thread reads it.
         receiver, sender = socket.socketpair()
@@ -154,12 +176,15 @@ class StopSignals:
         for number in STOP_SIGNALS:
             signal.signal(number, lambda *_: None)
         threading.Thread(target=self._listen, args=(receiver, sender), daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # `spawn` has blocked them
 
     def _listen(self, receiver, _sender_kept_open):
         while True:
             number = receiver.recv(1)[0]
             if number not in STOP_SIGNALS:
                 continue
+            if not self.training:
+                os._exit(STOPPED)
             if self.first is None:
                 self.first = time.monotonic()
             elif time.monotonic() - self.first > 2:
@@ -173,18 +198,21 @@ class Heartbeat:
     """Ends this process when another of the job dies, is stopped or cut off, and says which.
 
     A thread writes a beat to the job's key-value store, so a slow step, a compile or a scan is no death: they do not hold
-    the thread up. Rank 0 watches the beats of all and names the missing; the others watch that and rank 0. A second thread
-    watches the first, which hangs where rank 0's machine, that of the store, is the one that has gone.
+    the thread up. Rank 0 watches the beats of all and publishes who is missing; the others watch that and rank 0. A second
+    thread watches the first, which hangs where rank 0's machine, that of the store, is the one that has gone.
+
+    job: tells this job's keys from those of the one before, which torchrun's store still holds after a restart.
     """
 
     INTERVAL, PATIENCE = 3, 30  # seconds
 
-    def __init__(self, host, port, rank, world_size):
+    def __init__(self, host, port, rank, world_size, job):
         # A connection of its own: one operation that waits holds up all others on the same.
         patience = datetime.timedelta(seconds=RENDEZVOUS_SECONDS)
-        self.store = dist.TCPStore(host, port, world_size, False, patience)
-        self.rank, self.world_size = rank, world_size
-        self.answered, self.stopped = time.monotonic(), threading.Event()
+        self.store = dist.PrefixStore(job, dist.TCPStore(host, port, world_size, False, patience))
+        self.rank, self.world_size, self.patience = rank, world_size, self.PATIENCE
+        self.answered, self.failed = time.monotonic(), False
+        self.stopped, self.urgent = threading.Event(), threading.Event()
         self.threads = [threading.Thread(target=target, daemon=True) for target in (self._beat, self._watch)]
         for thread in self.threads:
             thread.start()
@@ -192,25 +220,32 @@ class Heartbeat:
     def _beat(self):
         seen = {}  # rank -> (count, when it changed)
         try:
-            self.store.add('missing', 0)
             while not self.stopped.is_set():
+                if self.failed:
+                    self._publish(self.rank)
+                    return
                 self.store.add('beat/{}'.format(self.rank), 1)
-                others = range(1, self.world_size) if self.rank == 0 else [0]
-                for other in others:
+                for other in range(1, self.world_size) if self.rank == 0 else [0]:
                     count = self.store.add('beat/{}'.format(other), 0)
                     if seen.get(other, (None,))[0] != count:
                         seen[other] = count, time.monotonic()
-                    elif time.monotonic() - seen[other][1] > self.PATIENCE:
-                        self.store.add('missing', other + 1)
+                    elif time.monotonic() - seen[other][1] > self.patience:
+                        self._publish(other)
+                        self.stopped.wait(2 * self.INTERVAL)  # rank 0 may hold the store: the others read it first
                         self._end(other)
                 missing = self.store.add('missing', 0)
                 if missing:
                     self._end(missing - 1)
                 self.answered = time.monotonic()
-                self.stopped.wait(self.INTERVAL)
+                if self.urgent.wait(self.INTERVAL):
+                    self.stopped.wait(0.2)
         except RuntimeError:  # rank 0 has gone: after a job's end, or before it
             self.stopped.wait(self.INTERVAL)
             self._end(0)
+
+    def _publish(self, missing):
+        if self.store.add('claims', 1) == 1:  # the first to go is the cause
+            self.store.add('missing', missing + 1)
 
     def _watch(self):
         while time.monotonic() - self.answered < self.PATIENCE + 5 * self.INTERVAL:
@@ -218,18 +253,32 @@ class Heartbeat:
                 return
         self._end(0)
 
+    def await_verdict(self):
+        """A connection has broken: wait until the threads know who is missing, say it and end this process. Returns where
+        all still beat after 40 s."""
+        self.patience = 3 * self.INTERVAL
+        self.urgent.set()
+        self.threads[0].join(timeout=self.PATIENCE + 10)
+
+    def leave(self):
+        """This process has failed by itself: the others need not wait to miss it."""
+        self.failed = True
+        self.urgent.set()
+        self.threads[0].join(timeout=1)
+
     def stop(self):
         """At the end of a job: who is missing from now on has gone home. Waits for the threads, since one that is inside
         the store when Python ends takes the process down with an abort."""
         self.stopped.set()
+        self.urgent.set()
         for thread in self.threads:
             thread.join(timeout=5)
 
     def _end(self, missing):
         if self.stopped.is_set():
             return
-        print('main.py: error: rank {} has not answered for {} s; rank {} ends, the last checkpoint is whole'.format(
-            missing, self.PATIENCE, self.rank), file=sys.stderr, flush=True)
+        print('main.py: error: rank {} has ended, is stopped or cut off, so rank {} ends; the last checkpoint is whole'.format(
+            missing, self.rank), file=sys.stderr, flush=True)
         os._exit(1)
 
 
@@ -261,13 +310,29 @@ class World:
             self.barrier()
             if where.startswith('tcp://'):
                 host, _, port = where[len('tcp://'):].rstrip('/').rpartition(':')
-                self.heartbeat = Heartbeat(host.strip('[]'), int(port), self.rank, self.world_size)
+                job = self.broadcast('{}/{}'.format(time.time(), os.getpid()))
+                self.heartbeat = Heartbeat(host.strip('[]'), int(port), self.rank, self.world_size, job)
         except (RuntimeError, ValueError, OSError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             if 'ddress already in use' in str(error) or 'EADDRINUSE' in str(error):
                 raise LaunchError('{}: the port is in use; name a free one with --dist-url tcp://HOST:PORT'.format(where))
             raise LaunchError('{}: rank {} cannot meet the {} processes there ({}); check --addr, --dist-url, --rank and '
                               '--world-size, and that every node runs'.format(where, self.rank, self.world_size, reason))
+
+    def fail(self, error):
+        """An error in the middle of a job: tell the other processes; return what to raise, a Lost where the error only says
+        that another process has ended. Where that is one of another rank, the heartbeat names it and ends this process."""
+        text = str(error)
+        if 'DataLoader worker' in text and 'Caught' not in text or 'shared memory' in text:
+            error = loader_lost(error)
+        elif self.world_size > 1 and re.search('gloo|NCCL|HCCL|[Cc]onnection', text) and isinstance(error, RuntimeError):
+            if self.heartbeat is not None:
+                self.heartbeat.await_verdict()
+            error = Lost('the connection to another process is broken ({}); the last checkpoint is whole'.format(
+                text.strip().splitlines()[0]))
+        if self.heartbeat is not None:
+            self.heartbeat.leave()
+        return error
 
     def barrier(self):
         if self.world_size > 1:
