@@ -15,6 +15,8 @@ import sysconfig
 
 # torch >= 2.5 loads torch_npu by itself and then dies where CANN is missing; it is imported below, when it is wanted.
 os.environ.setdefault('TORCH_DEVICE_BACKEND_AUTOLOAD', '0')
+# Where a peer dies, torch's store logs a C++ backtrace; processes.py says it in one line.
+os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')
 
 import torch  # noqa: E402
 from torch import nn  # noqa: E402

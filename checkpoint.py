@@ -100,11 +100,20 @@ def link(path, other):
     try:
         os.link(path, temporary)
     except OSError:
-        shutil.copyfile(path, temporary)
-        with open(temporary, 'rb+') as file:
-            os.fsync(file.fileno())
+        _copy(path, temporary)
     os.replace(temporary, other)
     _sync_folder(other)
+
+
+def _copy(path, other):
+    try:
+        shutil.copyfile(path, other)
+        with open(other, 'rb+') as file:
+            os.fsync(file.fileno())
+    except OSError:
+        if os.path.exists(other):
+            os.remove(other)
+        raise
 
 
 def _sync_folder(path):

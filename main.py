@@ -434,11 +434,13 @@ def save(run, *, best=False, final=False):
     """Write checkpoint.pth.tar on global rank 0, and name it model_best.pth.tar too where it is the best.
 
     Training goes on while the disk works. A save that fails leaves the old file and is told; the final one is waited for,
-    and fails the run (Diverged). So does a state that comes after ten skipped steps: with a large --print-freq this is
-    where they are noticed.
+    and fails the run (Diverged). Weights whose gradients are not finite may be ruined: they replace no good checkpoint.
     """
     begin = time.perf_counter()
     check_finite(run)
+    if run.scaler.skipped_in_a_row.item() and not (best or final):  # a synchronisation
+        run.log.line('=> no checkpoint at step {}: its gradients were not finite'.format(run.step))
+        return
     state = state_of(run)
     if state is not None:
         folder = run.args.output_dir

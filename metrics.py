@@ -192,9 +192,10 @@ class Log:
             self.jsonl.write(json.dumps(dict(event=event, **finite)) + '\n')
             self.jsonl.flush()
         if self.tensorboard is not None and 'step' in fields:
-            for key in ('loss', 'acc1', 'acc5', 'lr', 'images_per_second'):
-                if key in fields:
-                    self.tensorboard.add_scalar('{}/{}'.format(event, key), fields[key], fields['step'])
+            with self._survive():
+                for key in ('loss', 'acc1', 'acc5', 'lr', 'images_per_second'):
+                    if key in fields:
+                        self.tensorboard.add_scalar('{}/{}'.format(event, key), fields[key], fields['step'])
 
     def curves(self):
         """Redraw curves.png from metrics.jsonl."""

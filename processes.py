@@ -305,6 +305,8 @@ class World:
             where = 'tcp://{}:{}'.format(os.environ.get('MASTER_ADDR'), os.environ.get('MASTER_PORT'))
         try:
             store, _, _ = next(dist.rendezvous(url, self.rank, self.world_size, timeout=patience))
+            # torchrun's own store outlives a restart, and with it the addresses of the processes that have died.
+            store = dist.PrefixStore('attempt {}'.format(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)), store)
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size)
             self.control = dist.group.WORLD if backend == 'gloo' else dist.new_group(backend='gloo')
             self.barrier()
