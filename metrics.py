@@ -256,6 +256,10 @@ def draw_curves(folder):
         if not both:
             axis.set_ylim(bottom=0)
     temporary = os.path.join(folder, 'curves.tmp.png')
-    figure.savefig(temporary, dpi=110)
-    pyplot.close(figure)
-    os.replace(temporary, os.path.join(folder, 'curves.png'))
+    try:
+        figure.savefig(temporary, dpi=110)
+        os.replace(temporary, os.path.join(folder, 'curves.png'))
+    finally:
+        pyplot.close(figure)
+        with contextlib.suppress(FileNotFoundError):  # a full disk
+            os.remove(temporary)

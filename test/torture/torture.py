@@ -26,6 +26,7 @@ import torch  # noqa: E402
 
 import checkpoint  # noqa: E402
 import processes  # noqa: E402
+import small  # noqa: E402
 
 SMALL = os.path.join(HERE, 'small.py')
 TWO = ['--multiprocessing-distributed', '--device-list', '0,1']
@@ -224,51 +225,95 @@ def save_full(folder):
 RUN = ['-b', '32', '--epochs', '3', '--save-freq', '1', '-p', '20']  # 44 steps an epoch
 
 
-def kill_and_continue(folder, times, flags, victims):
+class Fork:
+    """small.py as a fork of this process, which has imported torch already: a hundred starts in minutes."""
+
+    def __init__(self, flags, folder):
+        sys.stdout.flush()
+        self.pid, self.code = os.fork(), None
+        if self.pid == 0:
+            os.setsid()
+            os.sched_setaffinity(0, [max(os.sched_getaffinity(0))])  # one thread waits for no other on a busy machine
+            out = os.open(os.path.join(folder, 'log'), os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+            os.dup2(out, 1), os.dup2(out, 2)
+            code = small.main.main(['--arch', 'vgg11', '--device', 'cpu', '--output-dir', folder] + [str(flag) for flag in flags])
+            os._exit(code)
+
+    def ended(self):
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = None if pid == 0 else os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
+        return self.code is not None
+
+    def kill(self, rng):
+        os.killpg(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        with contextlib.suppress(ProcessLookupError):
+            while True:  # until the loader workers have gone too
+                os.killpg(self.pid, 0)
+                time.sleep(0.005)
+
+
+class OneOfTwo:
+    """small.py on two processes; `kill` takes any one of the launcher, the ranks and their workers: the others must go."""
+
+    def __init__(self, flags, folder):
+        self.job = train(*flags, *TWO, folder=folder)
+        self.code = None
+
+    def ended(self):
+        if self.code is None and self.job.child.poll() is not None:
+            self.code = self.job.wait()
+        return self.code is not None
+
+    def kill(self, rng):
+        with contextlib.suppress(ProcessLookupError, IndexError):
+            os.kill(rng.choice(self.job.processes()), signal.SIGKILL)
+        self.job.wait()
+
+
+def kill_and_continue(folder, times, start):
     """Kill at random moments, continue with 0, 1 or 3 workers, and begin anew where a run has come to its end."""
+    def finish(attempt):
+        while not attempt.ended():
+            time.sleep(0.01)
+        assert attempt.code == 0, attempt.code
+
     whole_run = os.path.join(folder, 'never killed')
     os.mkdir(whole_run)
     begin = time.monotonic()
-    run(*RUN, *flags, '-j', 0, folder=whole_run)
+    finish(start(RUN + ['-j', 0], whole_run))
     seconds, wanted = time.monotonic() - begin, digest(whole_run)
     kills = runs = 0
     rng = random.Random(6)
-    parts = os.path.join(folder, 'killed 0')
-    os.mkdir(parts)
-    while kills < times or runs == 0:
-        job = train(*RUN, *flags, '-j', rng.choice((0, 1, 3)), '--auto-resume', folder=parts)
-        deadline = time.monotonic() + (rng.uniform(0.2, 1.1) * seconds if kills < times else 300)
-        while job.child.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
-        if job.child.poll() is None:
+    while kills < times:
+        parts = os.path.join(folder, 'killed {}'.format(runs))
+        os.mkdir(parts)
+        while True:
+            attempt = start(RUN + ['-j', rng.choice((0, 1, 3)), '--auto-resume'], parts)
+            deadline = time.monotonic() + rng.uniform(0, 1) * seconds
+            while not attempt.ended() and (time.monotonic() < deadline or kills >= times):
+                time.sleep(0.005)
+            if attempt.ended():
+                break
+            attempt.kill(rng)
             kills += 1
-            for pid in victims(job, rng):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            job.wait()
             if kills % 10 == 0:
                 print('  {} kills, {} runs to the end'.format(kills, runs), flush=True)
-            continue
-        assert job.wait() == 0, job.said()[-3000:]
+        assert attempt.code == 0, attempt.code
         assert digest(parts) == wanted, 'the killed run ended with other weights'
         runs += 1
         shutil.rmtree(parts)
-        parts = os.path.join(folder, 'killed {}'.format(runs))
-        os.mkdir(parts)
     print('  {} kills, {} runs to the end, each with the digest of the run that was never killed'.format(kills, runs))
     return kills
 
 
 def random_kills(folder):
-    return kill_and_continue(folder, 100, [], lambda job, rng: job.processes())
+    return kill_and_continue(folder, 100, Fork)
 
 
 def random_kills_of_one(folder):
-    """The launcher, a rank or a loader worker of two processes: the others must go by themselves."""
-    def one(job, rng):
-        alive = job.processes()
-        return [rng.choice(alive)] if alive else []
-    return kill_and_continue(folder, 15, TWO, one)
+    return kill_and_continue(folder, 15, OneOfTwo)
 
 
 def resumed_resumes(folder):
@@ -375,15 +420,14 @@ def nodes(folder, count, addresses=None, prefixes=None):
     return jobs
 
 
-def lose(jobs, lost, what):
-    """Every other node ends inside a minute, with code 1 and one line that names the missing rank."""
+def lose(jobs, missing, what):
+    """Each node of `missing` (rank: the one it misses) ends inside a minute, with code 1 and one line that names that one."""
     begin = time.monotonic()
-    for rank, job in enumerate(jobs):
-        if rank != lost:
-            code, lines = job.wait(SECONDS_TO_END), errors(job.said())
-            print('  {}: rank {} ended with {} after {:.0f} s: {}'.format(what, rank, code, time.monotonic() - begin, lines),
-                  flush=True)
-            assert code == 1 and len(lines) == 1 and 'rank {} '.format(lost) in lines[0], job.said()[-3000:]
+    for rank, lost in missing.items():
+        code, lines = jobs[rank].wait(begin + SECONDS_TO_END - time.monotonic()), errors(jobs[rank].said())
+        print('  {}: rank {} ended with {} after {:.0f} s: {}'.format(what, rank, code, time.monotonic() - begin, lines),
+              flush=True)
+        assert code == 1 and len(lines) == 1 and 'rank {} '.format(lost) in lines[0], jobs[rank].said()[-3000:]
 
 
 def lost_ranks(folder):
@@ -394,7 +438,7 @@ def lost_ranks(folder):
             try:
                 jobs[0].wait_for('Epoch', times=3)
                 os.kill(jobs[lost].child.pid, number)
-                lose(jobs, lost, number.name)
+                lose(jobs, {rank: lost for rank in range(count) if rank != lost}, number.name)
                 tries += 1
             finally:
                 for job in jobs:
@@ -429,8 +473,7 @@ def network(folder):
         jobs = nodes(folder, 2, ['10.77.0.1', '10.77.0.2'], prefixes)
         jobs[0].wait_for('Epoch', times=3)
         ip('-n', middle, 'link', 'set', 'port1', 'nomaster')  # carrier and routes stay, every packet is lost
-        lose(jobs[:1], 1, 'cut off')
-        lose([None, jobs[1]], 0, 'cut off')
+        lose(jobs, {0: 1, 1: 0}, 'cut off')
     finally:
         for job in jobs:
             job.kill()
@@ -523,7 +566,8 @@ def disk(folder):
                 os.remove(filler)
                 assert job.wait(200) == 0, job.said()
                 assert step < whole(small) == 12 * 22
-            print('  full {}: exit code {}, the checkpoint whole'.format('to the end' if last else 'for a while', last), flush=True)
+            print('  full {}: exit code {}, the checkpoint whole'.format(*(('to the end', 1) if last else ('for a while', 0))),
+                  flush=True)
             tries += 1
             for name in os.listdir(small):
                 path = os.path.join(small, name)
@@ -543,7 +587,7 @@ def disk(folder):
             # Only the third save meets it.
             said = run('-b', 64, '--epochs', 4, '--eval-freq', 4, '-p', 10, folder=traced, prefix=[
                 'strace', '-qq', '-f', '-o', '/dev/null', '-e', 'trace=' + call,
-                '-e', 'inject={}:error=ENOSPC:when=3'.format(call if call != 'write' else 'write'), '-P', path])
+                '-e', 'inject={}:error=ENOSPC:when=3'.format(call), '-P', path])
             assert said.count('the checkpoint was not saved') == 1 and whole(traced) == 88, said
             tries += 1
     readonly = os.path.join(folder, 'read only')

@@ -199,6 +199,33 @@ def test_the_dynamic_scale_halves_on_overflow_and_doubles_after_2000_good_steps(
     assert scaler.state_dict()['loss_scale'] == 65536 and scaler.state_dict()['good_steps'] == 0
 
 
+def test_the_dynamic_scale_goes_on_from_a_checkpoint_bit_for_bit():
+    """An overflow before the checkpoint and a growth after it: scale, counts, momentum and weights of the whole run."""
+    def fresh():
+        device, model, _ = build()
+        masters = list(model.parameters())
+        scaler = accelerator.Scaler(model, masters, device._build_sgd(masters, lr=0.1, momentum=0.9, weight_decay=1e-4),
+                                    device.device, loss_scale='dynamic', clip_grad_norm=1.0)
+        scaler.GROWTH_INTERVAL = 3
+        return device, model, scaler
+
+    factors = [1, float('inf'), 1, 1, 1, 1, float('nan'), float('nan'), 1, 1]
+    whole, part = fresh(), fresh()
+    for factor in factors:
+        step(*whole, factor=factor)
+    for number, factor in enumerate(factors):
+        step(*part, factor=factor)
+        state = part[1].state_dict(), part[2].optimizer_state_dict(), part[2].state_dict()
+        if number in (3, 6):  # in the middle of growing, and of a run of skips
+            part = fresh()
+            part[1].load_state_dict(state[0])
+            part[2].load_optimizer_state(state[1])
+            part[2].load_state_dict(state[2])
+    assert whole[2].state_dict() == part[2].state_dict() and whole[2].state_dict()['loss_scale'] == 65536 / 2 * 2 / 4
+    for mine, theirs in zip(whole[1].parameters(), part[1].parameters()):
+        assert torch.equal(mine, theirs)
+
+
 def test_clipping_limits_the_norm_of_the_change():
     device, model, scaler = build('--lr', '1', '--wd', '0', '--momentum', '0', '--clip-grad-norm', '0.001')
     before = [parameter.detach().clone() for parameter in model.parameters()]

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """main.py through its command line: training, evaluating, resuming, and the shapes of what it prints and writes."""
+import contextlib
 import json
 import math
 import os
@@ -192,8 +193,7 @@ def test_a_rank_that_dies_or_stalls_ends_the_others_in_time(folder, tmp_path, nu
         begin = time.monotonic()
         said = children[0].communicate(timeout=60)[1]
         assert children[0].returncode not in (0, 75) and time.monotonic() - begin < 60
-        if number == signal.SIGSTOP:
-            assert 'rank 1 has not answered' in said
+        assert said.startswith('main.py: error: rank 1 has ended, is stopped or cut off') and len(said.splitlines()) == 1, said
     finally:
         children[1].kill()
         children[1].communicate()
@@ -295,9 +295,63 @@ def test_non_finite_steps_are_not_applied_and_ten_stop_the_run(folder, tmp_path)
     assert run_main(*flags, '--stop-step-num', 1).code == 0
     path = tmp_path / 'checkpoint.pth.tar'
     before = path.read_bytes()
-    result = run_main(*flags, '--lr', '1e30', '--resume', path)
+    # Step 2 is finite and ruins the weights; the saves at 3, 6 and 9 must not follow it, nor wait for a log line.
+    result = run_main(*flags, '--lr', '1e30', '--resume', path, '-p', 1000, '--save-freq', 3)
     assert result.code == 1 and 'not finite' in result.err and 'Traceback' not in result.err
-    assert path.read_bytes() == before
+    assert result.out.count('no checkpoint at step') == 3 and path.read_bytes() == before
+
+
+def small(*flags):
+    """main.py with a small network, started and not waited for."""
+    return subprocess.Popen([sys.executable, '-u', os.path.join(REPOSITORY, 'test', 'torture', 'small.py'), '--arch', 'vgg11',
+                             '--device', 'cpu', *(str(flag) for flag in flags)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, universal_newlines=True)
+
+
+def children_of(pid):
+    with open('/proc/{0}/task/{0}/children'.format(pid)) as file:
+        return [int(word) for word in file.read().split()]
+
+
+def alive(pid):
+    with contextlib.suppress(OSError):
+        with open('/proc/{}/stat'.format(pid)) as file:
+            return file.read().rpartition(')')[2].split()[0] != 'Z'
+    return False
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='/proc tells who lives')
+@pytest.mark.parametrize('victim', ['loader worker', 'parent'])
+def test_a_killed_loader_worker_is_one_line_and_no_process_is_left(tmp_path, victim):
+    """The workers ignore SIGTERM, so who waited for them as multiprocessing does would wait for ever."""
+    parent = small('-b', 32, '-j', 2, '--epochs', 100000, '--eval-freq', 100000, '-p', 1, '--output-dir', tmp_path)
+    for line in parent.stdout:
+        if line.startswith('Epoch'):
+            break
+    workers = children_of(parent.pid)
+    assert len(workers) == 2
+    os.kill(parent.pid if victim == 'parent' else workers[1], signal.SIGKILL)
+    said = parent.communicate(timeout=60)[1]
+    if victim == 'loader worker':
+        assert parent.returncode == 1 and said.startswith('main.py: error: a loader worker has ended'), said
+        assert len(said.splitlines()) == 1
+    deadline = time.monotonic() + 20
+    while any(map(alive, workers)):
+        assert time.monotonic() < deadline, 'orphans'
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='/proc tells who has been started')
+def test_a_signal_to_a_job_that_is_starting_ends_it_with_75(tmp_path):
+    """The processes of the ranks are still importing torch: they have nothing to save and nothing to say."""
+    launcher = small('--output-dir', tmp_path, *TWO)
+    while len(children_of(launcher.pid)) < 2:
+        time.sleep(0.01)
+    ranks = children_of(launcher.pid)
+    launcher.send_signal(signal.SIGTERM)
+    said = launcher.communicate(timeout=60)[1]
+    assert launcher.returncode == 75 and said == '' and not any(map(alive, ranks))
+    assert not (tmp_path / 'checkpoint.pth.tar').exists()
 
 
 # --- wrong use --------------------------------------------------------------------------------------------------------

@@ -60,6 +60,32 @@ def test_replicas_that_differ_by_one_bit_are_noticed_on_both(tmp_path, altered):
     assert outputs == (['apart False\n', 'apart True\n'] if altered else ['alike\n', 'alike\n'])
 
 
+def test_a_gradient_that_is_not_finite_on_one_process_skips_the_step_on_both(tmp_path):
+    outputs = two_processes('''
+        def check(world):
+            import accelerator
+            args = main.parse_args(['--device', 'cpu', '--lr', '0.1'])
+            accelerator.choose(args)
+            device = accelerator.Accelerator(args, 0, processes=2)
+            torch.manual_seed(0)
+            network = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2))
+            network, scaler = device.prepare_training(network, args)
+            model = device.wrap_ddp(network)
+            changed = []
+            for step in range(5):
+                before = [value.clone() for value in network.state_dict().values()]
+                bad = {1: float('nan'), 3: float('inf')}.get(step, 1.0) if world.rank == 1 else 1.0
+                scaler.backward((model(torch.randn(6, 4) * bad) ** 2).mean())
+                scaler.step()
+                after = list(network.state_dict().values())
+                changed.append(not all(torch.equal(old, new) for old, new in zip(before[:2], after[:2])))
+                assert all(torch.isfinite(value.float()).all() for value in after)
+            main.check_replicas(world, network)
+            print(changed, scaler.read_longest_skip())
+    ''', tmp_path)
+    assert outputs == ['[True, False, True, False, True] 1\n'] * 2
+
+
 def test_a_port_in_use_and_a_master_that_is_not_there_are_told_in_time(tmp_path):
     import socket
     import time
