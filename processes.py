@@ -69,19 +69,25 @@ def spawn(worker, args, user_errors, *, count, first_rank, world_size):
         children.append(context.Process(target=_child, args=(worker, args, user_errors, environment, sender, os.getpid())))
         reports.append((receiver, sender))
 
+    asked = []
+
     def pass_on(number, _):
+        asked.append(number)
         for child in children:
             if child.pid and child.is_alive():
                 os.kill(child.pid, number)
 
     for number in STOP_SIGNALS:
         signal.signal(number, pass_on)
+    context.Lock()  # starts multiprocessing's tracker of resources, which would unblock signals at the first child
     # A child inherits this, so that a signal waits until it can answer.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     for child, (_, sender) in zip(children, reports):
         child.start()
         sender.close()  # the child's copy is then the last, and its end the end of the pipe
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    for number in asked[:1]:  # came to a thread that does not block it, before all had started
+        pass_on(number, None)
     running, code, deadline, said = list(children), 0, None, []
     while running:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())

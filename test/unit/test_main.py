@@ -345,11 +345,14 @@ def test_a_killed_loader_worker_is_one_line_and_no_process_is_left(tmp_path, vic
 def test_a_signal_to_a_job_that_is_starting_ends_it_with_75(tmp_path):
     """The processes of the ranks are still importing torch: they have nothing to save and nothing to say."""
     launcher = small('--output-dir', tmp_path, *TWO)
-    while len(children_of(launcher.pid)) < 2:
-        time.sleep(0.01)
-    ranks = children_of(launcher.pid)
-    launcher.send_signal(signal.SIGTERM)
-    said = launcher.communicate(timeout=60)[1]
+    try:
+        while len(children_of(launcher.pid)) < 2:  # one of them is multiprocessing's own
+            time.sleep(0.01)
+        ranks = children_of(launcher.pid)[1:]
+        launcher.send_signal(signal.SIGTERM)
+        said = launcher.communicate(timeout=60)[1]
+    finally:
+        launcher.kill()
     assert launcher.returncode == 75 and said == '' and not any(map(alive, ranks))
     assert not (tmp_path / 'checkpoint.pth.tar').exists()
 
