@@ -122,6 +122,7 @@ def _child(worker, args, user_errors, environment, report, parent):
     """Sends (exit code where it is a user's error, else None; text) through the pipe `report` where it fails."""
     die_with(parent)
     os.environ.update(environment)
+    Heartbeat.say = staticmethod(lambda text: report.send((None, text)))
     try:
         code = worker(args)
     except user_errors as error:
@@ -211,6 +212,7 @@ class Heartbeat:
     """
 
     INTERVAL, PATIENCE = 3, 30  # seconds
+    say = staticmethod(lambda text: print(text, end='', file=sys.stderr, flush=True))  # `spawn` says one line for all
 
     def __init__(self, host, port, rank, world_size, job):
         # A connection of its own: one operation that waits holds up all others on the same.
@@ -241,6 +243,7 @@ class Heartbeat:
                         self._end(other)
                 missing = self.store.add('missing', 0)
                 if missing:
+                    self.stopped.wait(2)  # what made that one fail may be about to be found here too
                     self._end(missing - 1)
                 self.answered = time.monotonic()
                 if self.urgent.wait(self.INTERVAL):
@@ -281,11 +284,10 @@ class Heartbeat:
             thread.join(timeout=5)
 
     def _end(self, missing):
-        if self.stopped.is_set():
-            return
-        print('main.py: error: rank {} has ended, is stopped or cut off, so rank {} ends; the last checkpoint is whole'.format(
-            missing, self.rank), file=sys.stderr, flush=True)
-        os._exit(1)
+        if not self.stopped.is_set() and not self.failed:
+            self.say('main.py: error: rank {} has ended, is stopped or cut off, so rank {} ends; the last checkpoint is '
+                     'whole\n'.format(missing, self.rank))
+            os._exit(1)
 
 
 class World:
