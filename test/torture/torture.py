@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import glob
 import hashlib
+import importlib.util
 import os
 import random
 import re
@@ -21,7 +22,7 @@ import time
 HERE = os.path.dirname(os.path.abspath(__file__))
 REPOSITORY = os.path.dirname(os.path.dirname(HERE))
 sys.path.insert(0, REPOSITORY)
-import accelerator  # noqa: E402
+import accelerator  # noqa: E402,F401  before torch
 import torch  # noqa: E402
 
 import checkpoint  # noqa: E402
@@ -77,7 +78,8 @@ class Job:
     def wait_for(self, text, seconds=90, times=1):
         deadline = time.monotonic() + seconds
         while self.said().count(text) < times:
-            assert self.child.poll() is None, 'ended with {} before {!r}: {}'.format(self.child.returncode, text, self.said()[-2000:])
+            assert self.child.poll() is None, 'ended with {} before {!r}: {}'.format(
+                self.child.returncode, text, self.said()[-2000:])
             assert time.monotonic() < deadline, 'no {!r} in {} s: {}'.format(text, seconds, self.said()[-2000:])
             time.sleep(0.02)
 
@@ -168,10 +170,9 @@ SAVE = '''
 import os, sys
 sys.path.insert(0, {repository!r})
 import accelerator, torch, checkpoint
-torch.manual_seed(int(sys.argv[2]))
-weights = [torch.full((int(count),), float(sys.argv[2])) for count in sys.argv[3].split(',')]
+tensors = [torch.full((int(count),), float(sys.argv[2])) for count in sys.argv[3].split(',')]
 writer = checkpoint.Writer()
-writer.save({{'step': int(sys.argv[2]), 'weights': weights, 'momentum': weights}}, sys.argv[1], also=sys.argv[1] + '.best')
+writer.save({{'step': int(sys.argv[2]), 'tensors': tensors}}, sys.argv[1], also=sys.argv[1] + '.best')
 error = writer.wait()
 assert error is None, error
 '''
@@ -215,7 +216,7 @@ def save_small(folder):
 
 
 def save_full(folder):
-    """138,357,544 parameters of VGG16 and their momentum: 1.1 GB. One storage for both would halve the file."""
+    """The 138,357,544 parameters of VGG16 and as many of momentum: 1.1 GB."""
     need(shutil.disk_usage(folder).free > 8e9, 'needs 8 GB of disk')
     return kill_each_call(folder, [138357544, 138357544])
 
@@ -235,8 +236,8 @@ class Fork:
             os.setsid()
             out = os.open(os.path.join(folder, 'log'), os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
             os.dup2(out, 1), os.dup2(out, 2)
-            code = small.main.main(['--arch', 'vgg11', '--device', 'cpu', '--output-dir', folder] + [str(flag) for flag in flags])
-            os._exit(code)
+            flags = ['--arch', 'vgg11', '--device', 'cpu', '--output-dir', folder] + [str(flag) for flag in flags]
+            os._exit(small.main.main(flags))
 
     def ended(self):
         if self.code is None:
@@ -353,8 +354,6 @@ def signals(folder):
         for moment, (text, times) in enumerate(moments):
             number = numbers[(tries + moment) % 3]
             job = train(*base, '--auto-resume', folder=parts)
-            if 'resuming' in job.said() and text == 'Epoch: [0]':
-                text = 'Epoch'
             job.wait_for(text, times=times)
             ranks = [pid for pid in job.children(job.child.pid) if pid in job.processes()][-2:]
             begin = time.monotonic()
@@ -413,9 +412,9 @@ def nodes(folder, count, addresses=None, prefixes=None):
     for rank in range(count):
         own = os.path.join(folder, 'node {} {}'.format(rank, port))
         os.mkdir(own)
-        jobs.append(train('-b', 16, '--epochs', 100000, '--eval-freq', 100000, '-p', 1, '-j', 1, '--world-size', count, '--rank',
-                          rank, '--dist-url', 'tcp://{}:{}'.format('127.0.0.1' if addresses is None else addresses[0], port),
-                          folder=own, prefix=[] if prefixes is None else prefixes[rank]))
+        master = 'tcp://{}:{}'.format('127.0.0.1' if addresses is None else addresses[0], port)
+        jobs.append(train(*ENDLESS, '-j', 1, '--world-size', count, '--rank', rank, '--dist-url', master, folder=own,
+                          prefix=[] if prefixes is None else prefixes[rank]))
     return jobs
 
 
@@ -506,7 +505,7 @@ def any_process(folder):
 
 def torchrun(folder):
     """--max-restarts: a worker is killed, the job goes on by itself; then torchrun itself is killed."""
-    need(processes_module('torch.distributed.run'), 'needs torch 1.9')
+    need(importlib.util.find_spec('torch.distributed.run'), 'needs torch 1.9')
     tries = 0
     for rendezvous in (['--master-port', 'PORT'], ['--rdzv-backend', 'c10d', '--rdzv-endpoint', '127.0.0.1:PORT']):
         own = os.path.join(folder, 'run {}'.format(tries))
@@ -527,11 +526,6 @@ def torchrun(folder):
         job.wait()
         tries += 1
     return tries
-
-
-def processes_module(name):
-    import importlib.util
-    return importlib.util.find_spec(name) is not None
 
 
 # --- disk and memory --------------------------------------------------------------------------------------------------
@@ -642,7 +636,8 @@ def validation_counts(folder):
         url = 'tcp://127.0.0.1:{}'.format(processes.free_port())
         jobs = []
         for rank in range(count):
-            environment = {'RANK': rank, 'WORLD_SIZE': count, 'LOCAL_RANK': rank, 'LOCAL_WORLD_SIZE': count, 'PYTHONPATH': REPOSITORY}
+            environment = {'RANK': rank, 'WORLD_SIZE': count, 'LOCAL_RANK': rank, 'LOCAL_WORLD_SIZE': count,
+                           'PYTHONPATH': REPOSITORY}
             prefix = ['env'] + ['{}={}'.format(name, value) for name, value in environment.items()]
             jobs.append(Job(os.path.join(HERE, 'counts.py'), url, folder=folder, prefix=prefix))
         for job in jobs:
