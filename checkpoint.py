@@ -98,22 +98,17 @@ def link(path, other):
     if os.path.exists(temporary):
         os.remove(temporary)
     try:
-        os.link(path, temporary)
-    except OSError:
-        _copy(path, temporary)
-    os.replace(temporary, other)
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copyfile(path, temporary)
+            with open(temporary, 'rb+') as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, other)
+    finally:
+        if os.path.exists(temporary):  # a full disk; or both were one file before, which rename then leaves as it is
+            os.remove(temporary)
     _sync_folder(other)
-
-
-def _copy(path, other):
-    try:
-        shutil.copyfile(path, other)
-        with open(other, 'rb+') as file:
-            os.fsync(file.fileno())
-    except OSError:
-        if os.path.exists(other):
-            os.remove(other)
-        raise
 
 
 def _sync_folder(path):

@@ -207,6 +207,27 @@ def test_a_full_disk_leaves_the_old_file_and_no_temporary(tmp_path, monkeypatch)
     assert os.listdir(str(tmp_path)) == ['x']
 
 
+def test_a_rename_that_fails_leaves_no_temporary_then_or_at_the_next_save(tmp_path, monkeypatch):
+    """The first failure leaves `previous` as a second name of the file itself, over which rename does nothing."""
+    path, rename = str(tmp_path / 'x'), os.replace
+    save({'epoch': 1}, path)
+
+    def full(source, target):
+        if target == path:
+            raise OSError(28, 'No space left on device')
+        rename(source, target)
+
+    monkeypatch.setattr(os, 'replace', full)
+    for _ in range(2):
+        with pytest.raises(OSError):
+            save({'epoch': 2}, path)
+        assert sorted(os.listdir(str(tmp_path))) == ['x', 'x.previous']
+    monkeypatch.undo()
+    save({'epoch': 3}, path)
+    assert (checkpoint.load(path), checkpoint.load(path + '.previous')) == ({'epoch': 3}, {'epoch': 1})
+    assert sorted(os.listdir(str(tmp_path))) == ['x', 'x.previous']
+
+
 @pytest.mark.skipif(shutil.which('strace') is None, reason='strace is not installed')
 def test_a_kill_at_every_system_call_of_a_save_leaves_a_whole_checkpoint(tmp_path):
     """A save over an older checkpoint is killed at its first, second, … write, fsync, link and rename, until none is left."""
