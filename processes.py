@@ -332,6 +332,11 @@ class World:
     def fail(self, error):
         """An error in the middle of a job: tell the other processes; return what to raise, a Lost where the error only says
         that another process has ended. Where that is one of another rank, the heartbeat names it and ends this process."""
+        # torch raises the death of a loader worker out of this signal, here perhaps a second time.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        # Kept until os._exit: who lets go of the traceback lets go of the loader in it, and that ends its workers with much
+        # talk and, where one was killed inside a lock, never.
+        World.failure = error
         text = str(error)
         if 'DataLoader worker' in text and 'Caught' not in text or 'shared memory' in text:
             error = loader_lost(error)
