@@ -39,6 +39,11 @@ def under_torchrun():
     return 'LOCAL_RANK' in os.environ and 'WORLD_SIZE' in os.environ
 
 
+def attempt():
+    """What the names of this start's entries in the job's store begin with: torchrun's store outlives its restarts."""
+    return 'attempt {}/'.format(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
@@ -182,7 +187,7 @@ class Heartbeat:
     def __init__(self, host, port, rank, world_size):
         # A connection of its own: one operation that waits holds up all others on the same.
         patience = datetime.timedelta(seconds=RENDEZVOUS_SECONDS)
-        self.store = dist.TCPStore(host, port, world_size, False, patience)
+        self.store = dist.PrefixStore(attempt(), dist.TCPStore(host, port, world_size, False, patience))
         self.rank, self.world_size = rank, world_size
         self.answered, self.stopped = time.monotonic(), threading.Event()
         self.threads = [threading.Thread(target=target, daemon=True) for target in (self._beat, self._watch)]
@@ -250,24 +255,46 @@ class World:
             self._join(backend, url)
 
     def _join(self, backend, url):
+        begin = time.monotonic()
         patience = datetime.timedelta(seconds=RENDEZVOUS_SECONDS)
         where = url
         if url == 'env://':
             where = 'tcp://{}:{}'.format(os.environ.get('MASTER_ADDR'), os.environ.get('MASTER_PORT'))
         try:
             store, _, _ = next(dist.rendezvous(url, self.rank, self.world_size, timeout=patience))
+            self._check_in(store, where, begin + RENDEZVOUS_SECONDS)
+            if where.startswith('tcp://'):  # before the groups, which wait half an hour for who has gone meanwhile
+                host, _, port = where[len('tcp://'):].rstrip('/').rpartition(':')
+                self.heartbeat = Heartbeat(host.strip('[]'), int(port), self.rank, self.world_size)
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size)
             self.control = dist.group.WORLD if backend == 'gloo' else dist.new_group(backend='gloo')
             self.barrier()
-            if where.startswith('tcp://'):
-                host, _, port = where[len('tcp://'):].rstrip('/').rpartition(':')
-                self.heartbeat = Heartbeat(host.strip('[]'), int(port), self.rank, self.world_size)
         except (RuntimeError, ValueError, OSError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             if 'ddress already in use' in str(error) or 'EADDRINUSE' in str(error):
                 raise LaunchError('{}: the port is in use; name a free one with --dist-url tcp://HOST:PORT'.format(where))
             raise LaunchError('{}: rank {} cannot meet the {} processes there ({}); check --addr, --dist-url, --rank and '
                               '--world-size, and that every node runs'.format(where, self.rank, self.world_size, reason))
+
+    def _check_in(self, store, where, deadline):
+        """Wait until all have claimed their ranks. Raises LaunchError where some stay away or two claim the same one: the
+        groups of torch would wait for the missing rank without a word."""
+        if store.add(attempt() + 'rank {}'.format(self.rank), 1) > 1:
+            store.set(attempt() + 'double', str(self.rank))
+            store.add(attempt() + 'doubles', 1)
+        here = attempt() + 'processes of {}'.format(self.world_size)  # who counts on another world size waits elsewhere
+        store.add(here, 1)
+        while store.add(here, 0) < self.world_size:
+            if time.monotonic() > deadline:
+                raise LaunchError('{}: only {} of {} processes came in {} s; check that every node runs, with the same '
+                                  '--world-size and as many devices'.format(
+                                      where, store.add(here, 0), self.world_size, RENDEZVOUS_SECONDS))
+            time.sleep(0.1)
+        if store.add(attempt() + 'doubles', 0):
+            double = store.get(attempt() + 'double').decode()
+            if self.rank == 0:
+                time.sleep(1)  # the store lives in this process: let the others read it
+            raise LaunchError('{}: two processes are rank {}: give each node its own --rank'.format(where, double))
 
     def barrier(self):
         if self.world_size > 1:
