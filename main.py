@@ -627,7 +627,7 @@ def train_one_epoch(run, batches, steps):
 
     device.synchronize()
     loss, acc1, acc5 = averages(run.world.sum(run.counts.read()))
-    rate_images = clock.images_per_second()
+    rate_images = run.world.broadcast(clock.images_per_second())  # one figure in the logs of all nodes
     log.line('[npu id: 0 ] * FPS@all {:.3f}'.format(rate_images))
     if run.step_in_epoch == steps:
         log.event('epoch', epoch=run.epoch, step=run.step, samples=steps * global_batch, loss=loss, acc1=acc1, acc5=acc5,

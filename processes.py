@@ -22,7 +22,7 @@ import traceback
 import torch
 import torch.distributed as dist
 
-RENDEZVOUS_SECONDS = 50
+RENDEZVOUS_SECONDS = 35
 STOPPED = 75  # exit code: stopped on a signal after saving, run again to continue (EX_TEMPFAIL)
 WRONG_USE = 2
 GRACE_SECONDS = 10  # what the others get to end by themselves after one process has failed
@@ -37,11 +37,6 @@ class LaunchError(Exception):
 
 def under_torchrun():
     return 'LOCAL_RANK' in os.environ and 'WORLD_SIZE' in os.environ
-
-
-def attempt():
-    """What the names of this start's entries in the job's store begin with: torchrun's store outlives its restarts."""
-    return 'attempt {}/'.format(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
 
 
 def free_port():
@@ -180,14 +175,16 @@ class Heartbeat:
     A thread writes a beat to the job's key-value store, so a slow step, a compile or a scan is no death: they do not hold
     the thread up. Rank 0 watches the beats of all and names the missing; the others watch that and rank 0. A second thread
     watches the first, which hangs where rank 0's machine, that of the store, is the one that has gone.
+
+    job: tells this job's keys from those of the one before, which torchrun's store still holds after a restart.
     """
 
     INTERVAL, PATIENCE = 3, 30  # seconds
 
-    def __init__(self, host, port, rank, world_size):
+    def __init__(self, host, port, rank, world_size, job):
         # A connection of its own: one operation that waits holds up all others on the same.
         patience = datetime.timedelta(seconds=RENDEZVOUS_SECONDS)
-        self.store = dist.PrefixStore(attempt(), dist.TCPStore(host, port, world_size, False, patience))
+        self.store = dist.PrefixStore(job, dist.TCPStore(host, port, world_size, False, patience))
         self.rank, self.world_size = rank, world_size
         self.answered, self.stopped = time.monotonic(), threading.Event()
         self.threads = [threading.Thread(target=target, daemon=True) for target in (self._beat, self._watch)]
@@ -255,17 +252,24 @@ class World:
             self._join(backend, url)
 
     def _join(self, backend, url):
-        begin = time.monotonic()
-        patience = datetime.timedelta(seconds=RENDEZVOUS_SECONDS)
-        where = url
+        deadline = time.monotonic() + RENDEZVOUS_SECONDS
+        where, master = url, None
         if url == 'env://':
             where = 'tcp://{}:{}'.format(os.environ.get('MASTER_ADDR'), os.environ.get('MASTER_PORT'))
         try:
-            store, _, _ = next(dist.rendezvous(url, self.rank, self.world_size, timeout=patience))
-            self._check_in(store, where, begin + RENDEZVOUS_SECONDS)
-            if where.startswith('tcp://'):  # before the groups, which wait half an hour for who has gone meanwhile
+            if where.startswith('tcp://'):
                 host, _, port = where[len('tcp://'):].rstrip('/').rpartition(':')
-                self.heartbeat = Heartbeat(host.strip('[]'), int(port), self.rank, self.world_size)
+                master = host.strip('[]'), int(port)
+                if self.rank != 0:
+                    self._await(master, deadline)
+            patience = datetime.timedelta(seconds=max(1, deadline - time.monotonic()))
+            store, _, _ = next(dist.rendezvous(url, self.rank, self.world_size, timeout=patience))
+            # torchrun's own store outlives a restart, and with it what the processes that have died wrote.
+            job = 'attempt {}'.format(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
+            store = dist.PrefixStore(job, store)
+            self._check_in(store, where, deadline)
+            if master is not None:  # before the groups, which wait half an hour for who has gone meanwhile
+                self.heartbeat = Heartbeat(*master, self.rank, self.world_size, job)
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size)
             self.control = dist.group.WORLD if backend == 'gloo' else dist.new_group(backend='gloo')
             self.barrier()
@@ -276,13 +280,25 @@ class World:
             raise LaunchError('{}: rank {} cannot meet the {} processes there ({}); check --addr, --dist-url, --rank and '
                               '--world-size, and that every node runs'.format(where, self.rank, self.world_size, reason))
 
+    @staticmethod
+    def _await(master, deadline):
+        """Wait until `master` (host, port) answers. Raises OSError. Torch would overrun the time, and write pages on stderr."""
+        while True:
+            try:
+                socket.create_connection(master, timeout=max(1, deadline - time.monotonic())).close()
+                return
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
+
     def _check_in(self, store, where, deadline):
         """Wait until all have claimed their ranks. Raises LaunchError where some stay away or two claim the same one: the
         groups of torch would wait for the missing rank without a word."""
-        if store.add(attempt() + 'rank {}'.format(self.rank), 1) > 1:
-            store.set(attempt() + 'double', str(self.rank))
-            store.add(attempt() + 'doubles', 1)
-        here = attempt() + 'processes of {}'.format(self.world_size)  # who counts on another world size waits elsewhere
+        if store.add('rank {}'.format(self.rank), 1) > 1:
+            store.set('double', str(self.rank))
+            store.add('doubles', 1)
+        here = 'processes of {}'.format(self.world_size)  # who counts on another world size waits elsewhere
         store.add(here, 1)
         while store.add(here, 0) < self.world_size:
             if time.monotonic() > deadline:
@@ -290,8 +306,8 @@ class World:
                                   '--world-size and as many devices'.format(
                                       where, store.add(here, 0), self.world_size, RENDEZVOUS_SECONDS))
             time.sleep(0.1)
-        if store.add(attempt() + 'doubles', 0):
-            double = store.get(attempt() + 'double').decode()
+        if store.add('doubles', 0):
+            double = store.get('double').decode()
             if self.rank == 0:
                 time.sleep(1)  # the store lives in this process: let the others read it
             raise LaunchError('{}: two processes are rank {}: give each node its own --rank'.format(where, double))
