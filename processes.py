@@ -22,7 +22,7 @@ import traceback
 import torch
 import torch.distributed as dist
 
-RENDEZVOUS_SECONDS = 35
+RENDEZVOUS_SECONDS = 30
 STOPPED = 75  # exit code: stopped on a signal after saving, run again to continue (EX_TEMPFAIL)
 WRONG_USE = 2
 GRACE_SECONDS = 10  # what the others get to end by themselves after one process has failed
