@@ -751,6 +751,8 @@ def work(args, world, device, log, stop):
     tracing = args.profile and world.rank == 0
     with device.trace(os.path.join(args.output_dir, 'trace.json'), log.line) if tracing else nullcontext() as run.trace:
         code = train(run, training, validation_loader)
+    if code:
+        log.line('=> stopped on a signal after step {}, and saved'.format(run.step))
     log.event('stop' if code else 'done', epoch=run.epoch, step=run.step, acc1=run.best_acc1)
     return code
 

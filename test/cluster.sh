@@ -48,7 +48,10 @@ clean_up() {
         switch_off "${name#"$net"}"
         ip netns del "$name"
     done
-    if [ ${#daemons[@]} -gt 0 ]; then kill "${daemons[@]}" 2>/dev/null || true; fi
+    if [ ${#daemons[@]} -gt 0 ]; then
+        scancel --user="$(id -un)" 2>/dev/null || true
+        kill "${daemons[@]}" 2>/dev/null || true
+    fi
     wait
     rm -rf "$scratch"
 }
@@ -279,6 +282,90 @@ refused() { # name, machine, what main.py's line says
 refused_in_time() { [ "$1" -lt 60 ] && refused alone 2 'cannot meet'; } # seconds
 
 both_refused() { refused double 0 'two processes are rank 0' && refused double 1 'two processes are rank 0'; }
+
+# Debian's slurm-wlm as a cluster of this machine alone, without systemd: munged, slurmctld and slurmd of our own.
+start_slurm() {
+    local folder=$scratch/slurm ports
+    mkdir -p "$folder/state" "$folder/spool"
+    chmod 755 "$scratch"
+    head -c 1024 /dev/urandom >"$folder/munge.key"
+    chmod 400 "$folder/munge.key"
+    read -r -a ports <<<"$("$python" -c 'import socket
+sockets = [socket.socket() for _ in range(2)]
+for each in sockets: each.bind(("", 0))
+print(*[each.getsockname()[1] for each in sockets])')"
+    export SLURM_CONF=$folder/slurm.conf
+    cat >"$SLURM_CONF" <<CONF
+ClusterName=try
+SlurmctldHost=$(hostname -s)(127.0.0.1)
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=cred_expire=5,socket=$folder/munge.socket
+SlurmctldPort=${ports[0]}
+SlurmdPort=${ports[1]}
+StateSaveLocation=$folder/state
+SlurmdSpoolDir=$folder/spool
+SlurmctldPidFile=$folder/slurmctld.pid
+SlurmdPidFile=$folder/slurmd.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+MpiDefault=none
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+NodeName=$(hostname -s) NodeAddr=127.0.0.1 CPUs=$(nproc) State=UNKNOWN
+PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=60
+PartitionName=high Nodes=ALL PriorityTier=2
+CONF
+    munged --foreground --force --key-file="$folder/munge.key" --socket="$folder/munge.socket" \
+        --pid-file="$folder/munge.pid" --log-file="$folder/munge.log" --seed-file="$folder/munge.seed" >"$folder/munged" 2>&1 &
+    daemons+=($!)
+    wait_for 20 [ -S "$folder/munge.socket" ]
+    slurmctld -D >"$folder/slurmctld" 2>&1 &
+    daemons+=($!)
+    slurmd -D >"$folder/slurmd" 2>&1 &
+    daemons+=($!)
+    wait_for 30 node_is_idle
+}
+
+node_is_idle() { [ "$(sinfo -h -o %T -p low)" = idle ]; }
+
+try_slurm() {
+    local program
+    for program in munged slurmctld slurmd sbatch; do
+        if ! command -v "$program" >/dev/null; then
+            skip "Slurm" "there is no $program here (Debian: apt-get install slurm-wlm)"
+            return
+        fi
+    done
+    if [ "$(id -u)" != 0 ] || [ "$(nproc)" -lt 2 ]; then
+        skip "Slurm" "its daemons need root here, and the job two cores"
+        return
+    fi
+    if ! start_slurm; then
+        skip "Slurm" "its daemons do not start here"
+        return
+    fi
+    local log=$scratch/slurm/log job
+    local flags=(--device cpu --device-list '0,1' --arch vgg11 -b 8 --epochs 1 --stop-step-num 8 -p 1)
+    cd "$clone"
+    job=$(sbatch --parsable --partition=low --ntasks-per-node=2 --output="$log" test/slurm/train.sbatch "${flags[@]}" \
+        --output-dir "$scratch/slurm/job")
+    wait_for 120 grep -q '^Epoch' "$log" || true
+    sbatch --partition=high --ntasks="$(nproc)" --output="$scratch/slurm/high" --wrap 'echo ran' >/dev/null
+    wait_for 240 job_is_over "$job" || true
+    show "Slurm: a job is preempted, saves, is requeued, goes on and completes" preempted_and_completed "$job"
+}
+
+job_is_over() { scontrol show job "$1" | grep -q 'JobState=\(COMPLETED\|FAILED\|CANCELLED\)'; } # job
+
+preempted_and_completed() { # job
+    local log=$scratch/slurm/log
+    scontrol show job "$1" | grep -q 'JobState=COMPLETED' && scontrol show job "$1" | grep -q 'Restarts=1' &&
+        [ "$(cat "$scratch/slurm/high")" = ran ] && grep -q 'Exited with exit code 75' "$log" &&
+        grep -q 'resuming from' "$log" && [ "$(grep -c '^Epoch: \[0\]\[  8/' "$log")" = 1 ]
+}
 
 # --- from start to end ------------------------------------------------------------------------------------------------
 

@@ -170,6 +170,14 @@ use_torchrun() {
     flags+=(--auto-resume --save-freq 100)
 }
 
+# torchrun ends with 1 whatever main.py ended with: its report names the code, and a stop main.py tells itself.
+code_under_torchrun() { # lines of the log that were there before
+    local code
+    code=$(tail -n "+$(($1 + 1))" "$log" |
+        sed -n 's/^=> stopped on a signal.*/75/p; s/.*exitcode *: \([0-9]*\) .*/\1/p' | tail -n 1)
+    echo "${code:-1}"
+}
+
 run_training() { # the caller's words
     parse_options "$@"
     find_python
@@ -206,7 +214,9 @@ run_training() { # the caller's words
     fi
 
     echo "$(basename "$0"): running, see $log"
-    local begin=$SECONDS code=0 child=''
+    touch "$log"
+    local begin=$SECONDS code=0 child='' lines
+    lines=$(wc -l <"$log")
     # Who stops the script stops the training, which saves and ends with 75.
     local stopped=''
     trap 'stopped=yes; if [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null || true; fi' TERM INT USR1
@@ -218,11 +228,16 @@ run_training() { # the caller's words
         code=0
         wait $child || code=$?
     done
-    if [ $code -ne 0 ]; then
+    if [ "$launcher" = torchrun ] && [ $code -eq 1 ]; then code=$(code_under_torchrun "$lines"); fi
+    if [ "$code" -ne 0 ]; then
         tail -n 20 "$log" >&2
         echo "$(basename "$0"): main.py ended with $code; the whole log is $log" >&2
-        if [ $code -eq 75 ]; then echo "stopped after saving; to go on, add --resume=$output/checkpoint.pth.tar" >&2; fi
-        exit $code
+        if [ "$code" -eq 75 ] && [ "$launcher" = torchrun ]; then
+            echo "stopped after saving; the same command goes on" >&2
+        elif [ "$code" -eq 75 ]; then
+            echo "stopped after saving; to go on, add --resume=$output/checkpoint.pth.tar" >&2
+        fi
+        exit "$code"
     fi
     if [ "$kind" = acc ]; then publish_checkpoints; fi
     report $((SECONDS - begin))

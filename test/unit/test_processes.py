@@ -60,6 +60,27 @@ def test_replicas_that_differ_by_one_bit_are_noticed_on_both(tmp_path, altered):
     assert outputs == (['apart False\n', 'apart True\n'] if altered else ['alike\n', 'alike\n'])
 
 
+def test_a_rank_taken_twice_and_ranks_that_do_not_come_are_told(tmp_path):
+    """The groups of torch would wait half an hour for the missing rank."""
+    import processes
+    script = tmp_path / 'join.py'
+    script.write_text('import sys, processes\nprocesses.RENDEZVOUS_SECONDS = float(sys.argv[2])\n'
+                      'try:\n    processes.World("gloo", sys.argv[1])\n'
+                      'except processes.LaunchError as error:\n    print(error)\n')
+
+    def join(ranks, world_size, seconds):
+        url = 'tcp://127.0.0.1:{}'.format(processes.free_port())
+        children = [subprocess.Popen([sys.executable, str(script), url, str(seconds)], stdout=subprocess.PIPE,
+                                     universal_newlines=True, env=dict(os.environ, PYTHONPATH=REPOSITORY, RANK=str(rank),
+                                                                       WORLD_SIZE=str(world_size))) for rank in ranks]
+        return [child.communicate(timeout=100)[0] for child in children]
+
+    double = join([0, 1, 1], 3, 40)
+    assert all('two processes are rank 1' in said for said in double), double
+    alone, = join([1], 2, 2)
+    assert 'rank 1 cannot meet the 2 processes there' in alone, alone
+
+
 def test_a_port_in_use_and_a_master_that_is_not_there_are_told_in_time(tmp_path):
     import socket
     import time
