@@ -264,8 +264,10 @@ class World:
                     self._await(master, deadline)
             patience = datetime.timedelta(seconds=max(1, deadline - time.monotonic()))
             store, _, _ = next(dist.rendezvous(url, self.rank, self.world_size, timeout=patience))
-            # torchrun's own store outlives a restart, and with it what the processes that have died wrote.
-            job = 'attempt {}'.format(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
+            # torchrun's own store outlives a restart, and with it what the processes that have died wrote. Where rank 0
+            # holds the store it is new each time, and the count differs on a node that has joined later.
+            job = 'attempt {}'.format(os.environ['TORCHELASTIC_RESTART_COUNT']
+                                      if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True' else 0)
             store = dist.PrefixStore(job, store)
             self._check_in(store, where, deadline)
             if master is not None:  # before the groups, which wait half an hour for who has gone meanwhile
