@@ -35,6 +35,7 @@ from metrics import Counts, Log, StepLine, Throughput, averages
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 MULTI_NODE_PORT = 59629
+OF_A_NODE = ('data', 'workers', 'output_dir', 'resume', 'gpu', 'device_list', 'rank', 'addr', 'dist_url')
 LOOPBACK = ('127.0.0.1', 'localhost', '::1')
 SKIPS_THAT_STOP = 10  # steps in a row whose gradients were not finite
 
@@ -274,6 +275,17 @@ def rendezvous_url(args):
     if port is None:
         port = processes.free_port() if args.nodes == 1 else MULTI_NODE_PORT
     return 'tcp://{}:{}'.format('[{}]'.format(host) if ':' in host else host, port)
+
+
+def check_same_flags(world, args):
+    """Raise WrongUse where a node was started with another value of a flag than the node of rank 0."""
+    own = {name: value for name, value in vars(args).items() if name not in OF_A_NODE}
+    of_rank_0 = world.broadcast(own)
+    different = ['--{} is {} here and {} on rank 0'.format(name.replace('_', '-'), own[name], of_rank_0[name])
+                 for name in sorted(own) if own[name] != of_rank_0[name]]
+    if world.any(different):
+        raise WrongUse('the nodes were started with different flags: {}'.format(
+            ', '.join(different) or 'another one has others than rank 0'))
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -705,6 +717,7 @@ def main_worker(args):
 
 def work(args, world, device, log, stop):
     """Build everything, then train and validate, or only validate. Returns the exit code."""
+    check_same_flags(world, args)
     training, validation = build_sources(args, world, log)
     source = images.Folder if args.dummy else validation  # of the normalisation and the default size
     classes = [str(number) for number in range(1000)] if args.dummy else source.classes

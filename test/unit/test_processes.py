@@ -37,7 +37,12 @@ def test_a_state_reaches_every_process_unchanged(tmp_path):
             assert int(got['b'][3]['c']) == 7 and got['empty'].numel() == 0
             assert world.any(world.rank == 1) and not world.any(False)
             assert world.sum([1, 2.5]) == [2.0, 5.0]
-            print('same')
+            main.check_same_flags(world, main.parse_args(['--rank', str(world.rank), '-b', '8']))
+            try:
+                main.check_same_flags(world, main.parse_args(['-b', str(8 + world.rank), '-j', str(world.rank)]))
+            except main.WrongUse as error:
+                assert ('--batch-size is 9 here and 8 on rank 0' in str(error)) == (world.rank == 1), error
+                print('same')
     ''', tmp_path)
     assert outputs == ['same\n', 'same\n']
 
