@@ -165,7 +165,7 @@ use_torchrun() {
     launch+=(-m torch.distributed.run --nnodes "$nnodes" --nproc_per_node "$(count_cards)" --max_restarts 5 --rdzv_backend c10d
         --rdzv_endpoint "$master_addr:$master_port" --rdzv_id "$master_port" --rdzv_conf "is_host=$host")
     if [ -n "$local_addr" ]; then launch+=(--local_addr "$local_addr"); fi
-    # A machine that came back would wait for the address of a store that was announced before it came.
+    # Else a machine that comes back waits for an address announced before it came (torch 2.15, dynamic_rendezvous.py).
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     flags+=(--auto-resume --save-freq 100)
 }
