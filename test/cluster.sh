@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: BSD-3-Clause
 # Several machines, tried on one: each is a network namespace with an address of its own, on a bridge between them. Needs
-# root; the part on Slurm needs Debian's slurm-wlm or the like. What cannot be tried here is skipped by name. Takes some
-# minutes, most of which go into VGG16's 1.1 GB checkpoints; ends with a table.
+# root; the part on Slurm needs Debian's slurm-wlm or the like. What cannot be tried here is skipped by name. Ends with a
+# table, after some minutes.
 #   bash test/cluster.sh [nodes | torchrun | faults | slurm]...
+# The model is VGG16 with fully connected layers 64 wide; WIDTH=4096 tries the real one, at 4 GB of memory a process.
 set -euo pipefail
 test_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repository=$(dirname "$test_dir")
@@ -158,7 +159,7 @@ wait_for() { # seconds, command: until it succeeds
     done
 }
 
-forget() { # name: the checkpoints, 3 GB a run
+forget() { # name: the checkpoints, of the real VGG16 3 GB a run
     rm -f "$scratch/$1"/out.*/*.pth.tar* "$clone"/*.pth.tar*
 }
 
@@ -166,6 +167,7 @@ forget() { # name: the checkpoints, 3 GB a run
 make_data() {
     mkdir -p "$scratch/data" "$clone/test"
     cp "$repository"/*.py "$clone"
+    sed -i "s/4096/${WIDTH:-64}/g" "$clone/vgg.py"
     cp -r "$test_dir"/*.sh "$test_dir/slurm" "$clone/test"
     "$python" - "$scratch/data" <<'PYTHON'
 import os, sys, numpy as np
@@ -180,7 +182,7 @@ PYTHON
 # --- what is tried ----------------------------------------------------------------------------------------------------
 
 try_nodes() {
-    local one=(--batch_size=4 --epochs=3) each=(--batch_size=2 --epochs=3)
+    local one=(--batch_size=4 --epochs=6) each=(--batch_size=2 --epochs=6)
     on_machine one 0 train_full_8p --device_list=0,1 "${one[@]}"
     on_machines two 2 train_full_multinodes "${each[@]}"
     wait
@@ -209,7 +211,7 @@ same_figures() {
     for machine in 0 1; do
         [ "$(figure two $machine ActualFPS)" = "$(figure two 0 ActualFPS)" ] && [ "$(figure two $machine RankSize)" = 2 ] &&
             [ "$(figure two $machine TrainAccuracy)" = "$(figure one 0 TrainAccuracy)" ] || return 1
-        [ "$(grep -c 'FPS@all' "$(log_of two $machine)")" = 3 ] || return 1
+        [ "$(grep -c 'FPS@all' "$(log_of two $machine)")" = 6 ] || return 1
     done
 }
 
@@ -222,9 +224,9 @@ last_accuracy_again() { ended evaluated 0 && [ "$(accuracy evaluated 0)" = "$(ac
 same_three() { same_accuracy one3 three && same_weights one3 three; }
 
 try_torchrun() {
-    local each=(--batch_size=2 --epochs=3 --launcher=torchrun)
+    local each=(--batch_size=2 --epochs=6 --launcher=torchrun)
     if [ ! -f "$scratch/one/out.0/checkpoint.pth.tar" ]; then
-        on_machine one 0 train_full_8p --device_list=0,1 --batch_size=4 --epochs=3
+        on_machine one 0 train_full_8p --device_list=0,1 --batch_size=4 --epochs=6
     fi
     on_machines elastic 2 train_full_multinodes "${each[@]}"
     if wait_for 180 [ -f "$scratch/elastic/out.0/checkpoint.pth.tar" ]; then
@@ -348,7 +350,7 @@ try_slurm() {
         return
     fi
     local log=$scratch/slurm/log job
-    local flags=(--device cpu --device-list '0,1' --arch vgg11 -b 8 --epochs 1 --stop-step-num 8 -p 1)
+    local flags=(--device cpu --device-list '0,1' --arch vgg11 -b 8 --epochs 1 --stop-step-num 60 -p 1)
     cd "$clone"
     job=$(sbatch --parsable --partition=low --ntasks-per-node=2 --output="$log" test/slurm/train.sbatch "${flags[@]}" \
         --output-dir "$scratch/slurm/job")
@@ -364,7 +366,7 @@ preempted_and_completed() { # job
     local log=$scratch/slurm/log
     scontrol show job "$1" | grep -q 'JobState=COMPLETED' && scontrol show job "$1" | grep -q 'Restarts=1' &&
         [ "$(cat "$scratch/slurm/high")" = ran ] && grep -q 'Exited with exit code 75' "$log" &&
-        grep -q 'resuming from' "$log" && [ "$(grep -c '^Epoch: \[0\]\[  8/' "$log")" = 1 ]
+        grep -q 'resuming from' "$log" && [ "$(grep -c '^Epoch: \[0\]\[ 60/' "$log")" = 1 ]
 }
 
 # --- from start to end ------------------------------------------------------------------------------------------------
