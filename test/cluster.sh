@@ -314,6 +314,7 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 MpiDefault=none
+SchedulerParameters=bf_interval=5,sched_interval=5
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 NodeName=$(hostname -s) NodeAddr=127.0.0.1 CPUs=$(nproc) State=UNKNOWN
@@ -350,7 +351,7 @@ try_slurm() {
         return
     fi
     local log=$scratch/slurm/log job
-    local flags=(--device cpu --device-list '0,1' --arch vgg11 -b 8 --epochs 1 --stop-step-num 60 -p 1)
+    local flags=(--device cpu --device-list '0,1' --arch vgg11 -b 8 --epochs 1 --stop-step-num 90 -p 1)
     cd "$clone"
     job=$(sbatch --parsable --partition=low --ntasks-per-node=2 --output="$log" test/slurm/train.sbatch "${flags[@]}" \
         --output-dir "$scratch/slurm/job")
@@ -358,6 +359,10 @@ try_slurm() {
     sbatch --partition=high --ntasks="$(nproc)" --output="$scratch/slurm/high" --wrap 'echo ran' >/dev/null
     wait_for 240 job_is_over "$job" || true
     show "Slurm: a job is preempted, saves, is requeued, goes on and completes" preempted_and_completed "$job"
+    if [ $code != 0 ]; then
+        scontrol show job "$job" >&2
+        tail -n 20 "$log" >&2
+    fi
 }
 
 job_is_over() { scontrol show job "$1" | grep -q 'JobState=\(COMPLETED\|FAILED\|CANCELLED\)'; } # job
@@ -366,7 +371,7 @@ preempted_and_completed() { # job
     local log=$scratch/slurm/log
     scontrol show job "$1" | grep -q 'JobState=COMPLETED' && scontrol show job "$1" | grep -q 'Restarts=1' &&
         [ "$(cat "$scratch/slurm/high")" = ran ] && grep -q 'Exited with exit code 75' "$log" &&
-        grep -q 'resuming from' "$log" && [ "$(grep -c '^Epoch: \[0\]\[ 60/' "$log")" = 1 ]
+        grep -q 'resuming from' "$log" && [ "$(grep -c '^Epoch: \[0\]\[ 90/' "$log")" = 1 ]
 }
 
 # --- from start to end ------------------------------------------------------------------------------------------------
