@@ -166,7 +166,7 @@ forget() { # name: the checkpoints, of the real VGG16 3 GB a run
 # CIFAR-10's format, with 12 pictures to train on and 37 to validate on.
 make_data() {
     mkdir -p "$scratch/data" "$clone/test"
-    cp "$repository"/*.py "$clone"
+    cp -r "$repository"/*.py "$repository/data" "$clone"
     sed -i "s/4096/${WIDTH:-64}/g" "$clone/vgg.py"
     cp -r "$test_dir"/*.sh "$test_dir/slurm" "$clone/test"
     "$python" - "$scratch/data" <<'PYTHON'
