@@ -37,6 +37,7 @@ from metrics import Counts, Log, StepLine, Throughput, averages
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 MULTI_NODE_PORT = 59629
+OF_A_NODE = ('data', 'workers', 'output_dir', 'resume', 'gpu', 'device_list', 'rank', 'addr', 'dist_url')
 LOOPBACK = ('127.0.0.1', 'localhost', '::1')
 SKIPS_THAT_STOP = 10  # steps in a row whose gradients were not finite
 
@@ -276,6 +277,17 @@ def rendezvous_url(args):
     if port is None:
         port = processes.free_port() if args.nodes == 1 else MULTI_NODE_PORT
     return 'tcp://{}:{}'.format('[{}]'.format(host) if ':' in host else host, port)
+
+
+def check_same_flags(world, args):
+    """Raise WrongUse where a node was started with another value of a flag than the node of rank 0."""
+    own = {name: value for name, value in vars(args).items() if name not in OF_A_NODE}
+    of_rank_0 = world.broadcast(own)
+    different = ['--{} is {} here and {} on rank 0'.format(name.replace('_', '-'), own[name], of_rank_0[name])
+                 for name in sorted(own) if own[name] != of_rank_0[name]]
+    if world.any(different):
+        raise WrongUse('the nodes were started with different flags: {}'.format(
+            ', '.join(different) or 'another one has others than rank 0'))
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -646,7 +658,7 @@ def train_one_epoch(run, batches, steps):
 
     device.synchronize()
     loss, acc1, acc5 = averages(run.world.sum(run.counts.read()))
-    rate_images = clock.images_per_second()
+    rate_images = run.world.broadcast(clock.images_per_second())  # one figure in the logs of all nodes
     log.line('[npu id: 0 ] * FPS@all {:.3f}'.format(rate_images))
     if run.step_in_epoch == steps:
         log.event('epoch', epoch=run.epoch, step=run.step, samples=steps * global_batch, loss=loss, acc1=acc1, acc5=acc5,
@@ -735,6 +747,7 @@ def main_worker(args):
 
 def work(args, world, device, log, stop):
     """Build everything, then train and validate, or only validate. Returns the exit code."""
+    check_same_flags(world, args)
     training, validation = build_sources(args, world, log)
     source = images.Folder if args.dummy else validation  # of the normalisation and the default size
     classes = [str(number) for number in range(1000)] if args.dummy else source.classes
@@ -785,6 +798,8 @@ def work(args, world, device, log, stop):
             code = train(run, training, validation_loader)
     finally:
         warn_of_failed_save(run)  # a failure does not cost the checkpoint that is being written
+    if code:
+        log.line('=> stopped on a signal after step {}, and saved'.format(run.step))
     log.event('stop' if code else 'done', epoch=run.epoch, step=run.step, acc1=run.best_acc1)
     return code
 

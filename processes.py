@@ -23,7 +23,7 @@ import traceback
 import torch
 import torch.distributed as dist
 
-RENDEZVOUS_SECONDS = 50
+RENDEZVOUS_SECONDS = 45
 STOPPED = 75  # exit code: stopped on a signal after saving, run again to continue (EX_TEMPFAIL)
 WRONG_USE = 2
 GRACE_SECONDS = 10  # what the others get to end by themselves after one process has failed
@@ -307,21 +307,29 @@ class World:
             self._join(backend, url)
 
     def _join(self, backend, url):
-        patience = datetime.timedelta(seconds=RENDEZVOUS_SECONDS)
-        where = url
+        deadline = time.monotonic() + RENDEZVOUS_SECONDS
+        where, master = url, None
         if url == 'env://':
             where = 'tcp://{}:{}'.format(os.environ.get('MASTER_ADDR'), os.environ.get('MASTER_PORT'))
         try:
+            if where.startswith('tcp://'):
+                host, _, port = where[len('tcp://'):].rstrip('/').rpartition(':')
+                master = host.strip('[]'), int(port)
+                if self.rank != 0:
+                    self._await(master, deadline)
+            patience = datetime.timedelta(seconds=max(1, deadline - time.monotonic()))
             store, _, _ = next(dist.rendezvous(url, self.rank, self.world_size, timeout=patience))
-            # torchrun's own store outlives a restart, and with it the addresses of the processes that have died.
-            store = dist.PrefixStore('attempt {}'.format(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)), store)
+            # torchrun's own store outlives a restart, and with it what the processes that have died wrote. Where rank 0
+            # holds the store it is new each time, and the count differs on a node that has joined later.
+            job = 'attempt {}'.format(os.environ['TORCHELASTIC_RESTART_COUNT']
+                                      if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True' else 0)
+            store = dist.PrefixStore(job, store)
+            self._check_in(store, where, deadline)
+            if master is not None:  # before the groups, which wait half an hour for who has gone meanwhile
+                self.heartbeat = Heartbeat(*master, self.rank, self.world_size, job)
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size)
             self.control = dist.group.WORLD if backend == 'gloo' else dist.new_group(backend='gloo')
             self.barrier()
-            if where.startswith('tcp://'):
-                host, _, port = where[len('tcp://'):].rstrip('/').rpartition(':')
-                job = self.broadcast('{}/{}'.format(time.time(), os.getpid()))
-                self.heartbeat = Heartbeat(host.strip('[]'), int(port), self.rank, self.world_size, job)
         except (RuntimeError, ValueError, OSError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             if 'ddress already in use' in str(error) or 'EADDRINUSE' in str(error):
@@ -348,6 +356,38 @@ class World:
         if self.heartbeat is not None:
             self.heartbeat.leave()
         return error
+
+    @staticmethod
+    def _await(master, deadline):
+        """Wait until `master` (host, port) answers. Raises OSError. Torch would overrun the time, and write pages on stderr."""
+        while True:
+            try:
+                socket.create_connection(master, timeout=max(1, deadline - time.monotonic())).close()
+                return
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
+
+    def _check_in(self, store, where, deadline):
+        """Wait until all have claimed their ranks. Raises LaunchError where some stay away or two claim the same one: the
+        groups of torch would wait for the missing rank without a word."""
+        if store.add('rank {}'.format(self.rank), 1) > 1:
+            store.set('double', str(self.rank))
+            store.add('doubles', 1)
+        here = 'processes of {}'.format(self.world_size)  # who counts on another world size waits elsewhere
+        store.add(here, 1)
+        while store.add(here, 0) < self.world_size:
+            if time.monotonic() > deadline:
+                raise LaunchError('{}: only {} of {} processes came in {} s; check that every node runs, with the same '
+                                  '--world-size and as many devices'.format(
+                                      where, store.add(here, 0), self.world_size, RENDEZVOUS_SECONDS))
+            time.sleep(0.1)
+        if store.add('doubles', 0):
+            double = store.get('double').decode()
+            if self.rank == 0:
+                time.sleep(1)  # the store lives in this process: let the others read it
+            raise LaunchError('{}: two processes are rank {}: give each node its own --rank'.format(where, double))
 
     def barrier(self):
         if self.world_size > 1:

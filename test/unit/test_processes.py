@@ -37,7 +37,12 @@ def test_a_state_reaches_every_process_unchanged(tmp_path):
             assert int(got['b'][3]['c']) == 7 and got['empty'].numel() == 0
             assert world.any(world.rank == 1) and not world.any(False)
             assert world.sum([1, 2.5]) == [2.0, 5.0]
-            print('same')
+            main.check_same_flags(world, main.parse_args(['--rank', str(world.rank), '-b', '8']))
+            try:
+                main.check_same_flags(world, main.parse_args(['-b', str(8 + world.rank), '-j', str(world.rank)]))
+            except main.WrongUse as error:
+                assert ('--batch-size is 9 here and 8 on rank 0' in str(error)) == (world.rank == 1), error
+                print('same')
     ''', tmp_path)
     assert outputs == ['same\n', 'same\n']
 
@@ -84,6 +89,27 @@ def test_a_gradient_that_is_not_finite_on_one_process_skips_the_step_on_both(tmp
             print(changed, scaler.read_longest_skip())
     ''', tmp_path)
     assert outputs == ['[True, False, True, False, True] 1\n'] * 2
+
+
+def test_a_rank_taken_twice_and_ranks_that_do_not_come_are_told(tmp_path):
+    """The groups of torch would wait half an hour for the missing rank."""
+    import processes
+    script = tmp_path / 'join.py'
+    script.write_text('import sys, processes\nprocesses.RENDEZVOUS_SECONDS = float(sys.argv[2])\n'
+                      'try:\n    processes.World("gloo", sys.argv[1])\n'
+                      'except processes.LaunchError as error:\n    print(error)\n')
+
+    def join(ranks, world_size, seconds):
+        url = 'tcp://127.0.0.1:{}'.format(processes.free_port())
+        children = [subprocess.Popen([sys.executable, str(script), url, str(seconds)], stdout=subprocess.PIPE,
+                                     universal_newlines=True, env=dict(os.environ, PYTHONPATH=REPOSITORY, RANK=str(rank),
+                                                                       WORLD_SIZE=str(world_size))) for rank in ranks]
+        return [child.communicate(timeout=100)[0] for child in children]
+
+    double = join([0, 1, 1], 3, 40)
+    assert all('two processes are rank 1' in said for said in double), double
+    alone, = join([1], 2, 2)
+    assert 'rank 1 cannot meet the 2 processes there' in alone, alone
 
 
 def test_a_port_in_use_and_a_master_that_is_not_there_are_told_in_time(tmp_path):

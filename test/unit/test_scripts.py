@@ -12,14 +12,14 @@ import pytest
 from conftest import REPOSITORY, make_folder, run
 
 SCRIPTS = ['train_full_1p', 'train_full_8p', 'train_performance_1p', 'train_performance_8p', 'train_eval_8p',
-           'train_performance_multinodes']
+           'train_performance_multinodes', 'train_full_multinodes']
 STUB = '''#!{python}
 import os, sys
 if sys.argv[1] == '-c':
     sys.exit({autocast})
 print('ARGS', sys.argv[2:])
 if os.environ.get('STUB_FAILS'):
-    print('something broke'); sys.exit(int(os.environ['STUB_FAILS']))
+    print(os.environ.get('STUB_SAYS', 'something broke')); sys.exit(int(os.environ['STUB_FAILS']))
 print('Epoch: [0][ 1/20]\\tTime  0.251 ( 0.249)\\tData  0.001 ( 0.002)\\tLoss 6.8921 (6.9012)\\tAcc@1   0.39 (  0.21)\\tAcc@5   1.17 (  0.86)')
 print('Epoch: [0][10/20]\\tTime  0.251 ( 0.249)\\tData  0.001 ( 0.002)\\tLoss 5.5000 (6.9012)\\tAcc@1   0.39 (  0.21)\\tAcc@5   1.17 (  0.86)')
 print('[npu id: 0 ] * FPS@all 1024.020')
@@ -74,7 +74,7 @@ def test_each_script_prints_and_writes_the_references_figures(clone, tmp_path, n
     flags = (output / 'train_0.log').read_text()
     assert "'--data', '{}'".format(tmp_path / 'my data') in flags and "'--amp', '--opt-level', 'O1'" in flags
     assert "'--seed', '49'" in flags and "'--lr', '{}'".format('0.01' if cards == '1p' else '0.08') in flags
-    assert ("'--loss-scale-value', '1024'" in flags) == (name == 'train_full_8p')
+    assert ("'--loss-scale-value', '1024'" in flags) == (name in ('train_full_8p', 'train_full_multinodes'))
     if name == 'train_eval_8p':
         assert "'--resume', '{}'".format(clone / 'model_best.pth.tar') in flags
 
@@ -122,6 +122,29 @@ def test_options_reach_main_py(clone, tmp_path):
     for part in ("'--world-size', '2', '--rank', '1', '--dist-url', 'tcp://10.0.0.1:59629'", "'-b', '512'", "'--workers', '3'",
                  "'--epochs', '7'", "'--lr', '0.5'", "'--device', 'cpu'", "'--opt-level', 'O0'"):  # no autocast on this cpu
         assert part in flags, flags
+
+
+def test_torchrun_gets_the_job_and_an_unfinished_output_is_continued(clone, tmp_path):
+    """The stub stands in for torchrun, so what it ends with says how the script reads torchrun's report."""
+    options = ['--data_path=.', '--launcher=torchrun', '--nnodes=2', '--node_rank=1', '--master_addr=10.0.0.1',
+               '--local_addr=127.0.0.1', '--device_list=0,1']
+    python = stub(tmp_path)
+    output = clone / 'test' / 'output' / '0_node1'  # machines may share the file system
+    stopped = bash(clone, 'train_full_multinodes', *options, python=python, STUB_FAILS='1', STUB_SAYS='=> stopped on a signal')
+    assert stopped.code == 75 and 'the same command' in stopped.err, stopped.err
+    failed = bash(clone, 'train_full_multinodes', *options, python=python, STUB_FAILS='1', STUB_SAYS='exitcode  : 2 (pid: 9)')
+    assert failed.code == 2, failed.err
+    assert bash(clone, 'train_full_multinodes', *options, python=python).code == 0
+    log = (output / 'train_0.log').read_text()
+    assert log.count('ARGS') == 3  # the same folder each time
+    for part in ("'--nnodes', '2', '--nproc_per_node', '2'", "'--rdzv_endpoint', '10.0.0.1:59629'", "'is_host=false'",
+                 "'--local_addr', '127.0.0.1'", "'--auto-resume', '--save-freq', '100'", "'--device-list', '0,1'"):
+        assert part in log, log
+    assert "'--dist-url'" not in log and "'--world-size'" not in log
+    assert bash(clone, 'train_full_multinodes', *options, python=python).code == 0
+    assert (output / 'train_0.log').read_text().count('ARGS') == 1  # a finished run is moved aside
+    refused = bash(clone, 'train_full_multinodes', *options, '--resume=x', python=python)
+    assert refused.code == 2 and len(refused.err.splitlines()) == 1
 
 
 def test_the_card_of_a_1p_run(clone, tmp_path):
