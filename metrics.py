@@ -179,7 +179,7 @@ class Log:
         """Pass on an iterator of `total` items with a progress bar."""
         with self.progress(total, 0, label):
             for item in items:
-                self.tick()
+                self.tick(1)
                 yield item
 
     def event(self, event, **fields):

@@ -10,13 +10,13 @@ cd "$repository"
 table=() code=0
 
 add_pytest() { # python, folder of a virtual environment to put it into where this python may not be touched
-    if "$1" -c 'import pytest' 2>/dev/null; then python=$1; return; fi
+    if "$1" -c 'import pytest, xdist' 2>/dev/null; then python=$1; return; fi
     python=$1
     case $1 in
         "$2"/*) ;;
         *) "$1" -m venv --system-site-packages "$2"; python=$2/bin/python ;;
     esac
-    "$python" -m pip install --quiet --disable-pip-version-check pytest
+    "$python" -m pip install --quiet --disable-pip-version-check pytest pytest-xdist
 }
 
 # A python of that version: on the PATH, or pyenv's.
@@ -32,7 +32,8 @@ run_tests() { # python, words for pytest
     name=$("$1" -c 'import platform, torch; print("torch", torch.__version__, " Python", platform.python_version())')
     echo "=> $name"
     log=$(mktemp)
-    "$1" -m pytest -q -rs "${@:2}" test/unit 2>&1 | tee "$log" || code=1
+    # Two tests at a time, each on its half of the cores (conftest.py): most of a test is one thread that imports torch.
+    "$1" -m pytest -q -rs -n 2 --dist worksteal "${@:2}" test/unit 2>&1 | tee "$log" || code=1
     table+=("$name: $(tail -n 1 "$log")")
     rm -f "$log"
 }
@@ -52,7 +53,7 @@ for versions in '1.8 3.8' '1.5 3.7'; do
         echo "=> installing ${torch_version}_requirements.txt into $venv"
         "$found" -m venv "$venv"
     fi
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "${torch_version}_requirements.txt" pytest
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "${torch_version}_requirements.txt" pytest pytest-xdist
     run_tests "$venv/bin/python" "$@"
 done
 

@@ -21,7 +21,7 @@ import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 REPOSITORY = os.path.dirname(os.path.dirname(HERE))
-sys.path.insert(0, REPOSITORY)
+sys.path[:0] = [REPOSITORY, os.path.join(REPOSITORY, 'test', 'unit')]
 import accelerator  # noqa: E402,F401  before torch
 import torch  # noqa: E402
 
@@ -29,7 +29,7 @@ import checkpoint  # noqa: E402
 import processes  # noqa: E402
 import small  # noqa: E402
 
-SMALL = os.path.join(HERE, 'small.py')
+SMALL = small.__file__
 TWO = ['--multiprocessing-distributed', '--device-list', '0,1']
 ENDLESS = ['-b', '32', '--epochs', '100000', '--eval-freq', '100000', '-p', '1']
 SECONDS_TO_END = 60

@@ -14,6 +14,14 @@ REPOSITORY = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__f
 sys.path.insert(0, REPOSITORY)
 
 
+def pytest_configure(config):
+    """Where tests run side by side (pytest -n), each worker and what it starts get their share of the cores."""
+    worker = getattr(config, 'workerinput', None)
+    if worker and hasattr(os, 'sched_setaffinity'):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, set(cores[int(worker['workerid'][2:])::worker['workercount']] or cores))
+
+
 class Result:
     """A finished command: its exit code and what it said."""
 
@@ -33,9 +41,13 @@ def run(*command, timeout=300, cwd=None, env=None):
                                  universal_newlines=True, timeout=timeout, cwd=cwd, env=environment))
 
 
-def run_main(*flags, **options):
-    """python main.py FLAGS on the CPU."""
-    return run(sys.executable, os.path.join(REPOSITORY, 'main.py'), '--device', 'cpu', *flags, **options)
+MAIN = os.path.join(REPOSITORY, 'main.py')
+SMALL_MAIN = os.path.join(REPOSITORY, 'test', 'unit', 'small.py')
+
+
+def run_main(*flags, program=SMALL_MAIN, **options):
+    """python main.py FLAGS on the CPU, with small.py's network where MAIN is not asked for."""
+    return run(sys.executable, program, '--device', 'cpu', *flags, **options)
 
 
 def events(folder, kind=None):

@@ -17,7 +17,7 @@ import torch
 import accelerator
 import checkpoint
 import main
-from conftest import REPOSITORY, events, make_folder, run, run_main
+from conftest import MAIN, SMALL_MAIN, events, make_folder, run, run_main
 from test_images import write_cifar10
 
 SMALL = ['--arch', 'vgg11', '--image-size', '32', '--lr', '0.01']
@@ -89,10 +89,11 @@ def test_curves_are_drawn_where_matplotlib_is_installed(trained):
     assert (trained[0] / 'curves.png').read_bytes().startswith(b'\x89PNG')
 
 
-def test_checkpoint_has_the_references_keys_and_loads_into_torchvision(trained):
+def test_checkpoint_has_the_references_keys_and_loads_into_torchvision(folder, tmp_path):
     import torchvision
-    state = checkpoint.load(str(trained[0] / 'checkpoint.pth.tar'))
-    assert {'epoch', 'state_dict', 'best_acc1', 'optimizer', 'amp'} <= set(state) and state['epoch'] == 2
+    assert run_main(folder, *SMALL, '-b', 8, '--epochs', 1, '--output-dir', tmp_path, program=MAIN).code == 0
+    state = checkpoint.load(str(tmp_path / 'checkpoint.pth.tar'))
+    assert {'epoch', 'state_dict', 'best_acc1', 'optimizer', 'amp'} <= set(state) and state['epoch'] == 1
     torchvision.models.vgg11(num_classes=3).load_state_dict(state['state_dict'])
     network = torchvision.models.vgg11(num_classes=3)
     torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9).load_state_dict(state['optimizer'])
@@ -122,7 +123,7 @@ def test_validation_is_exact_for_any_processes_and_batch(folder37, tmp_path):
     common = [only_val, '-e', '--arch', 'vgg11', '--pretrained', path, '--image-size', 48, '--output-dir', tmp_path / 'o']
     for flags in (['-b', 7], ['-b', 1], ['-b256', '-j', 2], ['-b', 8] + TWO,
                   ['-b', 9, '--multiprocessing-distributed', '--device-list', '0,1,2']):
-        result = run_main(*common, *flags)
+        result = run_main(*common, *flags, program=MAIN)
         assert result.code == 0, result.err
         assert result.accuracy() == ('{:.3f}'.format(100 * right / 37), '100.000'), flags
 
@@ -160,7 +161,7 @@ def test_stop_step_num_ends_cleanly_without_validation(folder, tmp_path):
 @pytest.mark.parametrize('target', ['launcher', 'alone'])
 def test_a_signal_saves_and_ends_with_75(folder, tmp_path, target):
     processes = TWO if target == 'launcher' else []
-    command = [sys.executable, '-u', os.path.join(REPOSITORY, 'main.py'), '--device', 'cpu', folder, *SMALL, '-b', '6',
+    command = [sys.executable, '-u', SMALL_MAIN, '--device', 'cpu', folder, *SMALL, '-b', '6',
                '--epochs', '1000', '--eval-freq', '1000', '-p', '1', *processes, '--output-dir', str(tmp_path)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
     for line in child.stdout:
@@ -180,7 +181,7 @@ def test_a_signal_saves_and_ends_with_75(folder, tmp_path, target):
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_that_dies_or_stalls_ends_the_others_in_time(folder, tmp_path, number):
     """Two nodes by hand, each its own launcher, so that only the network tells of the death."""
-    command = [sys.executable, '-u', os.path.join(REPOSITORY, 'main.py'), '--device', 'cpu', folder, *SMALL, '-b', '3',
+    command = [sys.executable, '-u', SMALL_MAIN, '--device', 'cpu', folder, *SMALL, '-b', '3',
                '--epochs', '1000', '--eval-freq', '1000', '-p', '1', '--world-size', '2', '--dist-url',
                'tcp://127.0.0.1:{}'.format(free_port())]
     children = [subprocess.Popen(command + ['--rank', str(rank), '--output-dir', str(tmp_path / str(rank))],
@@ -239,7 +240,7 @@ def test_a_checkpoint_of_the_reference_resumes(folder, tmp_path):
     torch.save({'epoch': 1, 'arch': 'vgg11', 'state_dict': renamed, 'best_acc1': torch.tensor(12.5),
                 'optimizer': optimizer.state_dict(), 'amp': {'loss_scaler0': {'loss_scale': 8.0, 'unskipped': 3}}},
                path, _use_new_zipfile_serialization=False)
-    result = run_main(folder, *SMALL, '-b', 8, '--epochs', 2, '--resume', path, '--output-dir', tmp_path)
+    result = run_main(folder, *SMALL, '-b', 8, '--epochs', 2, '--resume', path, '--output-dir', tmp_path, program=MAIN)
     assert result.code == 0, result.err
     assert 'Epoch: [1]' in result.out and 'Epoch: [0]' not in result.out
     assert checkpoint.load(str(tmp_path / 'checkpoint.pth.tar'))['best_acc1'] >= 12.5
@@ -258,7 +259,7 @@ def test_pretrained_weights_of_other_classes_get_a_new_last_layer(trained, tmp_p
 def test_torchrun_runs_the_same_program(folder, tmp_path):
     pytest.importorskip('torch.distributed.run')
     result = run(sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', 2, '--master-port', free_port(),
-                 os.path.join(REPOSITORY, 'main.py'), folder, '--device', 'cpu', *SMALL, '-b', 6, '--epochs', 1,
+                 SMALL_MAIN, folder, '--device', 'cpu', *SMALL, '-b', 6, '--epochs', 1,
                  '--output-dir', tmp_path)
     assert result.code == 0, result.err
     assert result.out.count('FPS@all') == 1
@@ -269,7 +270,7 @@ def test_torchrun_runs_the_same_program(folder, tmp_path):
 
 
 def test_processes_started_by_hand_meet(folder, tmp_path):
-    command = [sys.executable, os.path.join(REPOSITORY, 'main.py'), '--device', 'cpu', folder, *SMALL, '-b', '3', '--epochs',
+    command = [sys.executable, SMALL_MAIN, '--device', 'cpu', folder, *SMALL, '-b', '3', '--epochs',
                '1', '--world-size', '2', '--dist-url', 'tcp://127.0.0.1:{}'.format(free_port())]
     children = [subprocess.Popen(command + ['--rank', str(rank), '--output-dir', str(tmp_path / str(rank))],
                                  stdout=subprocess.PIPE, universal_newlines=True) for rank in (0, 1)]
@@ -303,7 +304,7 @@ def test_non_finite_steps_are_not_applied_and_ten_stop_the_run(folder, tmp_path)
 
 def small(*flags):
     """main.py with a small network, started and not waited for."""
-    return subprocess.Popen([sys.executable, '-u', os.path.join(REPOSITORY, 'test', 'torture', 'small.py'), '--arch', 'vgg11',
+    return subprocess.Popen([sys.executable, '-u', SMALL_MAIN, '--arch', 'vgg11',
                              '--device', 'cpu', *(str(flag) for flag in flags)], stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, universal_newlines=True)
 
@@ -399,7 +400,7 @@ def test_bad_data_and_bad_checkpoints_are_one_line_and_exit_2(folder, trained, t
     no_val = tmp_path / 'no val'
     (no_val / 'train').mkdir(parents=True)
     damaged = tmp_path / 'damaged.pth.tar'
-    damaged.write_bytes((trained[0] / 'checkpoint.pth.tar').read_bytes()[:100000])
+    damaged.write_bytes((trained[0] / 'checkpoint.pth.tar').read_bytes()[:10000])
     good = trained[0] / 'checkpoint.pth.tar'
     for flags, word in ((['-b', 5000], 'smaller --batch-size'), ([other], "'class 2' in train/ and 'class 9' in val/"), ([empty], 'nothing'),
                         ([broken], '图 000.JPEG'), ([broken, *TWO], '图 000.JPEG'), ([no_val], 'no val'),
@@ -414,7 +415,7 @@ def test_bad_data_and_bad_checkpoints_are_one_line_and_exit_2(folder, trained, t
 
 def test_help_is_quick_and_complete():
     begin = time.time()
-    result = run(sys.executable, os.path.join(REPOSITORY, 'main.py'), '--help')
+    result = run(sys.executable, SMALL_MAIN, '--help')
     assert result.code == 0 and time.time() - begin < 20
     for flag in '''--data -j --j --workers --epochs --start-epoch -b --batch-size --lr --learning-rate --momentum --wd
             --weight-decay -p --p --print-freq --resume -e --e --evaluate --seed --gpu --gup --world-size --rank --dist-url
