@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -354,6 +355,7 @@ def build_loader(source, args, world, device, *, training, start=(0, 0)):
     if batches.steps_per_epoch == 0:
         raise WrongUse('{} images are fewer than the {} of one step: use a smaller --batch-size'.format(
             len(source), args.batch_size * args.nodes * args.accum_steps))
+    warnings.filterwarnings('ignore', 'This DataLoader will create')  # more workers than cores: -j says how many
     dataset = images.Dataset(source, size=args.image_size, training=training, seed=args.seed)
     return DataLoader(dataset, batch_size=None, sampler=batches, collate_fn=to_shared_memory,
                       worker_init_fn=functools.partial(processes.begin_loader_worker, os.getpid()),

@@ -14,8 +14,9 @@ def two_processes(code, tmp_path, count=2):
     """Run `check(world)` of the code in processes of one job; return what each printed."""
     import processes
     script = tmp_path / 'check.py'
-    script.write_text('import sys\nimport torch\nimport processes, main\n' + textwrap.dedent(code)
-                      + '\nworld = processes.World("gloo", sys.argv[1])\ncheck(world)\nworld.close()\n')
+    script.write_text('import os, sys\nimport torch\nimport processes, main\n' + textwrap.dedent(code)
+                      + '\nworld = processes.World("gloo", sys.argv[1])\ncheck(world)\nworld.close()\nsys.stdout.flush()\n'
+                      + 'os._exit(0)\n')  # as main.py leaves: torch's own threads now and then abort where Python ends
     url = 'tcp://127.0.0.1:{}'.format(processes.free_port())
     children = []
     for rank in range(count):
