@@ -88,14 +88,14 @@ def spawn(worker, args, user_errors, *, count, first_rank, world_size):
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     for number in asked[:1]:  # came to a thread that does not block it, before all had started
         pass_on(number, None)
-    running, code, deadline, said = list(children), 0, None, []
+    running, code, deadline, killed, said = list(children), 0, None, False, []
     while running:
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        left = None if deadline is None or killed else max(0.0, deadline - time.monotonic())
         ended = multiprocessing.connection.wait([child.sentinel for child in running], timeout=left)
         if not ended:
             for child in running:
                 child.kill()
-            deadline = None
+            killed = True  # what they end with now is ours
         for child in [child for child in running if child.sentinel in ended]:
             child.join()
             running.remove(child)
