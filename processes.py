@@ -156,6 +156,9 @@ def begin_loader_worker(parent, _):
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     die_with(parent)
+    # What fails here comes back with a batch. Left is the thread that hands over memory: it would complain of a parent that
+    # has gone.
+    sys.excepthook = lambda *_: None
 
 
 def loader_lost(error):
