@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Numbers that stay right: half precision against fp32 on the same weights, and accumulated batches against a large one."""
+import json
 import sys
 
 import pytest
@@ -11,7 +12,7 @@ import checkpoint
 import images
 import main
 import vgg
-from conftest import run
+from conftest import run, run_main
 
 NARROW = 16, 32, 64, 128, 128
 DIGITS = images.read_digits(training=True)
@@ -112,3 +113,21 @@ def test_accumulated_batches_are_one_large_batch(folder, tmp_path):
         momenta.append(torch.cat([state[position]['momentum_buffer'].flatten() for position in sorted(state)]))
     for other in momenta[1:]:
         assert (other - momenta[0]).norm() < 1e-3 * momenta[0].norm()
+
+
+def test_a_trace_is_written_and_compressed_gradients_stay_close(folder, tmp_path):
+    """Two processes, 16 steps: bf16 on the wire changes the weights in their last digits, and it does change them."""
+    if not hasattr(torch, 'compile'):
+        pytest.skip('--grad-compress needs torch 2')
+    flags = [folder, '--arch', 'vgg11', '--image-size', 32, '-b', 6, '--lr', 0.01, '--epochs', 4, '--eval-freq', 4,
+             '--multiprocessing-distributed', '--device-list', '0,1']
+    states = []
+    for name, more in (('plain', ['--profile']), ('bf16', ['--grad-compress', 'bf16'])):
+        result = run_main(*flags, *more, '--output-dir', tmp_path / name)
+        assert result.code == 0, result.err
+        state = checkpoint.load(str(tmp_path / name / 'checkpoint.pth.tar'))['state_dict']
+        states.append(torch.cat([value.flatten() for value in state.values()]))
+        assert ('trace.json' in result.out) == (name == 'plain')
+    with open(str(tmp_path / 'plain' / 'trace.json')) as file:
+        assert any('convolution' in event.get('name', '') for event in json.load(file)['traceEvents'])
+    assert 0 < (states[1] - states[0]).norm() < 1e-2 * states[0].norm()
