@@ -434,6 +434,11 @@ def tracing_exporter():
     return {'dynamo': False} if 'dynamo' in inspect.signature(torch.onnx.export).parameters else {}
 
 
+def devices_suffice(args):
+    """Whether each of `args.processes` finds a device of its own; on a CPU any number does."""
+    return args.device == 'cpu' or args.processes <= len(args.device_list)
+
+
 def cores_left(device, processes):
     """The loader workers that a node has cores for beside its processes; none on a CPU, where training takes every core."""
     return 0 if device == 'cpu' else max(processes, available_cores() - processes)

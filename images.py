@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 try:
-    import simplejpeg  # decodes a JPEG in half of Pillow's time; its pixels are Pillow's
+    import simplejpeg  # decodes faster than Pillow, and shortened JPEGs too; its pixels are current Pillow's
 except ImportError:
     simplejpeg = None
 

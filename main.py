@@ -242,7 +242,7 @@ def settle_processes(args):
         args.rank = int(os.environ['RANK']) // args.processes
         args.dist_url = args.dist_url or 'env://'
         args.multiprocessing_distributed = False
-        if args.processes > len(args.device_list) and args.device != 'cpu':
+        if not accelerator.devices_suffice(args):
             raise WrongUse('torchrun starts {} processes here, but there are {} devices: use --nproc-per-node {}'.format(
                 args.processes, len(args.device_list), len(args.device_list)))
     else:
