@@ -308,8 +308,8 @@ class Index:
                 if len(bad) < len(names) else ((), ())
         labels = np.array(labels, np.int64)
         for label in np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0):
-            raise BadData('{}: {} in it ({})'.format(
-                shown(os.path.join(root, classes[label])), 'no readable picture' if bad else 'no pictures', ' '.join(EXTENSIONS)))
+            raise BadData('{}: {} in it ({})'.format(shown(os.path.join(root, classes[label])),
+                                                     'no readable picture' if bad else 'no pictures', ' '.join(EXTENSIONS)))
         offsets = np.cumsum([0] + [len(name) for name in names], dtype=np.int64)
         joined = np.frombuffer(b''.join(names), np.uint8)
         digest = hashlib.sha256(joined.tobytes() + offsets.tobytes() + labels.tobytes()).hexdigest()
@@ -320,17 +320,19 @@ class Index:
     @classmethod
     def _load(cls, path, root):
         """The index in a file, or None where there is none that holds."""
+        def stamp_of(name):
+            return _stamp(os.path.join(os.fsencode(root), os.fsencode(name)))
+
         try:
             with open(path, 'rb') as file:
                 line = file.readline()
             header = json.loads(line.decode())
             # A folder that changed within two seconds of the scan may have changed again without another time of change.
             if header['root'] != os.path.realpath(root) or any(
-                    _stamp(os.path.join(os.fsencode(root), os.fsencode(name)))[0] != changed or changed > (header['scanned'] - 2) * 1e9
+                    stamp_of(name)[0] != changed or changed > (header['scanned'] - 2) * 1e9
                     for name, changed in header['folders']):
                 return None
-            if any(_stamp(os.path.join(os.fsencode(root), os.fsencode(name))) != stamp
-                   for (name, _), stamp in zip(header['bad'], header['stamps'])):
+            if any(stamp_of(name) != stamp for (name, _), stamp in zip(header['bad'], header['stamps'])):
                 return None
             content = np.memmap(path, np.uint8, 'r')[len(line):]
             if len(content) != 16 * header['count'] + 8 + header['bytes']:
