@@ -8,6 +8,7 @@ The order is fixed by (seed, epoch) alone, and the augmentation by (seed, epoch,
 on the number of processes or workers, and any run can be continued in the middle of an epoch.
 """
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -86,19 +87,21 @@ class Batches:
 class Dataset:
     """Batches of a source: `dataset[epoch, indices]` is (images (n, S, S, 3) uint8, labels (n,) int64).
 
+    allocate(shape): what the images are put into, an array or what np.asarray takes for one without a copy.
+
     A picture that cannot be read is returned as a BadImage in place of the batch: raised in a loader worker it would
     arrive as text.
     """
 
-    def __init__(self, source, *, size, training, seed=0):
-        self.source, self.size, self.training, self.seed = source, size, training, seed
+    def __init__(self, source, *, size, training, seed=0, allocate=functools.partial(np.empty, dtype=np.uint8)):
+        self.source, self.size, self.training, self.seed, self.allocate = source, size, training, seed, allocate
         self.rng = np.random.RandomState()
 
     def __getitem__(self, request):
         epoch, indices = request
-        images = np.empty((len(indices), self.size, self.size, 3), np.uint8)
+        images = self.allocate((len(indices), self.size, self.size, 3))
         try:
-            for image, index in zip(images, indices):
+            for image, index in zip(np.asarray(images), indices):
                 if self.training:
                     image[...] = self.source.training_picture(index, self.size, reseed(self.rng, self.seed, epoch, index))
                 else:

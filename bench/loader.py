@@ -19,6 +19,7 @@ import time
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import accelerator  # noqa: E402  (before torch, see there)
 import images  # noqa: E402
+import main as program  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -83,12 +84,13 @@ def one_core(root, flags):
 def end_to_end(root, flags):
     """The same with workers: batches as they reach the training loop."""
     stock_loader = DataLoader(stock_pipeline(root, flags.size), batch_size=flags.batch_size, shuffle=True, drop_last=True,
-                              num_workers=flags.workers, persistent_workers=True)
+                              num_workers=flags.workers, persistent_workers=True, multiprocessing_context='fork')
     source = images.Folder(root, accelerator.antialiased_resize)
     # An epoch a turn, so that nobody makes batches while the other's clock runs.
-    our_loader = DataLoader(images.Dataset(source, size=flags.size, training=True), batch_size=None,
+    our_loader = DataLoader(images.Dataset(source, size=flags.size, training=True, allocate=program.Buffers()),
+                            batch_size=None, collate_fn=program.to_shared_memory, num_workers=flags.workers,
                             sampler=images.Batches(len(source), flags.batch_size, rank=0, world_size=1, shuffle=True),
-                            num_workers=flags.workers, persistent_workers=True)
+                            persistent_workers=True, multiprocessing_context='fork')
     return {'stock': lambda turn: sum(1 for _ in stock_loader), 'ours': lambda turn: sum(1 for _ in our_loader)}
 
 

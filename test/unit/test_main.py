@@ -151,6 +151,17 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_continues_bit_for_bit(folder, t
     assert (first['epoch'], first['step'], first['best_acc1']) == (second['epoch'], second['step'], second['best_acc1'])
 
 
+def test_loader_workers_overwrite_no_batch_that_is_still_needed(tmp_path):
+    states = []
+    for workers in (0, 1):
+        output = tmp_path / str(workers)
+        result = run_main('-b', 64, '--epochs', 1, '-j', workers, '--output-dir', output)  # 22 steps, 6 batches to validate
+        assert result.code == 0, result.err
+        states.append(checkpoint.load(str(output / 'checkpoint.pth.tar')))
+    assert_same_weights(states[0]['state_dict'], states[1]['state_dict'])
+    assert states[0]['best_acc1'] == states[1]['best_acc1']
+
+
 def test_stop_step_num_ends_cleanly_without_validation(folder, tmp_path):
     result = run_main(folder, *SMALL, '-b', 6, '--stop-step-num', 3, '--output-dir', tmp_path)
     assert result.code == 0 and 'FPS@all' in result.out and 'AVG-ACC' not in result.out
