@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 try:
-    import simplejpeg  # decodes faster than Pillow, and shortened JPEGs too; its pixels are current Pillow's
+    import simplejpeg  # decodes faster than Pillow; its pixels are current Pillow's
 except ImportError:
     simplejpeg = None
 
@@ -117,6 +117,8 @@ class Folder:
     """ROOT/class/**/picture, read as torchvision's ImageFolder reads it: the same classes, files and order.
 
     resize(picture (H, W, 3), box, size, flip): how a decoded JPEG is cropped, resized and mirrored; None: by Pillow.
+    decode_box(content, box, shrink): what decodes a part of a JPEG at 1/shrink of its size; None, or where it returns None:
+    all of it is decoded.
     check: None, or what leaves unreadable pictures out; see `Index.open`.
 
     Raises BadData for a missing folder, none or an empty class.
@@ -126,12 +128,11 @@ class Folder:
     default_size = 224
     crop = True  # whether validation_picture cuts the middle out, or takes the whole picture
 
-    def __init__(self, root, resize=None, check=None):
-        self.resize = resize or resize_by_pillow
+    def __init__(self, root, *, resize=None, decode_box=None, check=None):
+        self.resize, self.decode_box = resize or resize_by_pillow, decode_box
         self.index = Index.open(root, check)
         self.classes, self.labels, self.fingerprint = self.index.classes, self.index.labels, self.index.fingerprint
         self.bad = [(shown(os.path.join(root, name)), reason) for name, reason in self.index.bad]
-        self._buffer = bytearray()  # of decoded pixels: new memory for each would cost a page fault every 4 KiB
 
     def __len__(self):
         return len(self.labels)
@@ -142,7 +143,7 @@ class Folder:
     def training_picture(self, index, size, rng):
         """(size, size, 3) uint8: random resized crop (Szegedy et al., arXiv:1409.4842), mirrored half the time."""
         with self._named(index) as path:
-            with open(path, 'rb') as file:
+            with open(path, 'rb', buffering=0) as file:
                 content = file.read()
             image, shape = None, simplejpeg and _jpeg_shape(content)
             if not shape:
@@ -154,29 +155,20 @@ class Folder:
             while shrink < 8 and min(box[2] - box[0], box[3] - box[1]) >= 2 * shrink * size:
                 shrink *= 2
             if image is None:
+                small = [int(round(edge / shrink)) for edge in box]
+                picture = self.decode_box and self.decode_box(content, small, shrink)
+                if picture is not None:
+                    return self.resize(picture, (0, 0, picture.shape[1], picture.shape[0]), size, flip)
                 try:
-                    picture = self._decode(content, shape, box[3], shrink)
-                    return self.resize(picture, [int(round(edge / shrink)) for edge in box], size, flip)
+                    picture = simplejpeg.decode_jpeg(content, 'RGB', min_height=-(-shape[1] // shrink),
+                                                     min_width=-(-shape[0] // shrink))
+                    return self.resize(picture, small, size, flip)
                 except ValueError:  # Pillow reads more kinds of file, and says what is wrong
                     image = open_picture(io.BytesIO(content))
             if shrink > 1:
                 image.draft(None, (shape[0] // shrink, shape[1] // shrink))  # another format than JPEG ignores it
             across, down = image.width / shape[0], image.height / shape[1]
             return resize_by_pillow(to_rgb(image), (box[0] * across, box[1] * down, box[2] * across, box[3] * down), size, flip)
-
-    def _decode(self, content, shape, bottom, shrink):
-        """The rows of a JPEG down to `bottom` at least, as an array that the next call overwrites. Raises ValueError."""
-        width, height = shape
-        shorter = _shorten(content, bottom, height)
-        if shorter is not None:
-            content, height = shorter
-        least = -(-height // shrink), -(-width // shrink)
-        # libjpeg may round a size up
-        if len(self._buffer) < 3 * (least[0] + 1) * (least[1] + 1):
-            self._buffer = bytearray(3 * (least[0] + 1) * (least[1] + 1))
-        # A shortened file ends in rows that nobody asked for: no error then.
-        return simplejpeg.decode_jpeg(content, 'RGB', min_height=least[0], min_width=least[1], buffer=self._buffer,
-                                      strict=shorter is None)
 
     def validation_picture(self, index, size):
         """(size, size, 3) uint8: torchvision's Resize(round(size·256/224)) and CenterCrop(size), bit for bit."""
@@ -237,26 +229,6 @@ def _jpeg_shape(content):
     except ValueError:
         return None
     return (width, height) if colorspace in ('YCbCr', 'Gray') and width * height <= MAX_PIXELS else None
-
-
-def _shorten(content, bottom, height):
-    """(content, height) of the same JPEG that ends below row `bottom`, or None: its rows above are the same bit for bit.
-
-    The height in the frame header (ITU T.81, B.2.2) is lowered, and the decoder stops there: a seventh of the work, for
-    random crops. Only in a baseline file, whose rows follow each other, and a complete one: damage is left to be found.
-    """
-    lowered = -(-bottom // 16) * 16 + 16  # whole blocks, and the row of blocks that smooths into the last one's colours
-    if lowered >= height or content[-2:] != b'\xff\xd9':
-        return None
-    position = 2
-    while position + 9 < len(content) and content[position] == 0xff:
-        marker, length = content[position + 1], content[position + 2] << 8 | content[position + 3]
-        if marker == 0xc0:
-            return content[:position + 5] + bytes([lowered >> 8, lowered & 255]) + content[position + 7:], lowered
-        if 0xc1 <= marker <= 0xcf and marker not in (0xc4, 0xcc) or marker == 0xda:  # another frame, or no frame
-            return None
-        position += 2 + length
-    return None
 
 
 class Index:
@@ -346,11 +318,15 @@ class Index:
         return cls(root, header, offsets.view(np.int64), labels.view(np.int64), names)
 
 
+def cache_folder():
+    """The user's cache folder for this program, which need not exist."""
+    return os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache'), 'vgg16')
+
+
 def _cache_path(root, checked):
     """The file that keeps the index of a folder, in the user's cache folder and never among the data."""
-    folder = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
     name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:24]
-    return os.path.join(folder, 'vgg16', '{}{}.index{}'.format(name, '-checked' if checked else '', INDEX_FORMAT))
+    return os.path.join(cache_folder(), '{}{}.index{}'.format(name, '-checked' if checked else '', INDEX_FORMAT))
 
 
 def _write_index(path, header, offsets, labels, names):

@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 import checkpoint
 import images
+import jpeg
 import processes
 import vgg
 from metrics import Counts, Log, StepLine, Throughput, averages
@@ -326,8 +327,13 @@ def open_sources(args, log):
             return log.track(verdicts, count, 'Checking')
 
         check = check if args.bad_images == 'skip' else None
-        training = None if args.evaluate else images.Folder(os.path.join(args.data, 'train'), accelerator.antialiased_resize,
-                                                            check=check)
+        training = None
+        if not args.evaluate:
+            decode_box = jpeg.load(images.cache_folder())
+            if decode_box is None:
+                log.line('=> no C compiler (cc) to make jpeg.c with: pictures load at half the speed')
+            training = images.Folder(os.path.join(args.data, 'train'), resize=accelerator.antialiased_resize,
+                                     decode_box=decode_box, check=check)
         validation = images.Folder(os.path.join(args.data, 'val'), check=check)
         if training is not None:
             check_classes(training.classes, validation.classes, 'train/', 'val/')

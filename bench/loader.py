@@ -6,7 +6,8 @@
     python bench/loader.py --workers 2                    # end to end, through the DataLoader into batches
 
 The same generated pictures for all, RandomResizedCrop(224) and flip, one thread a core, in turn: A B A B …; the first turn
-warms up and is left out; medians. The last line is JSON. Needs torch and torchvision; simplejpeg for the fast path.
+warms up and is left out; medians. The last line is JSON. Needs torch, torchvision and simplejpeg; a C
+compiler for jpeg.c.
 """
 import argparse
 import json
@@ -19,6 +20,7 @@ import time
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import accelerator  # noqa: E402  (before torch, see there)
 import images  # noqa: E402
+import jpeg  # noqa: E402
 import main as program  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -67,9 +69,13 @@ def dali_pipeline(root, size, batch):
     return made
 
 
+def our_source(root):
+    return images.Folder(root, resize=accelerator.antialiased_resize, decode_box=jpeg.load(images.cache_folder()))
+
+
 def one_core(root, flags):
     """{name: a function of the turn's number that makes flags.count pictures}."""
-    stock, source = stock_pipeline(root, flags.size), images.Folder(root, accelerator.antialiased_resize)
+    stock, source = stock_pipeline(root, flags.size), our_source(root)
     dataset = images.Dataset(source, size=flags.size, training=True)
     contestants = {'stock': lambda turn: [stock[index] for index in range(flags.count)],
                    'ours': lambda turn: dataset[turn, range(flags.count)]}
@@ -85,7 +91,7 @@ def end_to_end(root, flags):
     """The same with workers: batches as they reach the training loop."""
     stock_loader = DataLoader(stock_pipeline(root, flags.size), batch_size=flags.batch_size, shuffle=True, drop_last=True,
                               num_workers=flags.workers, persistent_workers=True, multiprocessing_context='fork')
-    source = images.Folder(root, accelerator.antialiased_resize)
+    source = our_source(root)
     # An epoch a turn, so that nobody makes batches while the other's clock runs.
     our_loader = DataLoader(images.Dataset(source, size=flags.size, training=True, allocate=program.Buffers()),
                             batch_size=None, collate_fn=program.to_shared_memory, num_workers=flags.workers,
@@ -127,7 +133,7 @@ def main():
               for name in rates if name != 'ours'}
     print(json.dumps({
         'pictures': '{}×{}, {:.0f} KB'.format(flags.width, flags.height, kilobytes / flags.count), 'torch': torch.__version__,
-        'workers': flags.workers, 'fast_path': bool(images.simplejpeg and accelerator.antialiased_resize),
+        'workers': flags.workers, 'decoder': 'jpeg.c' if jpeg.load(images.cache_folder()) else 'simplejpeg',
         'images_per_second': rounded, 'ours_to': ratios}, ensure_ascii=False))
 
 
