@@ -33,7 +33,7 @@ typedef struct {
     unsigned made_up;  // zero bytes given where the file has no more
 } Reader;
 
-// At least 56 bits, which are two coefficients. A byte of 255 is followed by a 0, or by a marker, where the data end (B.1.1.5).
+// At least 56 bits, which are two coefficients. After a byte of 255 comes a 0, or the data end in a marker (B.1.1.5).
 INLINE void refill(Reader *r)
 {
     if (r->end - r->next >= 8) {
@@ -171,8 +171,8 @@ typedef struct {
     uint8_t *plane;              // the box's blocks
 } Component;
 
-// F.2.2: a block's coefficients to their places in `block`, or nowhere where that is NULL. Returns 0 where there is no such code.
-INLINE int read_block(Reader *r, Component *c, int32_t *block)
+// F.2.2: a block's coefficients to their places in `block`, or nowhere where that is NULL. Returns 0 at a code that is none.
+INLINE int read_block(Reader *r, Component *c, int16_t *block)
 {
     refill(r);
     unsigned code = look(r, c->dc, 0);
@@ -182,7 +182,7 @@ INLINE int read_block(Reader *r, Component *c, int32_t *block)
     pass(r, BITS(code));
     if (block) {
         memset(block, 0, 64 * sizeof *block);
-        block[0] = c->prediction;
+        block[0] = (int16_t)c->prediction;
     }
     for (unsigned k = 1; k < 64;) {
         refill(r);
@@ -216,7 +216,7 @@ INLINE int read_block(Reader *r, Component *c, int32_t *block)
 }
 
 // A.3.3 as two products of matrices, of `edge` rows and columns, and 128 more.
-INLINE void inverse_dct_to(int edge, const int32_t *block, const Component *c, uint8_t *pixels)
+INLINE void inverse_dct_to(int edge, const int16_t *block, const Component *c, uint8_t *pixels)
 {
     v8 in[8], rows[8], out[8];
     uint8_t bytes[64];
@@ -237,14 +237,14 @@ INLINE void inverse_dct_to(int edge, const int32_t *block, const Component *c, u
     }
     for (int i = 0; i < 8 * edge; i++) {
         float value = ((const float *)out)[i] + 128.5f;
-        value = value < 0 ? 0 : value;
-        bytes[i] = (int)(value > 255 ? 255 : value);
+        value = value > 0 ? value : 0;
+        bytes[i] = (int)(value < 255 ? value : 255);
     }
     for (int y = 0; y < edge; y++, pixels += c->width)
         memcpy(pixels, bytes + 8 * y, edge);
 }
 
-static __attribute__((noinline)) void inverse_dct(const int32_t *block, const Component *c, uint8_t *pixels)
+static __attribute__((noinline)) void inverse_dct(const int16_t *block, const Component *c, uint8_t *pixels)
 {
     switch (c->edge) {  // for each its own code, without loops
     case 8: inverse_dct_to(8, block, c, pixels); break;
@@ -393,7 +393,8 @@ static int restart(Picture *p)
 INLINE int read_units(Picture *p, int count, int decoded, int y)
 {
     Reader r = p->reader;
-    int32_t block[64 + 8] __attribute__((aligned(32)));
+    // All blocks of a unit are read before the first becomes pixels: its stores are then done, and no load waits for them.
+    int16_t blocks[6][64 + 16] __attribute__((aligned(32)));
     for (int x = 0; x < count; x++) {
         if (p->interval && p->until_restart-- == 0) {
             p->reader = r;
@@ -402,16 +403,18 @@ INLINE int read_units(Picture *p, int count, int decoded, int y)
             p->until_restart--;
             r = p->reader;
         }
-        for (int i = 0; i < p->parts; i++) {
+        int16_t (*block)[64 + 16] = blocks;
+        for (int i = 0; i < p->parts; i++)
+            for (int k = p->component[i].across * p->component[i].down; k; k--)
+                if (!read_block(&r, p->component + i, decoded ? *block++ : NULL))
+                    return DAMAGED;
+        block = blocks;
+        for (int i = 0; decoded && i < p->parts; i++) {
             Component *c = p->component + i;
             for (int v = 0; v < c->down; v++)
-                for (int h = 0; h < c->across; h++) {
-                    if (!read_block(&r, c, decoded ? block : NULL))
-                        return DAMAGED;
-                    if (decoded)
-                        inverse_dct(block, c, c->plane + (size_t)(y * c->down + v) * c->edge * c->width
-                                                  + (x * c->across + h) * c->edge);
-                }
+                for (int h = 0; h < c->across; h++)
+                    inverse_dct(*block++, c, c->plane + (size_t)(y * c->down + v) * c->edge * c->width
+                                                 + (x * c->across + h) * c->edge);
         }
         if (r.made_up * 8 > r.count)  // the data ended within this unit
             return DAMAGED;
@@ -430,14 +433,15 @@ static int clamp(int value, int least, int most)
     return value < least ? least : value > most ? most : value;
 }
 
-// A row of colour at the picture's resolution, from pixel `left` rounded down to an even one: of the nearest sample three quarters
-// and of the next one a quarter, across and down, rounded as libjpeg's "fancy upsampling" does. x0, y0: the sample that the
-// plane begins with. last_x, last_y: the picture's last one. mixed: room for a row.
+// A row of colour at the picture's resolution, from pixel `left` rounded down to an even one: three quarters of the nearest
+// sample and a quarter of the next one, across and down, rounded as libjpeg's "fancy upsampling" does. x0, y0: the sample
+// that the plane begins with. last_x, last_y: the picture's last one. mixed: room for a row.
 static void upsample(const Component *c, int across, int down, int x0, int y0, int last_x, int last_y, int left, int right,
                      int y, int16_t *mixed, int16_t *row)
 {
     int nearest = y / down, next = down == 1 ? nearest : clamp(y & 1 ? nearest + 1 : nearest - 1, 0, last_y);
-    const uint8_t *near = c->plane + (size_t)(nearest - y0) * c->width, *far = c->plane + (size_t)(next - y0) * c->width;
+    const uint8_t *near = c->plane + (size_t)(nearest - y0) * c->width;
+    const uint8_t *far = c->plane + (size_t)(next - y0) * c->width;
     if (across == 1) {
         int half = down == 1 || y & 1 ? 2 : 1;
         for (int x = left & ~1; x < right; x++)
@@ -534,7 +538,8 @@ int decode_box(const uint8_t *data, size_t size, int shrink, int left, int top, 
     int x0 = first_x * blue->edge, y0 = first_y * blue->edge, odd = left & 1;
     int last_column = (width - 1) / ratio_across, last_row = (height - 1) / ratio_down;
     for (int y = top; y < bottom; y++, rgb += 3 * box_width) {
-        const uint8_t *grey = luma->plane + (size_t)(y - first_y * unit_height) * luma->width + left - first_x * unit_width;
+        const uint8_t *grey = luma->plane + (size_t)(y - first_y * unit_height) * luma->width + left
+                              - first_x * unit_width;
         if (p->parts == 1) {
             for (int x = 0; x < box_width; x++)
                 rgb[3 * x] = rgb[3 * x + 1] = rgb[3 * x + 2] = grey[x];

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Training pictures a second from JPEGs: images.py's way, the stock torchvision pipeline's, and DALI's where installed.
+"""Training pictures a second from JPEGs: our way, also after tools/shrink.py, torchvision's, and DALI's where installed.
 
     python bench/loader.py                                # 500×375, one core
     python bench/loader.py --width 2000 --height 1500 --count 24
     python bench/loader.py --workers 2                    # end to end, through the DataLoader into batches
 
 The same generated pictures for all, RandomResizedCrop(224) and flip, one thread a core, in turn: A B A B …; the first turn
-warms up and is left out; medians. The last line is JSON. Needs torch, torchvision and simplejpeg; a C
-compiler for jpeg.c.
+warms up and is left out; medians. The last line is JSON. Needs torch (1.7 with --workers), torchvision and simplejpeg, and
+a C compiler for jpeg.c.
 """
 import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -77,8 +78,12 @@ def one_core(root, flags):
     """{name: a function of the turn's number that makes flags.count pictures}."""
     stock, source = stock_pipeline(root, flags.size), our_source(root)
     dataset = images.Dataset(source, size=flags.size, training=True)
+    tool = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'tools', 'shrink.py')
+    subprocess.check_call([sys.executable, tool, root, root + '320'], stdout=subprocess.DEVNULL)
+    smaller = images.Dataset(our_source(root + '320'), size=flags.size, training=True)
     contestants = {'stock': lambda turn: [stock[index] for index in range(flags.count)],
-                   'ours': lambda turn: dataset[turn, range(flags.count)]}
+                   'ours': lambda turn: dataset[turn, range(flags.count)],
+                   'ours, shrunk to 320': lambda turn: smaller[turn, range(flags.count)]}
     try:
         dali = dali_pipeline(root, flags.size, flags.count)
         contestants['dali'] = lambda turn: dali.run()
@@ -113,8 +118,9 @@ def main():
     flags = parser.parse_args()
     torch.set_num_threads(1)
     os.environ['XDG_CACHE_HOME'] = tempfile.mkdtemp()
-    with tempfile.TemporaryDirectory() as root:
-        os.mkdir(os.path.join(root, 'a'))
+    with tempfile.TemporaryDirectory() as scratch:
+        root = os.path.join(scratch, 'pictures')
+        os.makedirs(os.path.join(root, 'a'))
         for number in range(flags.count):
             Image.fromarray(photograph(flags.width, flags.height, number)).save(
                 os.path.join(root, 'a', '{}.jpg'.format(number)), quality=flags.quality)
