@@ -223,7 +223,7 @@ def save_full(folder):
 
 # --- runs that are killed and continued -------------------------------------------------------------------------------
 
-RUN = ['-b', '32', '--epochs', '3', '--save-freq', '1', '-p', '20']  # 44 steps an epoch
+RUN = ['-b', '32', '--epochs', '3', '--save-freq', '1', '-p', '20', '--ema-decay', '0.9']  # 44 steps an epoch
 
 
 class Fork:
