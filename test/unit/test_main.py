@@ -151,6 +151,22 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_continues_bit_for_bit(folder, t
     assert (first['epoch'], first['step'], first['best_acc1']) == (second['epoch'], second['step'], second['best_acc1'])
 
 
+def test_a_compiled_run_continues_bit_for_bit(tmp_path):
+    if accelerator.TORCH < (2, 0):
+        pytest.skip('torch.compile came with torch 2')
+    flags = ['--arch', 'vgg11', '-b', 64, '--compile']
+    environment = {'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'compiled')}
+    probe = run_main(*flags, '--stop-step-num', 4, '--output-dir', tmp_path / 'whole', env=environment)
+    if 'leave it out' in probe.err:
+        pytest.skip(probe.err)  # no C++ compiler, or no headers of Python
+    assert probe.code == 0, probe.err
+    for stop, resume in ((2, []), (4, ['--resume', tmp_path / 'parts' / 'checkpoint.pth.tar'])):
+        result = run_main(*flags, '--stop-step-num', stop, '--output-dir', tmp_path / 'parts', *resume, env=environment)
+        assert result.code == 0, result.err
+    assert_same_weights(*(checkpoint.load(str(tmp_path / name / 'checkpoint.pth.tar'))['state_dict']
+                          for name in ('whole', 'parts')))
+
+
 def test_loader_workers_overwrite_no_batch_that_is_still_needed(tmp_path):
     states = []
     for workers in (0, 1):
