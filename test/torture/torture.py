@@ -371,7 +371,7 @@ def signals(folder):
         shutil.rmtree(parts)
         os.mkdir(parts)
     for delay in (0, 1, 2, 4, 8):  # from the start of the ranks, which takes some 4 s until their first step
-        job = train(*base, folder=parts)
+        job = train(*base, '--epochs', 100000, folder=parts)
         while len(job.children(job.child.pid)) < 2:
             time.sleep(0.01)
         time.sleep(delay)
