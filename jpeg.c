@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The pixels of one box of a baseline JPEG; jpeg.py compiles this and calls decode_box, at the end.
 //
-// A training crop is a part of a picture, often a small one. A general decoder makes whole rows, from the first on; here the
-// blocks outside the box are only counted through. What is left of the time is Huffman decoding, and so that takes two codes
-// at a look. A picture of 1/2, 1/4 or 1/8 size is the mean of the large one's pixels, as libjpeg-turbo makes it too.
+// A training crop is a part of a picture, often a small one. A general decoder makes whole rows, from the first on; here
+// the blocks outside the box are only counted through. What is left of the time is Huffman decoding, and so that takes two
+// codes at a look. A picture of 1/2, 1/4 or 1/8 size is the mean of the large one's pixels, as in libjpeg-turbo.
 //
-// A file that this cannot read, or that is damaged where it is read, is refused, and another decoder has its say. No read or
-// write depends on the file being well formed. Sections and figures are those of ITU-T T.81, the JPEG standard.
+// A file that this cannot read, or that is damaged where it is read, is refused, and another decoder has its say. No read
+// or write depends on the file being well formed. Sections and figures are those of ITU-T T.81, the JPEG standard.
 
 #include <math.h>
 #include <stdint.h>
@@ -33,7 +33,8 @@ typedef struct {
     unsigned made_up;  // zero bytes given where the file has no more
 } Reader;
 
-// At least 56 bits, which are two coefficients. After a byte of 255 comes a 0, or the data end in a marker (B.1.1.5).
+// From at most 63 bits to at least 56: two coefficients of 26, or two looks and one. After a byte of 255 comes a 0, or the
+// data end in a marker (B.1.1.5). Bits below the good ones are 0, or already what will come there.
 INLINE void refill(Reader *r)
 {
     if (r->end - r->next >= 8) {
@@ -70,7 +71,7 @@ INLINE void pass(Reader *r, unsigned bits)
 // --- Huffman codes ----------------------------------------------------------------------------------------------------
 
 // A code and the number behind it, in 16 bits: bits of both | bits of the number << 5 | zeros before it << 9.
-enum { END_OF_BLOCK = 63 };  // as many zeros as lead out of any block
+enum { END_OF_BLOCK = 127 };  // as many zeros as no run in a block can reach
 #define BITS(code) ((code) & 31)
 #define SIZE(code) ((code) >> 5 & 15)
 #define RUN(code) ((code) >> 9)
@@ -90,7 +91,11 @@ typedef struct {
     int limit[17], shift[17];      // by length: the first number above its codes, and from a code to its value's place
 } Huffman;
 
-static uint8_t natural[192];  // the place in a block of the k-th coefficient of a file (figure A.6); 64, a spare, beyond it
+// The place in a block of the k-th coefficient of a file (figure A.6); 64, a spare one, for those beyond it.
+static const uint8_t natural[224] = {
+    0, 1, 8, 16, 9, 2, 3, 10, 17, 24, 32, 25, 18, 11, 4, 5, 12, 19, 26, 33, 40, 48, 41, 34, 27, 20, 13, 6, 7, 14, 21, 28,
+    35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23, 30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55,
+    62, 63, [64 ... 223] = 64};
 
 static unsigned code_of(unsigned length, unsigned value, int ac)
 {
@@ -108,7 +113,7 @@ INLINE int number(const Reader *r, unsigned code)
 // C.2. definition: `count` values. Returns whether it makes sense.
 static int make_table(Huffman *table, const uint8_t *definition, int count, int ac)
 {
-    if (!memcmp(table->definition, definition, 16 + count))
+    if (count && !memcmp(table->definition, definition, 16 + count))
         return 1;  // most files have the same ones
     int code = 0, place = 0;
     memset(table, 0, sizeof *table);
@@ -117,6 +122,8 @@ static int make_table(Huffman *table, const uint8_t *definition, int count, int 
         for (int i = 0; i < definition[length - 1]; i++, code++, place++) {
             unsigned value = definition[16 + place];
             if (code >= 1 << length || (ac ? (value & 15) > 10 : value > 11))
+                return 0;
+            if (ac && value && value != 0xf0 && !(value & 15))  // no such run (F.1.2.2)
                 return 0;
             for (int k = 0; length <= LOOK && k < 1 << (LOOK - length); k++)
                 table->one[(code << (LOOK - length)) + k] = code_of(length, value, ac);
@@ -171,7 +178,7 @@ typedef struct {
     uint8_t *plane;              // the box's blocks
 } Component;
 
-// F.2.2: a block's coefficients to their places in `block`, or nowhere where that is NULL. Returns 0 at a code that is none.
+// F.2.2: a block's coefficients to their places in `block`, or nowhere where that is NULL. Returns whether the codes fit.
 INLINE int read_block(Reader *r, Component *c, int16_t *block)
 {
     refill(r);
@@ -193,6 +200,8 @@ INLINE int read_block(Reader *r, Component *c, int16_t *block)
                 if (!code)
                     return 0;
                 k += RUN(code);
+                if (k > 63 && RUN(code) != END_OF_BLOCK)
+                    return 0;
                 if (block)
                     block[natural[k]] = number(r, code);
                 pass(r, BITS(code));
@@ -205,9 +214,13 @@ INLINE int read_block(Reader *r, Component *c, int16_t *block)
                 block[natural[first]] = two.first;
                 block[natural[k]] = two.second;
             }
-            if (++k > 63) {  // a block that is full to its end has no mark there: the second code is the next block's
-                pass(r, first == 63 ? BITS(c->ac->one[r->bits >> (64 - LOOK)]) : two.bits);
-                return 1;
+            if (++k > 63) {
+                if (first == 63) {  // full to its end, and so without a mark there: the second code is the next block's
+                    pass(r, BITS(c->ac->one[r->bits >> (64 - LOOK)]));
+                    return 1;
+                }
+                pass(r, two.bits);
+                return first > 63 ? first > END_OF_BLOCK : k == 64 || k > END_OF_BLOCK;  // no run beyond the block
             }
             pass(r, two.bits);
         }
@@ -226,7 +239,7 @@ INLINE void inverse_dct_to(int edge, const int16_t *block, const Component *c, u
         v8 even = c->basis[y][0] * in[0], odd = c->basis[y][1] * in[1];
         for (int k = 2; k < 8; k += 2)
             even += c->basis[y][k] * in[k], odd += c->basis[y][k + 1] * in[k + 1];
-        rows[y] = even + odd, rows[edge - 1 - y] = even - odd;
+        rows[y] = even + odd, rows[edge - 1 - y] = even - odd;  // where edge is 1, the odd basis is 0
     }
     for (int y = 0; y < edge; y++) {
         const float *row = (const float *)(rows + y);
@@ -273,6 +286,7 @@ static void make_basis(Component *c)
 typedef struct {
     int width, height, parts;     // parts: 1, grey, or 3, YCbCr
     int interval, until_restart;  // units between restart markers, or 0; those left before the next one
+    int restarts;                 // the next marker's number
     uint8_t quanta[4][64];
     Huffman tables[2][4];         // DC and AC
     uint8_t has_quanta[4], has_table[2][4];
@@ -303,6 +317,8 @@ static int read_frame(Picture *p, const uint8_t *segment, int length)
         if (c->across < 1 || c->across > most || c->down < 1 || c->down > most || c->quantum > 3)
             return UNSUPPORTED;
     }
+    if (p->parts == 3 && segment[6] == 'R' && segment[9] == 'G' && segment[12] == 'B')  // as libjpeg understands it
+        return UNSUPPORTED;
     return DONE;
 }
 
@@ -327,7 +343,7 @@ static int read_scan(Picture *p, const uint8_t *segment, int length)
 // B.2.1: up to the first coded byte.
 static int read_headers(Picture *p, const uint8_t *at, const uint8_t *end)
 {
-    p->parts = p->interval = 0;
+    p->parts = p->interval = p->restarts = 0;
     memset(p->has_quanta, 0, sizeof p->has_quanta), memset(p->has_table, 0, sizeof p->has_table);
     if (end - at < 4 || word(at) != 0xffd8 || word(end - 2) != 0xffd9)  // an incomplete file is damaged
         return DAMAGED;
@@ -338,6 +354,8 @@ static int read_headers(Picture *p, const uint8_t *at, const uint8_t *end)
         if (length < 0 || length > end - segment)
             return DAMAGED;
         at = segment + length;
+        if (marker < 0xc0 || marker == 0xff || (marker >= 0xd0 && marker <= 0xd9))  // without a length, or none
+            return UNSUPPORTED;
         if (marker == 0xdb)
             for (; segment < at; segment += 65) {  // B.2.4.1
                 if (segment[0] > 3 || at - segment < 65)
@@ -356,9 +374,11 @@ static int read_headers(Picture *p, const uint8_t *at, const uint8_t *end)
                 p->has_table[ac][number] = 1;
                 segment += 17 + count;
             }
-        else if (marker == 0xdd)  // B.2.4.4
-            p->interval = p->until_restart = length == 2 ? word(segment) : 0;
-        else if (marker == 0xee)  // Adobe's, whose last byte is 1 for YCbCr
+        else if (marker == 0xdd) {  // B.2.4.4
+            if (length != 2)
+                return DAMAGED;
+            p->interval = p->until_restart = word(segment);
+        } else if (marker == 0xee)  // Adobe's, whose last byte is 1 for YCbCr
             answer = length >= 12 && !memcmp(segment, "Adobe", 5) && segment[11] != 1 ? UNSUPPORTED : DONE;
         else if (marker == 0xc0)
             answer = read_frame(p, segment, length);
@@ -374,14 +394,16 @@ static int read_headers(Picture *p, const uint8_t *at, const uint8_t *end)
     return DAMAGED;
 }
 
-// F.2.1.3.1: behind the marker nothing depends on what was before. Returns whether there is one.
+// F.2.1.3.1: behind the marker nothing depends on what was before. Returns whether the right one comes next.
 static int restart(Picture *p)
 {
     Reader *r = &p->reader;
-    while (r->end - r->next >= 2 && (r->next[0] != 255 || r->next[1] < 0xd0 || r->next[1] > 0xd7))
+    refill(r);
+    while (r->end - r->next >= 2 && r->next[0] == 255 && r->next[1] == 255)  // B.1.1.2
         r->next++;
-    if (r->end - r->next < 2)
+    if (r->count >= 8 * r->made_up + 8 || r->end - r->next < 2 || r->next[0] != 255 || r->next[1] != 0xd0 + p->restarts)
         return 0;
+    p->restarts = (p->restarts + 1) % 8;
     *r = (Reader){.next = r->next + 2, .end = r->end};
     for (int i = 0; i < p->parts; i++)
         p->component[i].prediction = 0;
@@ -467,7 +489,7 @@ INLINE uint8_t to_byte(int value)
     return value < 0 ? 0 : value > 255 ? 255 : value;
 }
 
-// The pixels [left, right) × [top, bottom) of the picture at 1/shrink of its size, rounded up, where shrink is 1, 2, 4 or 8.
+// The pixels [left, right) × [top, bottom) of the picture at 1/shrink of its size, rounded up; shrink is 1, 2, 4 or 8.
 // rgb: room for (bottom - top, right - left, 3). Returns DONE, DAMAGED or UNSUPPORTED.
 int decode_box(const uint8_t *data, size_t size, int shrink, int left, int top, int right, int bottom, uint8_t *rgb)
 {
@@ -476,16 +498,6 @@ int decode_box(const uint8_t *data, size_t size, int shrink, int left, int top, 
     static __thread size_t room_size;
     Picture *p = &kept;
 
-    if (!natural[191]) {
-        uint8_t *place = natural;
-        for (int diagonal = 0; diagonal < 15; diagonal++)
-            for (int i = 0; i <= diagonal; i++) {
-                int row = diagonal & 1 ? i : diagonal - i, column = diagonal - row;
-                if (row < 8 && column < 8)
-                    *place++ = 8 * row + column;
-            }
-        memset(place, 64, natural + sizeof natural - place);
-    }
     int answer = read_headers(p, data, data + size);
     if (answer != DONE)
         return answer;

@@ -8,38 +8,50 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import subprocess
 import tempfile
 
 import numpy as np
 
 SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'jpeg.c')
-# Without fused operations every processor makes the same pixels.
-OPTIONS = ('-O3', '-march=native', '-ffp-contract=off', '-std=gnu99', '-shared', '-fPIC')
+OPTIONS = ('-O3', '-ffp-contract=off', '-std=gnu99', '-shared', '-fPIC')  # no fused operations: the same pixels everywhere
 
 
 def load(folder):
-    """`decode_box` with its library, which is kept in `folder`; None without a compiler or where nothing can be written."""
+    """`decode_box` with its library, which is kept in `folder`; None where it can be neither compiled nor kept."""
     try:
         path = os.path.join(folder, 'jpeg-{}.so'.format(_fingerprint()))
-        if not os.path.exists(path):
-            os.makedirs(folder, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                made = os.path.join(scratch, 'jpeg.so')
-                subprocess.run([os.environ.get('CC') or 'cc', *OPTIONS, SOURCE, '-o', made, '-lm'], check=True,
-                               stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-                os.replace(made, path)
-        _function(path)
+        try:
+            _function(path)
+        except OSError:  # it is not there, or not whole
+            _compile(path)
+            _function(path)
     except (OSError, subprocess.CalledProcessError):
         return None
     return functools.partial(decode_box, path)
 
 
+def _compile(path):
+    compiler = shlex.split(os.environ.get('CC') or 'cc')
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as scratch:
+        made = os.path.join(scratch, 'jpeg.so')
+        command = [*compiler, *OPTIONS, SOURCE, '-o', made, '-lm']
+        for native in (['-march=native'], []):  # which some compilers do not know
+            finished = subprocess.run(command + native, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                      stderr=subprocess.DEVNULL)
+            if finished.returncode == 0:
+                break
+        finished.check_returncode()
+        os.replace(made, path)
+
+
 def decode_box(library, content, box, shrink):
     """The pixels in a box (left, top, right, bottom) of a JPEG at 1/shrink (1, 2, 4 or 8) of its size: (H, W, 3) uint8 in RGB.
 
-    At full size they are libjpeg's, but for a rounding here and there. None where the file is not a baseline JPEG in grey or
-    YCbCr, has no such box, ends too early or is damaged where it was read.
+    At full size they are libjpeg's but for a rounding here and there, in pictures of more than 4 pixels a side. None where
+    the file is not a baseline JPEG in grey or YCbCr, has no such box, ends too early or is damaged where it was read.
     """
     left, top, right, bottom = box
     pixels = np.empty((bottom - top, right - left, 3), np.uint8)
@@ -56,9 +68,11 @@ def _function(path):
 
 def _fingerprint():
     """Of the source and of this kind of processor: a home folder may be shared by machines of several kinds."""
-    parts = [platform.machine(), *OPTIONS]
+    digest = hashlib.sha256(' '.join([platform.machine(), *OPTIONS]).encode())
     if os.path.exists('/proc/cpuinfo'):
-        with open('/proc/cpuinfo') as file:
-            parts += sorted({line for line in file if line.startswith(('model name', 'flags', 'Features', 'CPU part'))})
-    with open(SOURCE) as file:
-        return hashlib.sha256('\n'.join(parts + [file.read()]).encode()).hexdigest()[:24]
+        with open('/proc/cpuinfo', 'rb') as file:
+            lines = {line for line in file if line.startswith((b'model name', b'flags', b'Features', b'CPU part'))}
+        digest.update(b''.join(sorted(lines)))
+    with open(SOURCE, 'rb') as file:
+        digest.update(file.read())
+    return digest.hexdigest()[:24]

@@ -331,7 +331,7 @@ def open_sources(args, log):
         if not args.evaluate:
             decode_box = jpeg.load(images.cache_folder())
             if decode_box is None:
-                log.line('=> no C compiler (cc) to make jpeg.c with: pictures load at half the speed')
+                log.line('=> jpeg.c cannot be compiled here (no C compiler?): pictures load at half the speed')
             training = images.Folder(os.path.join(args.data, 'train'), resize=accelerator.antialiased_resize,
                                      decode_box=decode_box, check=check)
         validation = images.Folder(os.path.join(args.data, 'val'), check=check)

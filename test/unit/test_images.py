@@ -169,6 +169,46 @@ def test_jpeg_c_refuses_what_it_does_not_know():
         assert decode(whole, beyond, 1) is None
 
 
+def test_jpeg_c_refuses_a_file_that_has_lost_an_interval():
+    decode = decode_box()
+    content = encoded(128, 96, 3, restart_marker_rows=1)
+    if b'\xff\xd1' not in content:
+        pytest.skip('this Pillow writes no restart markers')
+    second, third = content.index(b'\xff\xd0'), content.index(b'\xff\xd1')
+    for damaged in (content[:second] + content[third:], content[:third] + content[second:],
+                    content[:third] + b'abc' + content[third:]):
+        assert decode(damaged, (0, 32, 128, 64), 1) is None
+    filled = content[:third] + b'\xff\xff' + content[third:]  # bytes that may stand before any marker
+    assert np.array_equal(decode(filled, (0, 32, 128, 64), 1), decode(content, (0, 32, 128, 64), 1))
+
+
+def test_jpeg_c_takes_no_table_of_another_file(tmp_path):
+    """A table without codes is not what a table that made no sense left behind."""
+    decode = decode_box()
+    content = encoded(64, 64, 3, mode='L')
+    table = content.index(b'\xff\xc4') + 4
+    assert content[table] == 0
+    count = sum(content[table + 1:table + 17])
+    nonsense = bytearray(content)
+    nonsense[table + 16 + count] = 99  # no such number of bits
+    empty = content[:table - 2] + bytes([0, 19, 0]) + bytes(16) + content[table + 17 + count:]
+    for damaged in (empty, bytes(nonsense), empty):
+        assert decode(damaged, (0, 0, 64, 64), 1) is None
+    assert decode(content, (0, 0, 64, 64), 1) is not None
+
+
+@pytest.mark.parametrize('locale', ['C', 'zh_CN.GB2312'])
+def test_the_library_is_made_again_where_it_is_not_whole(tmp_path, locale):
+    decode_box()
+    code = "import jpeg, sys; sys.exit(jpeg.load(sys.argv[1]) is None)"
+    environment = {'LC_ALL': locale, 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0', 'CC': (os.environ.get('CC') or 'cc') + ' -Wall'}
+    assert run(sys.executable, '-c', code, tmp_path, env=environment).code == 0
+    path, = [os.path.join(str(tmp_path), name) for name in os.listdir(str(tmp_path))]
+    open(path, 'w').close()
+    result = run(sys.executable, '-c', code, tmp_path, env=environment)
+    assert result.code == 0 and os.path.getsize(path) > 0, result.err
+
+
 def test_jpeg_c_survives_damaged_files():
     """In a process of its own, which a read or write out of bounds may end; compiled anew to stop at the first one."""
     if decode_box() is None or sys.platform != 'linux':
@@ -191,7 +231,7 @@ def test_without_a_compiler_pictures_are_read_all_the_same(tmp_path):
     command = [sys.executable, os.path.join(REPOSITORY, 'test', 'unit', 'small.py'), data, '--device', 'cpu', '--image-size', '32',
                '-b', '4', '--stop-step-num', '1', '--output-dir', str(tmp_path)]
     result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
-    assert result.returncode == 0 and result.stdout.count('no C compiler') == 1, result.stderr
+    assert result.returncode == 0 and result.stdout.count('no C compiler?') == 1, result.stderr
 
 
 def test_a_picture_cut_off_anywhere_is_named(tmp_path, decoder):
