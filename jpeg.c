@@ -418,12 +418,14 @@ INLINE int read_units(Picture *p, int count, int decoded, int y)
     // All blocks of a unit are read before the first becomes pixels: its stores are then done, and no load waits for them.
     int16_t blocks[6][64 + 16] __attribute__((aligned(32)));
     for (int x = 0; x < count; x++) {
-        if (p->interval && p->until_restart-- == 0) {
-            p->reader = r;
-            if (!restart(p))
-                return DAMAGED;
+        if (p->interval) {
+            if (!p->until_restart) {
+                p->reader = r;
+                if (!restart(p))
+                    return DAMAGED;
+                r = p->reader;
+            }
             p->until_restart--;
-            r = p->reader;
         }
         int16_t (*block)[64 + 16] = blocks;
         for (int i = 0; i < p->parts; i++)
@@ -450,7 +452,7 @@ static __attribute__((noinline)) int skip_units(Picture *p, int count) { return 
 
 // --- pixels -----------------------------------------------------------------------------------------------------------
 
-static int clamp(int value, int least, int most)
+INLINE int clamp(int value, int least, int most)
 {
     return value < least ? least : value > most ? most : value;
 }
@@ -482,11 +484,6 @@ static void upsample(const Component *c, int across, int down, int x0, int y0, i
         row[2 * i] = (3 * mixed[i + 1] + mixed[i] + even) >> shift;
         row[2 * i + 1] = (3 * mixed[i + 1] + mixed[i + 2] + odd) >> shift;
     }
-}
-
-INLINE uint8_t to_byte(int value)
-{
-    return value < 0 ? 0 : value > 255 ? 255 : value;
 }
 
 // The pixels [left, right) × [top, bottom) of the picture at 1/shrink of its size, rounded up; shrink is 1, 2, 4 or 8.
@@ -561,9 +558,9 @@ int decode_box(const uint8_t *data, size_t size, int shrink, int left, int top, 
         upsample(red, ratio_across, ratio_down, x0, y0, last_column, last_row, left, right, y, mixed, cr);
         for (int x = 0; x < box_width; x++) {  // JFIF 1.02, with 16 bits behind the point
             int b = cb[x + odd] - 128, r = cr[x + odd] - 128;
-            rgb[3 * x] = to_byte(grey[x] + ((91881 * r + 32768) >> 16));
-            rgb[3 * x + 1] = to_byte(grey[x] + ((-22554 * b - 46802 * r + 32768) >> 16));
-            rgb[3 * x + 2] = to_byte(grey[x] + ((116130 * b + 32768) >> 16));
+            rgb[3 * x] = clamp(grey[x] + ((91881 * r + 32768) >> 16), 0, 255);
+            rgb[3 * x + 1] = clamp(grey[x] + ((-22554 * b - 46802 * r + 32768) >> 16), 0, 255);
+            rgb[3 * x + 2] = clamp(grey[x] + ((116130 * b + 32768) >> 16), 0, 255);
         }
     }
     return DONE;

@@ -32,12 +32,16 @@ def load(folder):
     return functools.partial(decode_box, path)
 
 
+def compiler():
+    """The words that start this machine's C compiler."""
+    return shlex.split(os.environ.get('CC') or 'cc')
+
+
 def _compile(path):
-    compiler = shlex.split(os.environ.get('CC') or 'cc')
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as scratch:
         made = os.path.join(scratch, 'jpeg.so')
-        command = [*compiler, *OPTIONS, SOURCE, '-o', made, '-lm']
+        command = [*compiler(), *OPTIONS, SOURCE, '-o', made, '-lm']
         for native in (['-march=native'], []):  # which some compilers do not know
             finished = subprocess.run(command + native, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                       stderr=subprocess.DEVNULL)
