@@ -2,7 +2,6 @@
 import io
 import os
 import pickle
-import subprocess
 import sys
 
 import numpy as np
@@ -12,7 +11,7 @@ from PIL import Image
 import accelerator
 import images
 import jpeg
-from conftest import REPOSITORY, make_folder, picture, run
+from conftest import REPOSITORY, make_folder, picture, run, run_main
 
 
 def generator(seed, epoch, index):
@@ -124,7 +123,9 @@ def test_training_crops_are_torchvisions_for_the_same_box(tmp_path, decoder, siz
             expected = expected[:, ::-1]
         ours = source.training_picture(0, 224, generator(seed, 0, 0)).astype(int)
         differences.append(abs(ours - expected).mean())
-    assert np.mean(differences) <= tolerance
+    # Pillow 6 decodes otherwise than any later one, by 0.27 levels: there jpeg.c stays below the bound in the mean alone.
+    old = decoder is not None and int(Image.__version__.split('.')[0]) < 7
+    assert (np.mean if old else np.max)(differences) <= tolerance
 
 
 def encoded(width, height, seed, mode='RGB', **options):
@@ -182,7 +183,7 @@ def test_jpeg_c_refuses_a_file_that_has_lost_an_interval():
     assert np.array_equal(decode(filled, (0, 32, 128, 64), 1), decode(content, (0, 32, 128, 64), 1))
 
 
-def test_jpeg_c_takes_no_table_of_another_file(tmp_path):
+def test_jpeg_c_takes_no_table_of_another_file():
     """A table without codes is not what a table that made no sense left behind."""
     decode = decode_box()
     content = encoded(64, 64, 3, mode='L')
@@ -201,7 +202,8 @@ def test_jpeg_c_takes_no_table_of_another_file(tmp_path):
 def test_the_library_is_made_again_where_it_is_not_whole(tmp_path, locale):
     decode_box()
     code = "import jpeg, sys; sys.exit(jpeg.load(sys.argv[1]) is None)"
-    environment = {'LC_ALL': locale, 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0', 'CC': (os.environ.get('CC') or 'cc') + ' -Wall'}
+    environment = {'LC_ALL': locale, 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0',
+                   'CC': ' '.join(jpeg.compiler()) + ' -Wall'}
     assert run(sys.executable, '-c', code, tmp_path, env=environment).code == 0
     path, = [os.path.join(str(tmp_path), name) for name in os.listdir(str(tmp_path))]
     open(path, 'w').close()
@@ -211,33 +213,25 @@ def test_the_library_is_made_again_where_it_is_not_whole(tmp_path, locale):
 
 def test_jpeg_c_survives_damaged_files():
     """In a process of its own, which a read or write out of bounds may end; compiled anew to stop at the first one."""
-    if decode_box() is None or sys.platform != 'linux':
-        pytest.skip('needs a C compiler on Linux')
-    sanitizer = subprocess.run([os.environ.get('CC') or 'cc', '-print-file-name=libasan.so'], stdout=subprocess.PIPE,
-                               universal_newlines=True).stdout.strip()
+    decode_box()
+    sanitizer = run(*jpeg.compiler(), '-print-file-name=libasan.so').out.strip()
     if not os.path.isabs(sanitizer):
         pytest.skip('this compiler has no address sanitizer')
     program = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'damaged_jpegs.py')
-    result = subprocess.run([sys.executable, program], env=dict(os.environ, LD_PRELOAD=sanitizer, ASAN_OPTIONS='detect_leaks=0'),
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=120)
-    assert result.returncode == 0, result.stderr[-3000:]
-    refused, read = map(int, result.stdout.split())
-    assert refused > 500 and read > 100, result.stdout
+    result = run(sys.executable, program, env={'LD_PRELOAD': sanitizer, 'ASAN_OPTIONS': 'detect_leaks=0'}, timeout=120)
+    assert result.code == 0, result.err[-3000:]
+    refused, read = map(int, result.out.split())
+    assert refused > 500 and read > 100, result.out
 
 
 def test_without_a_compiler_pictures_are_read_all_the_same(tmp_path):
-    data = make_folder(tmp_path / 'data')
-    environment = dict(os.environ, CC='/nowhere/cc', XDG_CACHE_HOME=str(tmp_path / 'cache'))
-    command = [sys.executable, os.path.join(REPOSITORY, 'test', 'unit', 'small.py'), data, '--device', 'cpu', '--image-size', '32',
-               '-b', '4', '--stop-step-num', '1', '--output-dir', str(tmp_path)]
-    result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
-    assert result.returncode == 0 and result.stdout.count('no C compiler?') == 1, result.stderr
+    result = run_main(make_folder(tmp_path / 'data'), '--image-size', 32, '-b', 4, '--stop-step-num', 1, '--output-dir', tmp_path,
+                      env={'CC': '/nowhere/cc', 'XDG_CACHE_HOME': str(tmp_path / 'cache')})
+    assert result.code == 0 and result.out.count('no C compiler?') == 1, result.err
 
 
 def test_a_picture_cut_off_anywhere_is_named(tmp_path, decoder):
-    content = io.BytesIO()
-    Image.fromarray(picture(300, 200, 3)).save(content, format='JPEG', quality=90)
-    content = content.getvalue()
+    content = encoded(300, 200, 3, quality=90)
     (tmp_path / 'a').mkdir()
     path = tmp_path / 'a' / 'x.jpg'
     path.write_bytes(content)
@@ -289,11 +283,12 @@ def test_without_a_place_for_the_index_everything_works(tmp_path, monkeypatch):
     assert len(images.Folder(os.path.join(make_folder(tmp_path, classes=2), 'val'))) == 10
 
 
-@pytest.mark.parametrize('mode, format', [('CMYK', 'JPEG'), ('L', 'JPEG'), ('RGBA', 'PNG'), ('RGB', 'PNG')])
-def test_the_fast_decoders_leave_to_pillow_what_they_cannot_read(tmp_path, monkeypatch, mode, format):
+@pytest.mark.parametrize('mode, format', [('CMYK', 'JPEG'), ('L', 'JPEG'), ('RGB', 'progressive'), ('RGBA', 'PNG'), ('RGB', 'PNG')])
+def test_a_decoder_leaves_to_the_next_what_it_cannot_read(tmp_path, monkeypatch, mode, format):
     pytest.importorskip('simplejpeg')
     (tmp_path / 'a').mkdir()
-    Image.fromarray(picture(300, 200, 3)).convert(mode).save(str(tmp_path / 'a' / 'x.JPEG'), format=format)
+    options = {'format': 'JPEG', 'progressive': True} if format == 'progressive' else {'format': format}
+    Image.fromarray(picture(300, 200, 3)).convert(mode).save(str(tmp_path / 'a' / 'x.JPEG'), **options)
     source = crops_folder(tmp_path, jpeg.load(images.cache_folder()))
 
     def crops():
