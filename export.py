@@ -1,108 +1,126 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Write the network of a checkpoint as ONNX, from bytes of pictures to probabilities.
+"""Export the network of a checkpoint to ONNX, from bytes of images to probabilities.
 
     python export.py --checkpoint model_best.pth.tar --output vgg16.onnx
 
-Input `pictures`: (N, S, S, 3) uint8, RGB, any N. Outputs `logits` and `probabilities`: (N, classes) float32. Normalisation
-is inside; the names of the classes and S are in the file's metadata. The file is kept only where onnxruntime computes what
+Input `images`: (N, S, S, 3) uint8, RGB, any N. Outputs `logits` and `probabilities`: (N, classes) float32.
+Normalization is inside; class names and S are in the file's metadata. The file is kept only if onnxruntime computes what
 torch computes.
 """
+
+from __future__ import annotations
+
+import argparse
 import json
 import os
-import sys
 import warnings
+from typing import Any, Sequence
 
-import accelerator
+from engine.accelerator import onnx_export_options
+from engine.errors import EXIT_FAILURE, UsageError, UserError, run_script
+from engine.flags import OneLineParser
+from predict import CLASSES_HELP, load_model
+
 import torch
 
-import main
-from main import WrongUse
-from predict import open_network
-
 TOLERANCE = 1e-4  # of logits and probabilities, absolute
-OPSET = 11        # the oldest that says all of it; Ascend's atc and every onnxruntime of today read it
+OPSET = 11  # the oldest that can express the network; Ascend's atc and every current onnxruntime read it
 
 
-class Differs(Exception):
-    """The exported file computes something else; the text says how far apart. Exit code 1."""
+class ExportMismatchError(UserError):
+    """The exported file computes something else."""
+
+    exit_code = EXIT_FAILURE
 
 
 class FromBytes(torch.nn.Module):
     """(N, S, S, 3) uint8 to logits and probabilities, both (N, classes)."""
 
-    def __init__(self, network, mean, std):
+    def __init__(self, network: torch.nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.network = network
         self.mean, self.std = (torch.tensor(values).view(1, 3, 1, 1) * 255 for values in (mean, std))
 
-    def forward(self, pictures):
-        logits = self.network((pictures.permute(0, 3, 1, 2).float() - self.mean) / self.std)
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self.network((images.permute(0, 3, 1, 2).float() - self.mean) / self.std)
         return logits, logits.softmax(1)
 
 
-def parse_args(argv=None):
-    parser = main.Parser('export.py', description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument('--checkpoint', metavar='FILE', required=True, help="main.py's, ModelZoo's or torchvision's")
-    parser.add_argument('--output', metavar='FILE', default='vgg16.onnx', help='(default: %(default)s)')
-    parser.add_argument('--classes', metavar='FILE', help='names of the classes, one a line, in the order of their numbers '
-                        '(default: those in the checkpoint, else the numbers)')
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = OneLineParser("export.py", (__doc__ or "").splitlines()[0])
+    parser.add_argument("--checkpoint", metavar="FILE", required=True, help="main.py's, ModelZoo's or torchvision's")
+    parser.add_argument("--output", metavar="FILE", default="vgg16.onnx", help="(default: %(default)s)")
+    parser.add_argument("--classes", metavar="FILE", help=CLASSES_HELP)
     return parser.parse_args(argv)
 
 
-def export(args):
-    """Write and check args.output. Raises WrongUse, BadCheckpoint, Differs."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the file and verify it. Raises UsageError, CheckpointError, ExportMismatchError."""
+    args = parse_args(argv)
     try:
         import onnx
         import onnxruntime
     except ImportError as error:
-        raise WrongUse('{} is missing: pip install onnx onnxruntime'.format(error.name))
-    network, names, preprocessing = open_network(args.checkpoint, args.classes)
-    model = FromBytes(network.requires_grad_(False), preprocessing['mean'], preprocessing['std']).eval()
-    size, temporary = int(preprocessing['image_size']), args.output + '.tmp'
-    rng = torch.Generator().manual_seed(0)
-    pictures = torch.randint(0, 256, (5, size, size, 3), generator=rng).byte()
+        raise UsageError(f"{error.name} is not installed: pip install onnx onnxruntime") from error
+    source = load_model(args.checkpoint, args.classes)
+    model = FromBytes(source.network.requires_grad_(False), source.mean, source.std).eval()
+    size, temporary = source.image_size, f"{args.output}.tmp"
+    images = torch.randint(0, 256, (5, size, size, 3), generator=torch.Generator().manual_seed(0)).byte()
     try:
-        write(model, pictures[:2], temporary)
+        trace(model, images[:2], temporary)
         content = onnx.load(temporary)
-        for key, value in (('classes', json.dumps(names)), ('image_size', str(size)),
-                           ('crop', str(int(preprocessing['crop'])))):
+        metadata = {
+            "classes": json.dumps(source.classes),
+            "image_size": str(size),
+            "crop": str(int(source.center_crop)),
+        }
+        for key, value in metadata.items():
             content.metadata_props.add(key=key, value=value)
         onnx.checker.check_model(content)
         onnx.save(content, temporary)
-        session = onnxruntime.InferenceSession(temporary, providers=['CPUExecutionProvider'])
-        apart = max(difference(session, model, batch) for batch in (pictures[:1], pictures))
-        if not apart <= TOLERANCE:
-            raise Differs('onnxruntime and torch are {:.1e} apart, more than {:.0e}: {} is not written'.format(
-                apart, TOLERANCE, args.output))
+        session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
+        difference = max(largest_difference(session, model, batch) for batch in (images[:1], images))
+        if not difference <= TOLERANCE:
+            raise ExportMismatchError(
+                f"onnxruntime and torch differ by {difference:.1e}, more than {TOLERANCE:.0e}: {args.output} not written"
+            )
         os.replace(temporary, args.output)
     except OSError as error:
-        raise WrongUse('--output {}: {}'.format(args.output, error.strerror or error))
+        raise UsageError(f"--output {args.output}: {error.strerror or error}") from error
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
-    print('{}: {} classes, {} pixels a side, at most {:.1e} from torch (onnxruntime {})'.format(
-        args.output, len(names), size, apart, onnxruntime.__version__))
+    print(
+        f"{args.output}: {len(source.classes)} classes, {size} pixels per side, differs from torch by at most "
+        f"{difference:.1e} (onnxruntime {onnxruntime.__version__})"
+    )
+    return 0
 
 
-def write(model, example, path):
+def trace(model: torch.nn.Module, example: torch.Tensor, path: str) -> None:
     """Trace the model into an ONNX file whose first dimension is free."""
-    names = ['pictures', 'logits', 'probabilities']
+    names = ["images", "logits", "probabilities"]
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # the tracer's: sizes become constants, as they should
-        torch.onnx.export(model, (example,), path, input_names=names[:1], output_names=names[1:], opset_version=OPSET,
-                          dynamic_axes={name: {0: 'N'} for name in names}, **accelerator.tracing_exporter())
+        warnings.simplefilter("ignore")  # the tracer warns that sizes become constants, as they should
+        torch.onnx.export(
+            model,
+            (example,),
+            path,
+            input_names=names[:1],
+            output_names=names[1:],
+            opset_version=OPSET,
+            dynamic_axes={name: {0: "N"} for name in names},
+            **onnx_export_options(),
+        )
 
 
-def difference(session, model, pictures):
-    """How far apart onnxruntime and torch are at most, over logits and probabilities."""
-    theirs = session.run(None, {'pictures': pictures.numpy()})
+def largest_difference(session: Any, model: torch.nn.Module, images: torch.Tensor) -> float:
+    """Return the largest difference between onnxruntime and torch, over logits and probabilities."""
+    outputs = session.run(None, {"images": images.numpy()})
     with torch.no_grad():
-        return max((torch.from_numpy(their) - our).abs().max().item() for their, our in zip(theirs, model(pictures)))
+        expected = model(images)
+    return max((torch.from_numpy(output) - value).abs().max().item() for output, value in zip(outputs, expected))
 
 
-if __name__ == '__main__':
-    try:
-        export(parse_args())
-    except (Differs,) + main.USER_ERRORS as error:
-        print('export.py: error: {}'.format(error), file=sys.stderr)
-        sys.exit(1 if isinstance(error, Differs) else 2)
+if __name__ == "__main__":
+    run_script("export.py", main)

@@ -1,38 +1,40 @@
 # shellcheck shell=bash
 # SPDX-License-Identifier: BSD-3-Clause
-# shellcheck disable=SC2154
-# Sets `python` to one that runs this project, for quickstart.sh and run_tests.sh. Sourced; fit to be run again.
+# Finds or installs a Python that can run this project. To be sourced.
 
-# Whether `python` runs a line without an error. (torch 2.5 and later would load torch_npu by itself, and fail without CANN.)
-python_can() { # python, line
+set -euo pipefail
+
+# Whether a Python runs this code without an error. Without the variable, torch 2.5 and later load torch_npu on import,
+# which fails if CANN is not installed.
+python_can() { # python, code
     TORCH_DEVICE_BACKEND_AUTOLOAD=0 "$1" -c "$2" 2>/dev/null
 }
 
-# A python whose torch and torchvision work: both load, and torchvision's own operators fit this torch.
+# Importing torchvision fails if its operators were built for another torch.
 torch_works() { # python
     python_can "$1" 'import torch, torchvision, PIL, numpy; torch.ones(2).sum()'
 }
 
-# The active python where its torch works (an Ascend or CUDA image: nothing of it is replaced), else .venv and
-# requirements.txt.
+# Sets `python`: the active one if its torch works, as in an Ascend or CUDA image, where nothing must be replaced;
+# else the one in .venv, where requirements.txt is installed if necessary.
 set_up_python() {
-    local active candidate
+    local active candidate venv=${repository:?}/.venv
     active=$(command -v python3 || command -v python || true)
     if [ -n "$active" ] && torch_works "$active"; then
         python=$active
         return
     fi
-    python=$repository/.venv/bin/python
+    python=$venv/bin/python
     if [ -x "$python" ] && torch_works "$python"; then return; fi
     for candidate in python3 python3.13 python3.12 python3.11 python3.10 python3.14; do
-        if "$candidate" -c 'import sys, ensurepip, venv; sys.exit(not (3, 10) <= sys.version_info[:2])' 2>/dev/null; then
-            echo "=> installing torch and the rest of requirements.txt into $repository/.venv (a few minutes)"
-            "$candidate" -m venv "$repository/.venv"
+        if "$candidate" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            echo "=> installing torch and the rest of requirements.txt into $venv (a few minutes)"
+            "$candidate" -m venv "$venv"
             "$python" -m pip install --quiet --disable-pip-version-check -r "$repository/requirements.txt"
-            torch_works "$python" || { echo "error: torch in $repository/.venv does not load" >&2; exit 1; }
+            torch_works "$python" || { echo "error: torch in $venv cannot be imported" >&2; exit 1; }
             return
         fi
     done
-    echo "error: Python 3.10 or later with its venv module is needed (on Debian: apt-get install python3-venv)" >&2
+    echo "error: requires Python 3.10 or later with the venv module (on Debian: apt-get install python3-venv)" >&2
     exit 1
 }

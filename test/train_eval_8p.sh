@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: BSD-3-Clause
-# Eight cards, evaluation of a checkpoint.
-# shellcheck source-path=SCRIPTDIR disable=SC2034
+# Eight cards: evaluates a checkpoint.
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 kind=eval cards=8 batch_size=2048 learning_rate=0.08 epochs=90
 recipe=(--evaluate)

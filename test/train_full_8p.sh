@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: BSD-3-Clause
-# Eight cards, whole training: the reference's recipe.
-# shellcheck source-path=SCRIPTDIR disable=SC2034
+# Eight cards: full training with the reference's recipe.
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 kind=acc cards=8 batch_size=2048 learning_rate=0.08 epochs=90
 recipe=(--loss-scale-value 1024)

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: BSD-3-Clause
-# Several machines, the same command on each, whole training: the recipe of train_full_8p.sh, 2048 images a machine.
-# shellcheck source-path=SCRIPTDIR disable=SC2034
+# Several nodes, the same command on each: full training with the recipe of train_full_8p.sh, 2048 images per node.
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 kind=acc cards=8 batch_size=2048 learning_rate=0.08 epochs=90
 recipe=(--loss-scale-value 1024)

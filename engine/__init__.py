@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""How the scripts in the folder above work. Each file holds one idea; none of them imports a script.
+
+Importing this package sets variables that torch reads when it is imported, so it comes before torch.
+"""
+
+import os
+
+# torch >= 2.5 loads torch_npu by itself and fails if CANN is missing; device.py imports it when an NPU is wanted.
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+# When a peer dies, torch's store logs a C++ stack trace; heartbeat.py says it in one line.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a checkpoint holds, and how a run continues from one. checkpoint_file.py writes and reads the files."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import vgg
+from engine.checkpoint_file import load
+from engine.datasets import check_same_classes
+from engine.errors import CheckpointError, UsageError
+from engine.logger import Logger
+from engine.metrics import AccuracyCounter, Totals
+from engine.optimizer import LossScaler, ModelEma
+
+import torch
+
+LATEST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
+
+
+@dataclass
+class TrainState:
+    """How far training has come."""
+
+    epoch: int = 0  # epochs completed
+    step_in_epoch: int = 0  # optimizer steps of the current epoch
+    step: int = 0  # optimizer steps in all
+    best_acc1: float = 0.0  # percent
+
+    def position(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "step": self.step}
+
+
+@dataclass
+class ModelInfo:
+    """What the weights belong to."""
+
+    arch: str
+    classes: list[str]
+    preprocessing: dict[str, Any]  # image_size, crop, mean, std: for predict.py and export.py
+    identity: dict[str, Any] = field(default_factory=dict)  # what must agree for a mid-epoch resume
+    decoder: str = ""  # of the training images
+    world_size: int = 1
+
+
+def build_checkpoint(
+    state: TrainState, totals: Totals, info: ModelInfo, scaler: LossScaler, ema: ModelEma | None
+) -> dict[str, Any]:
+    """Return the checkpoint: plain values and CPU tensors. A synchronization.
+
+    Parameter names are torchvision's, values fp32. Epoch, state_dict, best_acc1, optimizer and amp are the reference's.
+    totals: of the current epoch, summed over all processes.
+    """
+    averages = {} if ema is None else {"state_dict_ema": ema.state_dict()}
+    return {
+        "epoch": state.epoch,
+        "arch": info.arch,
+        "state_dict": scaler.model_state_dict(),
+        **averages,
+        "best_acc1": state.best_acc1,
+        "optimizer": scaler.optimizer_state_dict(),
+        "amp": scaler.state_dict(),
+        "step": state.step,
+        "step_in_epoch": state.step_in_epoch,
+        "counts": list(totals),
+        "classes": info.classes,
+        "identity": info.identity,
+        "world_size": info.world_size,
+        "preprocessing": info.preprocessing,
+        "decoder": info.decoder,
+    }
+
+
+# --- finding and reading ----------------------------------------------------------------------------------------------
+
+
+def load_checkpoint(path: str) -> dict[str, Any]:
+    """Read a checkpoint file. Raises CheckpointError."""
+    checkpoint = load(path)
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
+    return checkpoint
+
+
+def find_checkpoint(resume: str | None, auto_resume: bool, folder: str, logger: Logger) -> dict[str, Any] | None:
+    """Return the checkpoint to continue from, or None for a fresh start.
+
+    resume: a file. auto_resume: take the newest intact checkpoint in `folder`. Raises CheckpointError.
+    """
+    if resume:
+        logger.line(f"=> resuming from '{resume}'")
+        return load_checkpoint(resume)
+    if not auto_resume:
+        return None
+    corrupt = None
+    for name in (LATEST, f"{LATEST}.previous"):
+        path = os.path.join(folder, name)
+        if os.path.exists(path):
+            try:
+                checkpoint = load_checkpoint(path)
+                logger.line(f"=> resuming from '{path}'")
+                return checkpoint
+            except CheckpointError as error:
+                corrupt = error
+                logger.warning(f"{error}; trying the one before it")
+    if corrupt is not None:
+        raise corrupt  # never a silent fresh start
+    return None
+
+
+def model_weights(checkpoint: dict[str, Any], path: str, *, ema: bool = True) -> dict[str, torch.Tensor]:
+    """Return the state dict in a checkpoint, or in a file that is nothing but one, under torchvision's names.
+
+    ema: prefer the averages if the checkpoint has them. Raises UsageError if there are no weights.
+    """
+    weights = checkpoint.get("state_dict", checkpoint)
+    if ema and "state_dict_ema" in checkpoint:
+        weights = checkpoint["state_dict_ema"]
+    tensors = isinstance(weights, dict) and all(isinstance(value, torch.Tensor) for value in weights.values())
+    if not weights or not tensors:
+        raise UsageError(f"{path}: holds no weights (expected a state_dict of tensors)")
+    return vgg.to_torchvision_names(weights)
+
+
+def load_weights(network: vgg.VGG, weights: dict[str, torch.Tensor], path: str) -> None:
+    """Load a state dict. Raises UsageError, naming the first parameter that does not fit."""
+    problem = vgg.describe_mismatch(weights, network)
+    if problem:
+        raise UsageError(f"{path}: {problem}; check --arch and the number of classes")
+    network.load_state_dict(weights, strict=False)
+
+
+def load_pretrained(network: vgg.VGG, checkpoint: dict[str, Any], path: str, logger: Logger) -> None:
+    """Load the weights of a checkpoint; keep the initial last layer if that is for another number of classes."""
+    weights = model_weights(checkpoint, path)
+    for name in (f"{vgg.LAST_LAYER}.weight", f"{vgg.LAST_LAYER}.bias"):
+        own = network.state_dict()[name]
+        if name in weights and weights[name].shape != own.shape and weights[name].shape[1:] == own.shape[1:]:
+            logger.line(f"=> {name}: {len(weights[name])} classes in {path}, {len(own)} here: re-initialized")
+            weights[name] = own
+    load_weights(network, weights, path)
+    kind = "EMA weights" if "state_dict_ema" in checkpoint else "weights"
+    logger.line(f"=> loaded the {kind} of '{path}'")
+
+
+# --- continuing -------------------------------------------------------------------------------------------------------
+
+
+def check_resumable(checkpoint: dict[str, Any], info: ModelInfo, *, evaluate: bool) -> None:
+    """Raise UsageError, with both values, if a checkpoint belongs to another model or to another epoch's images."""
+    if checkpoint.get("arch") not in (None, info.arch):
+        raise UsageError(f"--resume: the checkpoint is of --arch {checkpoint['arch']}, this run of {info.arch}")
+    if checkpoint.get("classes"):
+        check_same_classes(checkpoint["classes"], info.classes, "the checkpoint", "the data")
+    if checkpoint.get("step_in_epoch") and not evaluate:
+        saved = checkpoint.get("identity") or {}
+        for name, value in info.identity.items():
+            if saved.get(name) != value:
+                raise UsageError(
+                    f"--resume: the checkpoint was saved within an epoch with {name} {saved.get(name)}, this run has "
+                    f"{value}"
+                )
+
+
+def restore(
+    checkpoint: dict[str, Any],
+    state: TrainState,
+    counter: AccuracyCounter,
+    info: ModelInfo,
+    scaler: LossScaler,
+    ema: ModelEma | None,
+    logger: Logger,
+    rank: int,
+) -> None:
+    """Load everything but the weights from a checkpoint, ours or the reference's. Raises UsageError."""
+    try:
+        scaler.load_optimizer_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint.get("amp") or {})
+        if ema is not None and "state_dict_ema" in checkpoint:
+            ema.load_state_dict(vgg.to_torchvision_names(checkpoint["state_dict_ema"]))
+        state.epoch, state.step_in_epoch = int(checkpoint["epoch"]), int(checkpoint.get("step_in_epoch", 0))
+        state.step, state.best_acc1 = int(checkpoint.get("step", 0)), float(checkpoint.get("best_acc1", 0.0))
+        if state.step_in_epoch and rank == 0:  # the counts are sums over all processes
+            counter.load(checkpoint["counts"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UsageError(
+            f"--resume: training cannot continue from this checkpoint ({type(error).__name__}: {error}); --pretrained "
+            "takes its weights alone"
+        ) from error
+    if ema is not None and "state_dict_ema" not in checkpoint:
+        logger.line("=> the checkpoint has no EMA weights: the average starts here")
+    if ema is None and "state_dict_ema" in checkpoint:
+        logger.line("=> the EMA weights of the checkpoint are dropped: --ema-decay would continue them")
+    saved_on = checkpoint.get("world_size", info.world_size)
+    if saved_on != info.world_size:
+        logger.line(
+            f"=> resumed on {info.world_size} processes, saved on {saved_on}: same images in the same order, "
+            "rounding may differ"
+        )
+    decoder = checkpoint.get("decoder", info.decoder)
+    if state.step_in_epoch and decoder != info.decoder:
+        logger.line(
+            f"=> resumed with {info.decoder}, saved with {decoder}: the rest of this epoch's JPEGs may differ by a "
+            "grey level"
+        )

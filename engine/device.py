@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Which device, which of its cards, and which precision: settled once, before any process starts.
+
+Each function takes the flags it needs and raises DeviceUnavailableError if the machine or the installed torch cannot
+do what they ask for.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import sysconfig
+from typing import Any
+
+from engine.errors import DeviceUnavailableError
+from engine.versions import TORCH
+
+import torch
+
+BACKENDS = {"npu": "hccl", "gpu": "nccl", "mps": "gloo", "cpu": "gloo"}
+TORCH_DEVICES = {"npu": "npu", "gpu": "cuda", "mps": "mps", "cpu": "cpu"}
+SOURCE_CANN = "run `source /usr/local/Ascend/ascend-toolkit/set_env.sh`"
+
+
+def notice(text: str) -> None:
+    """Print a line on the local main process."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"=> {text}", flush=True)
+
+
+# --- which device -----------------------------------------------------------------------------------------------------
+
+
+def _count_npus() -> int:
+    if TORCH >= (1, 8) and not hasattr(torch, "npu"):
+        if importlib.util.find_spec("torch_npu") is None:
+            version = ".".join(map(str, TORCH))
+            raise DeviceUnavailableError(
+                f"no NPU: the package torch_npu is not installed; install the one for torch {version}, or choose "
+                "another --device"
+            )
+        try:
+            importlib.import_module("torch_npu")
+        except (ImportError, OSError, RuntimeError) as error:
+            raise DeviceUnavailableError(
+                f"no NPU: torch_npu does not load ({str(error).splitlines()[0]}); {SOURCE_CANN} (where CANN is "
+                "installed), or choose another --device"
+            ) from error
+    npu = getattr(torch, "npu", None)
+    if npu is None or not npu.is_available():
+        raise DeviceUnavailableError(
+            f"no NPU is available: check `npu-smi info`, {SOURCE_CANN}, or choose another --device"
+        )
+    return npu.device_count()
+
+
+def _count_gpus() -> int:
+    if not torch.cuda.is_available():
+        raise DeviceUnavailableError(
+            f"no GPU: torch {torch.__version__} finds none; check `nvidia-smi` and that this torch has CUDA, or choose "
+            "another --device"
+        )
+    return torch.cuda.device_count()
+
+
+def _count_mps() -> int:
+    mps = getattr(torch.backends, "mps", None)
+    if mps is None or not mps.is_available():
+        raise DeviceUnavailableError(
+            "no MPS: it requires an Apple GPU and torch 1.12 or later; choose another --device"
+        )
+    return 1
+
+
+DEVICE_COUNTS = {"npu": _count_npus, "gpu": _count_gpus, "mps": _count_mps}
+
+
+def resolve_device(name: str) -> tuple[str, int | None]:
+    """Return (npu, gpu, mps or cpu; how many of them there are, None for a CPU: any number of processes).
+
+    name: one of these, or auto: the first that works.
+    """
+    if name == "auto":
+        for candidate, count_devices in DEVICE_COUNTS.items():
+            try:
+                return candidate, count_devices()
+            except DeviceUnavailableError:
+                continue
+        return "cpu", None
+    return name, DEVICE_COUNTS[name]() if name in DEVICE_COUNTS else None
+
+
+def resolve_device_list(
+    given: list[int] | None, gpu: int | None, device: str, count: int | None, *, one_device: bool
+) -> list[int]:
+    """Return the device numbers to use: --device-list, else all; a single one for a one-device run (--gpu)."""
+    devices = given or list(range(count or 1))
+    if one_device and gpu is not None:
+        if given and gpu >= len(given):
+            raise DeviceUnavailableError(f"--gpu {gpu} is an index into --device-list, which has {len(given)} entries")
+        devices = [given[gpu] if given else gpu]
+    elif one_device and len(devices) > 1:
+        notice(
+            f"{len(devices)} devices, and this is a one-device run: using number {devices[0]}; "
+            "--multiprocessing-distributed uses all of them, --gpu N another one"
+        )
+        devices = devices[:1]
+    for index in devices:
+        if count is not None and index >= count:
+            raise DeviceUnavailableError(
+                f"{device} {index} does not exist, there are {count} (0 to {count - 1}): see --gpu and --device-list"
+            )
+    return devices
+
+
+def resolve_backend(given: str | None, device: str) -> str:
+    """Return the backend of torch.distributed: hccl, nccl or gloo."""
+    backend = given or BACKENDS[device]
+    if backend not in (BACKENDS[device], "gloo"):
+        raise DeviceUnavailableError(
+            f"--dist-backend {backend} does not support {device}: leave it out for {BACKENDS[device]}"
+        )
+    return backend
+
+
+# --- which precision --------------------------------------------------------------------------------------------------
+
+
+def resolve_precision(device: str, *, amp: bool, opt_level: str, amp_dtype: str) -> str:
+    """Return the number format of the step: fp32, fp16 or bf16.
+
+    bf16 where the device is good at it (NPUs from the A2 on, Ampere and later, CPUs with bf16 instructions), else fp16;
+    amp_dtype fp16 or bf16 insists.
+    """
+    if not amp or opt_level == "O0":
+        return "fp32"
+    if device == "cpu":
+        return _cpu_precision(amp_dtype)
+    if device == "mps" and TORCH < (2, 5):
+        raise DeviceUnavailableError(f"--amp on MPS requires torch 2.5 or later, this is {torch.__version__}")
+    runtime = getattr(torch, TORCH_DEVICES[device])
+    if not has_autocast(runtime):
+        load_apex()
+        if amp_dtype == "bf16":
+            raise DeviceUnavailableError(
+                f"--amp-dtype bf16 requires torch 1.10 or later, this is {torch.__version__}; use fp16"
+            )
+        return "fp16"
+    has_bf16 = TORCH >= (1, 10) and getattr(runtime, "is_bf16_supported", lambda: False)()
+    if device == "gpu" and has_bf16:  # torch also counts GPUs that emulate it
+        has_bf16 = torch.cuda.get_device_capability()[0] >= 8  # Ampere
+    if amp_dtype == "bf16" and not has_bf16:
+        raise DeviceUnavailableError(f"--amp-dtype bf16: this {device} has no bf16; use --amp-dtype fp16")
+    if amp_dtype != "auto":
+        return amp_dtype
+    return "bf16" if has_bf16 else "fp16"
+
+
+def _cpu_precision(amp_dtype: str) -> str:
+    if TORCH < (1, 10):
+        raise DeviceUnavailableError(
+            f"--amp on a CPU requires torch 1.10 or later, this is {torch.__version__}; leave --amp out or use "
+            "--opt-level O0"
+        )
+    if amp_dtype == "fp16":
+        raise DeviceUnavailableError(
+            "--amp-dtype fp16 is not supported on a CPU, where it is 15 times slower than bf16; use --amp-dtype bf16"
+        )
+    if amp_dtype == "auto" and not _cpu_has_bf16():
+        notice(
+            "this CPU has no bf16 instructions, and without them bf16 is slower than fp32: --amp changes nothing here "
+            "(--amp-dtype bf16 insists)"
+        )
+        return "fp32"
+    return "bf16"
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the processor has instructions to multiply bf16 (x86: avx512_bf16, amx_bf16; Arm: bf16)."""
+    if not os.path.exists("/proc/cpuinfo"):
+        return False
+    with open("/proc/cpuinfo") as file:
+        pattern = r"^(flags|Features)\s*:.*\b(avx512_bf16|amx_bf16|bf16)\b"
+        return re.search(pattern, file.read(), re.MULTILINE) is not None
+
+
+def has_autocast(runtime: Any) -> bool:
+    """Whether torch itself has mixed precision for a device. runtime: torch.cuda, torch.npu, …"""
+    return TORCH >= (1, 10) or hasattr(getattr(runtime, "amp", None), "autocast")
+
+
+def load_apex() -> Any:
+    """Return apex.amp: mixed precision before torch 1.6, and on NPUs with torch 1.8 too (Ascend's apex).
+
+    The `apex` on PyPI is another project, and NVIDIA's has had no amp since 2025.
+    """
+    try:
+        from apex import amp
+
+        return amp
+    except ImportError as error:
+        raise DeviceUnavailableError(
+            f"--amp with torch {torch.__version__} on this device requires Ascend's or NVIDIA's apex with apex.amp "
+            f"({error}); install it or leave --amp out"
+        ) from error
+
+
+# --- options of newer torch versions ----------------------------------------------------------------------------------
+
+
+def check_torch_options(
+    device: str, *, deterministic: bool, profile: bool, compile_model: bool, grad_compress: str
+) -> None:
+    """Refuse flags that need a newer torch, and --compile without a compiler."""
+    this = f"this is {torch.__version__}"
+    if deterministic and TORCH < (1, 8):
+        raise DeviceUnavailableError(f"--deterministic requires torch 1.8 or later, {this}")
+    if profile and not hasattr(torch, "profiler"):
+        raise DeviceUnavailableError(f"--profile requires torch 1.8.1 or later, {this}")
+    for flag, wanted in (("--compile", compile_model), ("--grad-compress", grad_compress != "none")):
+        if wanted and TORCH < (2, 0):
+            raise DeviceUnavailableError(f"{flag} requires torch 2.0 or later, {this}: leave it out")
+    if compile_model:
+        _check_compiler(device)
+
+
+def _check_compiler(device: str) -> None:
+    """torch.compile builds C++ for a CPU; for a GPU Triton makes the kernels and builds a C launcher for each."""
+    if device not in ("gpu", "cpu"):
+        raise DeviceUnavailableError(f"--compile supports gpu and cpu, this is {device}: leave it out")
+    package = "g++" if device == "cpu" else "gcc"
+    names = [os.environ.get("CXX", "g++")] if device == "cpu" else [os.environ.get("CC", "gcc"), "clang"]
+    if not any(map(shutil.which, names)):
+        raise DeviceUnavailableError(
+            f"--compile requires a compiler, and {names[0]} is not installed: install it (Debian: apt-get install "
+            f"{package}), or leave it out"
+        )
+    include = sysconfig.get_path("include")
+    if not os.path.exists(os.path.join(include, "Python.h")):
+        raise DeviceUnavailableError(
+            f"--compile requires Python's headers, and {include} has no Python.h: install them (Debian: apt-get "
+            "install python3-dev), or leave it out"
+        )
+    if device == "gpu" and importlib.util.find_spec("triton") is None:
+        raise DeviceUnavailableError("--compile on a GPU requires the package triton: install it, or leave it out")
+
+
+# --- the node's cores -------------------------------------------------------------------------------------------------
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_workers(device: str, processes: int) -> int:
+    """DataLoader workers for a node: the cores left beside its processes; none on a CPU, which trains on every core."""
+    return 0 if device == "cpu" else max(processes, available_cores() - processes)

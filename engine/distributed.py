@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The processes of a job: how they meet, agree, exchange values, and fail together."""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import io
+import os
+import pickle
+import socket
+import sys
+import time
+from typing import Any, Callable, Sequence
+
+from engine.errors import DivergedError, RendezvousError, UsageError
+from engine.heartbeat import Heartbeat
+from engine.versions import TORCH
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+RENDEZVOUS_SECONDS = 45  # how long a process waits for the others
+
+
+def print_error(text: str) -> None:
+    print(f"main.py: error: {text}", file=sys.stderr, flush=True)
+
+
+class ProcessGroup:
+    """This process among the others of its job; all methods are collective: every process must call them.
+
+    RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE come from the launcher (ours, torchrun, Slurm). Control goes over
+    gloo, whatever backend the gradients use, so that a decision never waits for a device.
+
+    Args:
+        backend: of the gradients: hccl, nccl or gloo.
+        url: where the processes meet.
+        report: called with one line if another rank is unreachable.
+
+    Raises:
+        RendezvousError: if the others cannot be reached in time.
+    """
+
+    def __init__(self, backend: str, url: str, report: Callable[[str], None] = print_error) -> None:
+        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.control: Any = None  # the gloo group
+        self.heartbeat: Heartbeat | None = None
+        if self.world_size > 1:
+            self._join(backend, url, report)
+
+    # --- rendezvous ---
+
+    def _join(self, backend: str, url: str, report: Callable[[str], None]) -> None:
+        deadline = time.monotonic() + RENDEZVOUS_SECONDS
+        address = url
+        if url == "env://":
+            address = f"tcp://{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun holds the store, not rank 0
+        try:
+            master = None
+            if address.startswith("tcp://"):
+                host, _, port = address[len("tcp://") :].rstrip("/").rpartition(":")
+                master = host.strip("[]"), int(port)
+                if self.rank != 0:
+                    _wait_for_master(master, deadline)
+                elif not agent_store:
+                    _check_port_is_free(master[1])
+            timeout = datetime.timedelta(seconds=max(1, deadline - time.monotonic()))
+            store, _, _ = next(dist.rendezvous(url, self.rank, self.world_size, timeout=timeout))
+            # torchrun's store outlives a restart, with what the earlier processes wrote. A store of rank 0 is new each
+            # time, and there the restart count would differ on a node that has joined later.
+            attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] if agent_store else "0"
+            store = dist.PrefixStore(f"attempt {attempt}", store)
+            self._check_in(store, address, deadline)
+            if master is not None:  # before the groups, which would wait half an hour for a rank that dies meanwhile
+                self.heartbeat = Heartbeat(*master, self.rank, self.world_size, f"attempt {attempt}", report)
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size)
+            self.control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
+            self.barrier()
+        except (RuntimeError, ValueError, OSError) as error:
+            if getattr(error, "errno", None) == errno.EADDRINUSE:
+                raise RendezvousError(
+                    f"{address}: the port is in use; choose a free one with --dist-url tcp://HOST:PORT"
+                ) from error
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise RendezvousError(
+                f"{address}: rendezvous failed for rank {self.rank} of {self.world_size} ({reason}); check --addr, "
+                "--dist-url, --rank and --world-size, and that every node is running"
+            ) from error
+
+    def _check_in(self, store: Any, address: str, deadline: float) -> None:
+        """Wait until all ranks have joined; torch's groups would wait half an hour for a missing one, silently.
+
+        Raises RendezvousError if some do not come, or if two processes have the same rank.
+        """
+        if store.add(f"rank {self.rank}", 1) > 1:
+            store.set("double", str(self.rank))
+            store.add("doubles", 1)
+        joined = f"processes of {self.world_size}"  # a node with another world size counts elsewhere
+        store.add(joined, 1)
+        while store.add(joined, 0) < self.world_size:
+            if time.monotonic() > deadline:
+                count = store.add(joined, 0)
+                raise RendezvousError(
+                    f"{address}: rendezvous failed: {count} of {self.world_size} processes joined within "
+                    f"{RENDEZVOUS_SECONDS} s; check that every node is running, with the same --world-size and as many "
+                    "devices"
+                )
+            time.sleep(0.1)
+        if store.add("doubles", 0):
+            double = store.get("double").decode()
+            if self.rank == 0:
+                time.sleep(1)  # the store lives in this process: let the others read it
+            raise RendezvousError(f"{address}: two processes are rank {double}: give each node its own --rank")
+
+    # --- collectives ---
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.all_reduce(torch.zeros(1), group=self.control)
+
+    def any(self, flag: Any) -> bool:
+        """Return whether the flag is true on any process; the same on all."""
+        if self.world_size == 1:
+            return bool(flag)
+        count = torch.tensor([int(bool(flag))])
+        dist.all_reduce(count, group=self.control)
+        return bool(count.item())
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Return the sum of each value over all processes, in float64: integers are exact up to 2^53."""
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(total, group=self.control)
+        return total.tolist()
+
+    def max_(self, array: Any) -> None:
+        """Replace each element of a NumPy array by its maximum over all processes."""
+        if self.world_size > 1:
+            dist.all_reduce(torch.from_numpy(array), op=dist.ReduceOp.MAX, group=self.control)
+
+    def broadcast(self, state: Any) -> Any:
+        """Return rank 0's nested dicts, lists and CPU tensors on every process."""
+        if self.world_size == 1:
+            return state
+        pickler = _TensorPickler()
+        if self.rank == 0:
+            pickler.dump(state)
+        layouts = [(tensor.dtype, tensor.shape) for tensor in pickler.tensors]
+        plain, layouts = self._broadcast_plain((pickler.file.getvalue(), layouts))
+        if self.rank == 0:
+            tensors = [tensor.contiguous() for tensor in pickler.tensors]
+        else:
+            tensors = [torch.empty(shape, dtype=dtype) for dtype, shape in layouts]
+        for tensor in tensors:
+            dist.broadcast(tensor, 0, group=self.control)
+        return _TensorUnpickler(plain, tensors).load()
+
+    def _broadcast_plain(self, value: Any) -> Any:
+        content = pickle.dumps(value)  # between our own processes: nothing foreign is read
+        size = torch.tensor([len(content)])
+        dist.broadcast(size, 0, group=self.control)
+        buffer = torch.tensor(list(content) if self.rank == 0 else [0] * int(size.item()), dtype=torch.uint8)
+        dist.broadcast(buffer, 0, group=self.control)
+        return pickle.loads(bytes(buffer.tolist()))
+
+    def broadcast_buffers(self, model: nn.Module) -> None:
+        """Give every process rank 0's buffers: the running statistics of batch norm."""
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                value = buffer.detach().cpu()
+                dist.broadcast(value, 0, group=self.control)
+                buffer.copy_(value)
+
+    # --- the end ---
+
+    def fail(self, error: Exception) -> None:
+        """Tell the other processes that this one has failed. Ends the process if a lost peer is the reason.
+
+        torch raises a lost connection as a RuntimeError like any other, so the heartbeat decides, not the message.
+        """
+        if self.heartbeat is not None:
+            if isinstance(error, RuntimeError) and not isinstance(error, OUT_OF_MEMORY):
+                self.heartbeat.await_verdict()
+            self.heartbeat.announce_failure()
+
+    def close(self) -> None:
+        """Wait for all processes, then leave. Only after success."""
+        if self.world_size > 1:
+            self.barrier()
+            if self.heartbeat is not None:
+                self.heartbeat.stop()
+            dist.destroy_process_group()
+
+
+OUT_OF_MEMORY = getattr(torch.cuda, "OutOfMemoryError", ())  # a RuntimeError of its own since torch 1.13
+
+
+def _wait_for_master(master: tuple[str, int], deadline: float) -> None:
+    """Wait until rank 0's store accepts connections. Raises OSError. torch itself overruns the deadline."""
+    while True:
+        try:
+            socket.create_connection(master, timeout=max(1, deadline - time.monotonic())).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+
+
+def _check_port_is_free(port: int) -> None:
+    """Raise OSError if the port is taken. torch reports that in words only."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("", port))
+
+
+class _TensorPickler(pickle.Pickler):
+    """Pickles all but the tensors, which it collects."""
+
+    def __init__(self) -> None:
+        self.file = io.BytesIO()
+        self.tensors: list[torch.Tensor] = []
+        super().__init__(self.file)
+
+    def persistent_id(self, value: Any) -> int | None:
+        if isinstance(value, torch.Tensor):
+            # gloo of older torch sends neither bool nor bfloat16.
+            self.tensors.append(value.float() if value.is_floating_point() else value.long())
+            return len(self.tensors) - 1
+        return None
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    def __init__(self, content: bytes, tensors: list[torch.Tensor]) -> None:
+        super().__init__(io.BytesIO(content))
+        self.tensors = tensors
+
+    def persistent_load(self, position: int) -> torch.Tensor:
+        return self.tensors[position]
+
+
+# --- what all processes must agree on ---------------------------------------------------------------------------------
+
+
+def check_same_flags(group: ProcessGroup, flags: dict[str, Any]) -> None:
+    """Raise UsageError on every process if one of them has other flags than rank 0. flags: {name as shown: value}."""
+    expected = group.broadcast(flags)
+    different = [
+        f"{name} is {flags[name]} here and {expected[name]} on rank 0"
+        for name in sorted(flags)
+        if flags[name] != expected[name]
+    ]
+    if group.any(different):
+        details = ", ".join(different) or "another node has others than rank 0"
+        raise UsageError(f"the nodes were started with different flags: {details}")
+
+
+def check_same_parameters(group: ProcessGroup, model: nn.Module) -> None:
+    """Raise DivergedError on every process if the parameters of one differ from rank 0's by a single bit."""
+    own = parameter_checksum(model)
+    different = own != group.broadcast(own)
+    if group.any(different):
+        who = f" (rank {group.rank} is one)" if different else ""
+        raise DivergedError(
+            f"the parameters of the processes have drifted apart{who}: faulty hardware, or libraries that compute "
+            "differently; continue from the last checkpoint"
+        )
+
+
+def parameter_checksum(model: nn.Module) -> float:
+    """Return a number that tells two sets of parameters apart by a single bit. One synchronization."""
+    total: Any = 0
+    for position, parameter in enumerate(model.parameters()):
+        if TORCH >= (1, 7):
+            bits = parameter.detach().view({2: torch.int16, 4: torch.int32}[parameter.element_size()])
+            total = total + bits.sum(dtype=torch.int64) * (2 * position + 1)
+        else:  # tensors cannot be viewed as their bits
+            total = total + parameter.detach().double().sum() * (2 * position + 1)
+    return total.item()

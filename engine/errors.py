@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a user sees as one line, the exit code that goes with it, and how a process ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from typing import Callable, NoReturn
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2  # wrong use or bad input
+EXIT_STOPPED = 75  # stopped by a signal after saving; run again to continue (EX_TEMPFAIL)
+
+
+class UserError(Exception):
+    """An error that is shown as one line, without a traceback. The text says what is wrong and what to do."""
+
+    exit_code = EXIT_USAGE
+
+
+class UsageError(UserError):
+    """Flags, files or data that do not fit together."""
+
+
+class DeviceUnavailableError(UserError):
+    """The machine or the installed torch lacks what the flags ask for."""
+
+
+class DataError(UserError):
+    """A dataset that cannot be used. The text names the folder or file."""
+
+
+class ImageError(DataError):
+    """An image that cannot be read. The text names the file."""
+
+
+class CheckpointError(UserError):
+    """A file that is corrupt, is not a checkpoint, or carries code. The text names it."""
+
+
+class RendezvousError(UserError):
+    """The processes of a job cannot find each other."""
+
+
+class DivergedError(UserError):
+    """Training cannot continue: its numbers are not finite, or the processes disagree."""
+
+    exit_code = EXIT_FAILURE
+
+
+class SaveError(UserError):
+    """The last checkpoint of a run could not be written."""
+
+    exit_code = EXIT_FAILURE
+
+
+class LoaderWorkerError(UserError):
+    """A DataLoader worker has died, or has no shared memory left."""
+
+    exit_code = EXIT_FAILURE
+
+
+def exit_process(code: int) -> NoReturn:
+    """End this process at once. The only call of os._exit in the program.
+
+    A normal exit would wait for DataLoader workers and for the threads of a process group whose peers may be gone, and
+    torch's own threads sometimes abort while Python shuts down.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # the reader of a pipe is gone, or the disk is full
+            stream.flush()
+    os._exit(code)
+
+
+def run_script(name: str, main: Callable[[], int]) -> NoReturn:
+    """Run a script's `main` and exit with the code it returns; show a UserError as one line."""
+    try:
+        code = main()
+    except UserError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        # Inside the handler: letting go of the traceback would shut down DataLoader workers that may hang.
+        exit_process(error.exit_code)
+    except Exception:
+        traceback.print_exc()
+        exit_process(EXIT_FAILURE)
+    exit_process(code)

@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The flags of main.py, and the parser that all scripts use: its errors are one line."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import sys
+from typing import Any, Callable, NoReturn, Sequence
+
+import vgg
+from engine.errors import EXIT_USAGE
+
+DEVICES = ["auto", "npu", "gpu", "cuda", "mps", "cpu"]
+DEVICE_HELP = "(default: the first of npu, gpu, mps, cpu that works)"
+# Defaults that learn on the embedded digits: 1,438 images are too few for ImageNet's.
+DIGITS_DEFAULTS = {"batch_size": 64, "epochs": 16, "lr": 0.05, "clip_grad_norm": 1.0, "eval_freq": 4}
+DIGITS_WARMUP_EPOCHS = 2
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, and which takes `-b8` for `-b 8` on Python 3.7 too."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog, description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        message = re.sub(r"^argument ([^:]+): (?=must)", r"\1 ", message)  # "--epochs must be at least 1, got 0"
+        message = re.sub(r"^argument ", "", message)
+        self.exit(EXIT_USAGE, f"{self.prog}: error: {message}; see python {self.prog} --help\n")
+        raise AssertionError("unreachable: exit() raises SystemExit")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
+        words: list[str] = []
+        for word in sys.argv[1:] if args is None else args:
+            action = self._option_string_actions.get(word[:2])
+            if len(word) > 2 and word[0] == "-" and word[1] != "-" and action is not None and action.nargs is None:
+                words += [word[:2], word[2:].lstrip("=")]
+            else:
+                words.append(word)
+        return super().parse_args(words, namespace)
+
+
+def number(
+    kind: type, at_least: float | None = None, at_most: float | None = None, *, above: float | None = None
+) -> Callable[[str], Any]:
+    """Return an argparse type: a finite int or float inside the bounds."""
+    bounds = []
+    if at_least is not None:
+        bounds.append(f"at least {at_least}")
+    if above is not None:
+        bounds.append(f"above {above}")
+    if at_most is not None:
+        bounds.append(f"at most {at_most}")
+    expected = f"expected {'an integer' if kind is int else 'a number'}"
+    must_be = f"must be {' and '.join(bounds) or 'finite'}"
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{expected}, got {text!r}") from None
+        too_low = (at_least is not None and value < at_least) or (above is not None and value <= above)
+        too_high = at_most is not None and value > at_most
+        if not math.isfinite(value) or too_low or too_high:
+            raise argparse.ArgumentTypeError(f"{must_be}, got {text}")
+        return value
+
+    return parse
+
+
+def device_list(text: str) -> list[int]:
+    """An argparse type: device numbers such as `0,1,2,3`."""
+    try:
+        devices = [int(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected device numbers such as 0,1,2,3, got {text!r}") from None
+    if min(devices) < 0 or len(set(devices)) < len(devices):
+        raise argparse.ArgumentTypeError(f"names a device twice or below 0: {text!r}")
+    return devices
+
+
+def loss_scale(text: str) -> float | str:
+    """An argparse type: a positive number, or `dynamic`."""
+    return text if text == "dynamic" else number(float, above=0)(text)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the flags of main.py, after every check that needs no device. Exits with 2 if one fails."""
+    parser = _build_parser()
+    args = parser.parse_args(argv)
+    if not (args.dir or args.data or args.dummy):
+        parser.set_defaults(**DIGITS_DEFAULTS)
+        args = parser.parse_args(argv)
+        if args.warmup_epochs is None:
+            args.warmup_epochs = min(DIGITS_WARMUP_EPOCHS, args.epochs - 1)
+    args.warmup_epochs = args.warmup_epochs or 0
+    if args.dir and args.data and os.path.abspath(args.dir) != os.path.abspath(args.data):
+        parser.error(f"DIR is {args.dir} and --data is {args.data}: give one of them")
+    args.data = args.data or args.dir
+    del args.dir
+    args.device = "gpu" if args.device == "cuda" else args.device
+    _check_combinations(parser, args)
+    return args
+
+
+def _build_parser() -> OneLineParser:
+    parser = OneLineParser(
+        "main.py", "Train VGG on ImageNet, CIFAR-10 or a folder of images, on an NPU, a GPU or a CPU."
+    )
+    default = "(default: %(default)s)"
+    data = parser.add_argument_group("data")
+    data.add_argument("dir", metavar="DIR", nargs="?", help="the same as --data")
+    data.add_argument("--data", help="folder with train/ and val/, or CIFAR-10 (default: the embedded digits)")
+    data.add_argument(
+        "-j",
+        "--j",
+        "--workers",
+        dest="workers",
+        type=number(int, 0),
+        metavar="N",
+        help="DataLoader workers of this node, shared by its processes (default: the cores left)",
+    )
+    data.add_argument(
+        "--image-size",
+        type=number(int, 32),
+        metavar="S",
+        help="pixels per side (default: 224; CIFAR-10 and digits: 32)",
+    )
+    data.add_argument(
+        "--bad-images",
+        default="error",
+        choices=["error", "skip"],
+        help=f"unreadable images: stop at the first, or check all once and leave them out {default}",
+    )
+    data.add_argument(
+        "--dummy",
+        type=number(int, 1),
+        nargs="?",
+        const=1281167,
+        metavar="N",
+        help="N synthetic images made on the device, to measure throughput (default N: %(const)s)",
+    )
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--arch", default="vgg16", choices=vgg.ARCHITECTURES, help=default)
+    model.add_argument("--pretrained", metavar="PATH", help="weights to start from: torchvision's, ModelZoo's or ours")
+    model.add_argument(
+        "--freeze-features", action="store_true", help="train the classifier only, on the features of --pretrained"
+    )
+
+    train = parser.add_argument_group("training")
+    train.add_argument("--epochs", type=number(int, 1), default=90, metavar="N", help=default)
+    train.add_argument("--start-epoch", type=number(int, 0), default=0, metavar="N", help=default)
+    train.add_argument(
+        "-b",
+        "--batch-size",
+        type=number(int, 1),
+        default=256,
+        metavar="N",
+        help=f"images per step on this node, over all its devices {default}",
+    )
+    train.add_argument(
+        "--accum-steps", type=number(int, 1), default=1, metavar="N", help=f"batches of -b per optimizer step {default}"
+    )
+    train.add_argument(
+        "--lr",
+        "--learning-rate",
+        type=number(float, 0),
+        default=0.01,
+        metavar="RATE",
+        help=f"peak learning rate; cosine to --min-lr, by epoch {default}",
+    )
+    train.add_argument("--min-lr", type=number(float, 0), default=0.0, metavar="RATE", help=default)
+    train.add_argument(
+        "--warmup-epochs",
+        type=number(int, 0),
+        metavar="N",
+        help="epochs of linear warm-up before the cosine (default: 0)",
+    )
+    train.add_argument("--momentum", type=number(float, 0, 1), default=0.9, metavar="M", help=default)
+    train.add_argument(
+        "--wd", "--weight-decay", dest="weight_decay", type=number(float, 0), default=1e-4, metavar="W", help=default
+    )
+    train.add_argument("--label-smoothing", type=number(float, 0, 1), default=0.0, metavar="S", help=default)
+    train.add_argument(
+        "--clip-grad-norm",
+        type=number(float, above=0),
+        metavar="NORM",
+        help="largest norm of all gradients together (default: no limit)",
+    )
+    train.add_argument(
+        "--ema-decay",
+        type=number(float, 0, 1),
+        default=0.0,
+        metavar="DECAY",
+        help="keep an EMA of the weights, such as 0.9999, and validate it (default: off)",
+    )
+    train.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=49, help=default)
+    train.add_argument("--stop-step-num", type=number(int, 1), metavar="N", help="end cleanly after N steps in all")
+
+    run = parser.add_argument_group("evaluating, resuming, recording")
+    run.add_argument(
+        "-e",
+        "--e",
+        "--evaluate",
+        dest="evaluate",
+        action="store_true",
+        help="evaluate the weights of --resume or --pretrained and exit",
+    )
+    run.add_argument("--report", metavar="DIR", help="with -e: also write an evaluation page, DIR/index.html")
+    run.add_argument(
+        "--eval-freq",
+        type=number(int, 1),
+        default=1,
+        metavar="N",
+        help=f"epochs between validations; the last epoch always validates {default}",
+    )
+    run.add_argument(
+        "-p",
+        "--p",
+        "--print-freq",
+        dest="print_freq",
+        type=number(int, 1),
+        default=10,
+        metavar="N",
+        help=f"steps between log lines {default}",
+    )
+    run.add_argument("--resume", metavar="PATH", help="checkpoint to continue")
+    run.add_argument(
+        "--auto-resume",
+        action="store_true",
+        help="continue from the newest intact checkpoint in --output-dir, if there is one",
+    )
+    run.add_argument(
+        "--save-freq",
+        type=number(int, 0),
+        default=0,
+        metavar="N",
+        help="also save every N steps (default: at the end of epochs only)",
+    )
+    run.add_argument("--output-dir", default=".", metavar="DIR", help="checkpoints, metrics, curves (default: here)")
+    run.add_argument(
+        "--profile",
+        action="store_true",
+        help="write trace.json to --output-dir: ten steps after five of warm-up, on rank 0",
+    )
+
+    device = parser.add_argument_group("device and precision")
+    device.add_argument("--device", default="auto", choices=DEVICES, help=DEVICE_HELP)
+    device.add_argument(
+        "--gpu",
+        "--gup",
+        dest="gpu",
+        type=number(int, 0),
+        metavar="N",
+        help="the one device to use: an index into --device-list if that is given, else its number",
+    )
+    device.add_argument("--amp", action="store_true", help="mixed precision")
+    device.add_argument(
+        "--opt-level",
+        default="O1",
+        choices=["O0", "O1", "O2", "O3"],
+        help="with --amp: O0 fp32, O1 autocast, O2 half-precision weights with fp32 master weights, "
+        f"O3 pure half precision {default}",
+    )
+    device.add_argument(
+        "--amp-dtype",
+        default="auto",
+        choices=["auto", "fp16", "bf16"],
+        help="(default: bf16 if the device is good at it, else fp16)",
+    )
+    device.add_argument(
+        "--loss-scale-value",
+        type=loss_scale,
+        metavar="SCALE",
+        help="loss scale in fp16: a number, or dynamic (default: 1024)",
+    )
+    device.add_argument("--deterministic", action="store_true", help="bitwise repeatable on a GPU too, and slower")
+    device.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile the training step (torch 2, gpu and cpu; requires a C++ compiler)",
+    )
+
+    parallel = parser.add_argument_group("several devices, several nodes")
+    parallel.add_argument(
+        "--multiprocessing-distributed", action="store_true", help="one process per device of --device-list"
+    )
+    parallel.add_argument(
+        "--device-list",
+        type=device_list,
+        metavar="0,1,…",
+        help="(default: all; on a CPU its length is the number of processes)",
+    )
+    parallel.add_argument(
+        "--world-size",
+        type=number(int, -1),
+        default=-1,
+        metavar="N",
+        help="nodes with --multiprocessing-distributed, else processes (default: one)",
+    )
+    parallel.add_argument("--rank", type=number(int, -1), default=-1, metavar="N", help="rank of this node, from 0")
+    parallel.add_argument("--addr", default="127.0.0.1", help=f"address of the node of rank 0 {default}")
+    parallel.add_argument("--dist-url", metavar="URL", help="(default: tcp://ADDR:PORT; env:// under torchrun)")
+    parallel.add_argument("--dist-backend", choices=["hccl", "nccl", "gloo"], help="(default: by device)")
+    parallel.add_argument(
+        "--grad-compress",
+        default="none",
+        choices=["none", "bf16", "fp16"],
+        help="format of the gradients on the network (torch 2; default: that of the weights)",
+    )
+    return parser
+
+
+def _check_combinations(parser: OneLineParser, args: argparse.Namespace) -> None:
+    if args.evaluate and not (args.resume or args.pretrained):
+        parser.error("--evaluate requires weights: --resume PATH or --pretrained PATH")
+    if args.report and not args.evaluate:
+        parser.error("--report requires --evaluate")
+    if args.freeze_features and not (args.pretrained or args.resume):
+        parser.error("--freeze-features requires --pretrained PATH: without it the features are random")
+    if args.dummy and (args.data or args.evaluate):
+        parser.error("--dummy takes no data and cannot be evaluated: leave one of them out")
+    if args.resume and args.auto_resume:
+        parser.error("--resume names a file and --auto-resume looks for one: give one of them")
+    for flag, path in (("--resume", args.resume), ("--pretrained", args.pretrained)):
+        reads = args.rank <= 0 and os.environ.get("RANK", "0") == "0"  # only rank 0 does
+        if path and reads and not os.path.isfile(path):
+            parser.error(f"{flag} {path}: no such file")
+    if args.data and not os.path.isdir(args.data):
+        parser.error(f"--data {args.data}: no such folder")
+    if args.world_size == 0:
+        parser.error("--world-size must be at least 1, got 0")
+    for flag, epochs in (("--start-epoch", args.start_epoch), ("--warmup-epochs", args.warmup_epochs)):
+        if epochs >= args.epochs:
+            parser.error(f"{flag} must be less than --epochs {args.epochs}, got {epochs}")

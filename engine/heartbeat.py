@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Who is alive: ends this process within a minute if another one of the job dies, stalls or is cut off."""
+
+from __future__ import annotations
+
+import datetime
+import threading
+import time
+from typing import Callable
+
+from engine.errors import EXIT_FAILURE, exit_process
+
+import torch.distributed as dist
+
+
+class Heartbeat:
+    """A thread that counts a beat in the job's key-value store, and reads those of the others.
+
+    A slow step, a compilation or an index scan does not hold the thread up, so it is not taken for a death. Rank 0
+    watches all beats and publishes who is unreachable; the others watch that and rank 0. A second thread watches the
+    first, which hangs if the node of rank 0, which holds the store, is the one that is gone.
+
+    Args:
+        host, port: the store.
+        job: separates this job's keys from those of an earlier attempt in the same store (torchrun restarts).
+        report: called with the one line that says which rank is unreachable.
+    """
+
+    INTERVAL, PATIENCE = 3, 30  # seconds
+    CONNECT_SECONDS = 45
+
+    def __init__(
+        self, host: str, port: int, rank: int, world_size: int, job: str, report: Callable[[str], None]
+    ) -> None:
+        # A connection of its own: an operation that waits holds up all others on the same connection.
+        timeout = datetime.timedelta(seconds=self.CONNECT_SECONDS)
+        self.store = dist.PrefixStore(job, dist.TCPStore(host, port, world_size, False, timeout))
+        self.rank, self.world_size, self.report = rank, world_size, report
+        self.patience = self.PATIENCE
+        self.last_answer = time.monotonic()  # of the store
+        self.failed = False  # whether this process itself has
+        self.stopped, self.urgent = threading.Event(), threading.Event()
+        self.threads = [threading.Thread(target=target, daemon=True) for target in (self._beat, self._watch_store)]
+        for thread in self.threads:
+            thread.start()
+
+    def await_verdict(self) -> None:
+        """After an error that may come from a broken connection: end this process if a rank is unreachable.
+
+        Returns if all ranks still beat after 40 s.
+        """
+        self.patience = 3 * self.INTERVAL
+        self.urgent.set()
+        self.threads[0].join(timeout=self.PATIENCE + 10)
+
+    def announce_failure(self) -> None:
+        """Tell the others at once that this process has failed, so that they need not wait to miss its beats."""
+        self.failed = True
+        self.urgent.set()
+        self.threads[0].join(timeout=1)
+
+    def stop(self) -> None:
+        """Stop at the end of a job. Waits for the threads: one inside the store at Python's exit would abort."""
+        self.stopped.set()
+        self.urgent.set()
+        for thread in self.threads:
+            thread.join(timeout=5)
+
+    def _beat(self) -> None:
+        seen: dict[int, tuple[int, float]] = {}  # rank -> (its count of beats, when that changed)
+        try:
+            while not self.stopped.is_set():
+                if self.failed:
+                    self._publish(self.rank)
+                    return
+                self.store.add(f"beat/{self.rank}", 1)
+                for other in range(1, self.world_size) if self.rank == 0 else [0]:
+                    count = self.store.add(f"beat/{other}", 0)
+                    if other not in seen or seen[other][0] != count:
+                        seen[other] = count, time.monotonic()
+                    elif time.monotonic() - seen[other][1] > self.patience:
+                        self._publish(other)
+                        self.stopped.wait(
+                            2 * self.INTERVAL
+                        )  # this process may hold the store: the others read it first
+                        self._end(other)
+                unreachable = self.store.add("missing", 0)  # rank + 1; 0 if there is none
+                if unreachable:
+                    self.stopped.wait(2)  # this process may be about to find the same error itself
+                    self._end(unreachable - 1)
+                self.last_answer = time.monotonic()
+                if self.urgent.wait(self.INTERVAL):
+                    self.stopped.wait(0.2)
+        except RuntimeError:  # the store is gone, and rank 0 with it: after the job's end, or before it
+            self.stopped.wait(self.INTERVAL)
+            self._end(0)
+
+    def _publish(self, rank: int) -> None:
+        if self.store.add("claims", 1) == 1:  # the first to go is the cause
+            self.store.add("missing", rank + 1)
+
+    def _watch_store(self) -> None:
+        while time.monotonic() - self.last_answer < self.PATIENCE + 5 * self.INTERVAL:
+            if self.stopped.wait(self.INTERVAL):
+                return
+        self._end(0)
+
+    def _end(self, rank: int) -> None:
+        if not self.stopped.is_set() and not self.failed:
+            self.report(
+                f"rank {rank} is unreachable (exited, suspended or disconnected), so rank {self.rank} exits; the last "
+                "checkpoint is intact"
+            )
+            exit_process(EXIT_FAILURE)

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Batches on their way to the training loop: made by DataLoader workers in shared memory, or synthetic."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import warnings
+from typing import Any, Iterator, Tuple, Union
+
+from engine.datasets import ImageDataset
+from engine.errors import LoaderWorkerError, UserError
+from engine.sampler import ResumableBatchSampler, seed_augmentation
+from engine.signals import outlast_stop_signals
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, get_worker_info
+
+# (N, S, S, 3) uint8 images, (N,) int64 targets, (N,) int64 indices into the dataset
+Batch = Tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+KEPT_BUFFERS = 3  # DataLoader asks a worker for batch n as it hands out n - 2, and n - 3 is on the device by then
+
+
+class BatchDataset:
+    """Whole batches of a dataset: `batches[epoch, indices]` is a Batch.
+
+    Errors are returned in place of the batch, as DataLoader would deliver an exception as text.
+    """
+
+    def __init__(self, dataset: ImageDataset, *, size: int, training: bool, seed: int = 0) -> None:
+        self.dataset, self.size, self.training, self.seed = dataset, size, training, seed
+        self.rng = np.random.RandomState()
+        self.buffers: list[torch.Tensor] = []
+
+    def __getitem__(self, request: tuple[int, np.ndarray]) -> Batch | UserError:
+        epoch, indices = request
+        try:
+            images = self._allocate(len(indices))
+            for image, index in zip(images.numpy(), indices):
+                if self.training:
+                    rng = seed_augmentation(self.rng, self.seed, epoch, index)
+                    image[...] = self.dataset.training_image(index, self.size, rng)
+                else:
+                    image[...] = self.dataset.validation_image(index, self.size)
+            targets, indices_tensor = torch.from_numpy(self.dataset.labels[indices]), torch.as_tensor(indices)
+            if get_worker_info() is not None:
+                # DataLoader would do this in a thread whose errors are lost: with /dev/shm full, the run would hang.
+                targets, indices_tensor = _share(targets), _share(indices_tensor)
+            return images, targets, indices_tensor
+        except UserError as error:
+            return error
+
+    def _allocate(self, count: int) -> torch.Tensor:
+        """Return memory for `count` images; in a worker, shared memory that is used again for every third batch.
+
+        New shared memory would cost a page fault every 4 KiB, an eighth of the loading time.
+        """
+        if get_worker_info() is None:
+            return torch.empty(count, self.size, self.size, 3, dtype=torch.uint8)
+        if len(self.buffers) == KEPT_BUFFERS and len(self.buffers[0]) >= count:
+            self.buffers.append(self.buffers.pop(0))
+        else:
+            new = _share(torch.empty(count, self.size, self.size, 3, dtype=torch.uint8))
+            self.buffers = self.buffers[1 - KEPT_BUFFERS :] + [new]
+        return self.buffers[-1][:count]
+
+
+def _share(tensor: torch.Tensor) -> torch.Tensor:
+    try:
+        return tensor.share_memory_()
+    except (RuntimeError, OSError) as error:
+        raise worker_error(str(error)) from error
+
+
+def worker_error(reason: str) -> LoaderWorkerError:
+    return LoaderWorkerError(
+        f"a DataLoader worker exited unexpectedly ({reason.strip().splitlines()[-1]}): killed, out of memory, or "
+        "/dev/shm is too small (docker run --shm-size=8g; --workers 0 needs none); the last checkpoint is intact"
+    )
+
+
+class BatchLoader:
+    """Batches of a dataset in the order of a sampler; `iter` raises UserError for an image that cannot be read.
+
+    options: of DataLoader, from Accelerator.loader_options.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        sampler: ResumableBatchSampler,
+        *,
+        size: int,
+        training: bool,
+        seed: int,
+        options: dict[str, Any],
+    ) -> None:
+        self.sampler = sampler
+        self.workers: list[Any] = []
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: the user's choice
+        self.loader: DataLoader = DataLoader(
+            BatchDataset(dataset, size=size, training=training, seed=seed),  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=sampler,  # type: ignore[arg-type]
+            collate_fn=_unchanged,
+            worker_init_fn=functools.partial(_init_worker, os.getpid()),
+            **options,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        before = multiprocessing.active_children()
+        batches = iter(self.loader)  # now, not at the first batch: it draws from the generator that dropout uses
+        # With persistent workers, a second pass keeps those of the first.
+        self.workers = [child for child in multiprocessing.active_children() if child not in before] or self.workers
+        return _raise_errors(batches)
+
+    def has_lost_a_worker(self) -> bool:
+        return any(worker.exitcode not in (None, 0) for worker in self.workers)
+
+
+def _raise_errors(batches: Iterator[Any]) -> Iterator[Batch]:
+    for batch in batches:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _init_worker(parent: int, worker_id: int) -> None:
+    outlast_stop_signals(parent)
+    # Errors come back in place of a batch. What is left is a thread of multiprocessing that complains of a parent that
+    # has been killed, before this worker is killed with it.
+    sys.excepthook = lambda *_: None
+
+
+class SyntheticLoader:
+    """The same random batch, made on the device, as often as asked for: for measuring the step and nothing else."""
+
+    def __init__(self, sampler: ResumableBatchSampler, size: int, device: torch.device) -> None:
+        self.sampler = sampler
+        count = sampler.local_batch
+        images = torch.randint(0, 256, (count, size, size, 3), device=device).byte()
+        self.batch = images, torch.randint(0, 1000, (count,), device=device), torch.arange(count)
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            yield self.batch
+
+
+Loader = Union[BatchLoader, SyntheticLoader]
+
+
+@contextlib.contextmanager
+def watch_workers(*loaders: Loader | None) -> Iterator[None]:
+    """Turn the error that torch raises when a worker dies, at any point of the main thread, into LoaderWorkerError."""
+    try:
+        yield
+    except (RuntimeError, OSError, EOFError) as error:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises out of this signal, perhaps a second time
+        deadline = time.monotonic() + 1  # a closed socket may be seen before the exit of the worker that closed it
+        while time.monotonic() < deadline:
+            if any(isinstance(loader, BatchLoader) and loader.has_lost_a_worker() for loader in loaders):
+                raise worker_error(str(error)) from error
+            time.sleep(0.05)
+        raise

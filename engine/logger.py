@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Log lines, progress bar, metrics.jsonl, TensorBoard and curves.png."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from typing import IO, Any, Iterable, Iterator
+
+from engine.curves import save_curves
+from engine.metrics import Totals
+
+
+class ProgressMeter:
+    """The parsed log line of a loop: `Epoch: [0][  10/5004]	Time  0.251 ( 0.249)	…`.
+
+    Each field shows the value since the last line and, in parentheses, the mean of the epoch.
+
+    Args:
+        prefix: what the line starts with.
+        steps: number of steps in the loop.
+        done, totals: steps and totals of an earlier run, if it stopped within this epoch.
+    """
+
+    def __init__(self, prefix: str, steps: int, done: int = 0, totals: Totals = Totals()) -> None:  # noqa: B008
+        self.prefix, self.steps, self.digits = prefix, steps, len(str(steps))
+        self.begin = self.last = time.perf_counter()
+        self.data_time = self.last_data_time = 0.0  # seconds spent waiting for batches
+        self.first_done = self.last_done = done
+        self.last_totals = totals
+
+    def add_data_time(self, seconds: float) -> None:
+        self.data_time += seconds
+
+    def line(self, done: int, totals: Totals) -> str:
+        """Return the line after `done` steps with these totals of the epoch."""
+        now = time.perf_counter()
+        recent, steps, steps_in_all = totals.since(self.last_totals), done - self.last_done, done - self.first_done
+        steps, steps_in_all = max(1, steps), max(1, steps_in_all)
+        fields = [
+            f"{self.prefix}[{done:{self.digits}d}/{self.steps}]",
+            f"Time {(now - self.last) / steps:6.3f} ({(now - self.begin) / steps_in_all:6.3f})",
+            f"Data {(self.data_time - self.last_data_time) / steps:6.3f} ({self.data_time / steps_in_all:6.3f})",
+            f"Loss {recent.loss:6.4f} ({totals.loss:6.4f})",
+            f"Acc@1 {recent.acc1:6.2f} ({totals.acc1:6.2f})",
+            f"Acc@5 {recent.acc5:6.2f} ({totals.acc5:6.2f})",
+        ]
+        self.last, self.last_data_time, self.last_done, self.last_totals = now, self.data_time, done, totals
+        return "\t".join(fields)
+
+
+class Logger:
+    """Prints on the local main process of each node; writes files on rank 0 alone.
+
+    Args:
+        folder: where metrics.jsonl, curves.png and TensorBoard's events go.
+        prints: whether this is the local main process.
+        writes: whether this is rank 0.
+    """
+
+    def __init__(self, folder: str = ".", *, prints: bool, writes: bool) -> None:
+        self.folder, self.prints, self.writes = folder, prints, writes
+        self.bar: Any = None
+        self.tensorboard: Any = None
+        self.jsonl: IO[str] | None = None
+        self.warned = False
+        if writes:
+            self.jsonl = open(os.path.join(folder, "metrics.jsonl"), "a")  # noqa: SIM115  closed by close()
+            with contextlib.suppress(ImportError):  # optional; metrics.jsonl has the same values
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.tensorboard = SummaryWriter(os.path.join(folder, "tensorboard"))
+
+    def line(self, text: str) -> None:
+        """Print a line, above the progress bar if there is one."""
+        if not self.prints:
+            return
+        if self.bar is not None:
+            self.bar.clear()
+        with self._ignoring_write_errors():
+            print(text, flush=True)
+        if self.bar is not None:
+            self.bar.refresh()
+
+    def warning(self, text: str) -> None:
+        print(f"main.py: warning: {text}", file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def _ignoring_write_errors(self) -> Iterator[None]:
+        """A full disk, or a reader of our output that is gone (`| tee` at Ctrl-C), must not end the training."""
+        try:
+            yield
+        except OSError as error:
+            if not self.warned:
+                self.warned = True
+                with contextlib.suppress(OSError):
+                    self.warning(f"log output is being lost ({error})")
+
+    @contextlib.contextmanager
+    def progress(self, total: int, done: int, label: str) -> Iterator[None]:
+        """Show a bar with ETA and images/s on a terminal if tqdm is installed. total, done: images of all processes."""
+        if self.prints and sys.stderr.isatty():
+            with contextlib.suppress(ImportError):
+                from tqdm import tqdm
+
+                self.bar = tqdm(total=total, initial=done, desc=label, unit=" images", leave=False, dynamic_ncols=True)
+        try:
+            yield
+        finally:
+            if self.bar is not None:
+                self.bar.close()
+                self.bar = None
+
+    def advance(self, images: int) -> None:
+        """Move the progress bar."""
+        if self.bar is not None:
+            self.bar.update(min(images, self.bar.total - self.bar.n))  # the last validation batch is a smaller one
+
+    def track(self, items: Iterable[Any], total: int, label: str) -> Iterator[Any]:
+        """Yield `total` items with a progress bar."""
+        with self.progress(total, 0, label):
+            for item in items:
+                self.advance(1)
+                yield item
+
+    def event(self, event: str, **fields: Any) -> None:
+        """Write a line of metrics.jsonl. event: start, train, epoch, validate, checkpoint, stop or done."""
+        if self.jsonl is None:
+            return
+        record: dict[str, Any] = {"event": event}
+        for key, value in fields.items():
+            record[key] = None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no NaN
+        with self._ignoring_write_errors():
+            self.jsonl.write(json.dumps(record) + "\n")
+            self.jsonl.flush()
+        if self.tensorboard is not None and "step" in fields:
+            with self._ignoring_write_errors():
+                for key in ("loss", "acc1", "acc5", "lr", "images_per_second"):
+                    if key in fields:
+                        self.tensorboard.add_scalar(f"{event}/{key}", fields[key], fields["step"])
+
+    def curves(self) -> None:
+        """Draw curves.png from metrics.jsonl if matplotlib is installed."""
+        if self.writes:
+            with self._ignoring_write_errors(), contextlib.suppress(ImportError):
+                save_curves(self.folder)
+
+    def close(self) -> None:
+        if self.jsonl is not None:
+            with self._ignoring_write_errors():
+                self.jsonl.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Loss, exact accuracy counts, predictions and throughput."""
+
+from __future__ import annotations
+
+import time
+from typing import Callable, NamedTuple, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+def cross_entropy(logits: torch.Tensor, target: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+    """Mean loss in fp32. logits: (N, classes); target: (N,) int64.
+
+    Label smoothing as in Szegedy et al., arXiv:1512.00567, section 7; F.cross_entropy has it only since torch 1.10.
+    """
+    log_probabilities = F.log_softmax(logits.float(), dim=1)
+    loss = F.nll_loss(log_probabilities, target)
+    if label_smoothing:
+        loss = (1 - label_smoothing) * loss - label_smoothing * log_probabilities.mean()
+    return loss
+
+
+class Totals(NamedTuple):
+    """Sums over images. Plain floats, exact up to 2^53, so that sums over processes are exact too."""
+
+    images: float = 0.0
+    correct1: float = 0.0  # the target is the first prediction
+    correct5: float = 0.0  # the target is among the first five
+    loss_sum: float = 0.0
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / max(self.images, 1)
+
+    @property
+    def acc1(self) -> float:
+        """Top-1 accuracy in percent."""
+        return 100.0 * self.correct1 / max(self.images, 1)
+
+    @property
+    def acc5(self) -> float:
+        """Top-5 accuracy in percent."""
+        return 100.0 * self.correct5 / max(self.images, 1)
+
+    def metrics(self) -> dict[str, float]:
+        return {"loss": self.loss, "acc1": self.acc1, "acc5": self.acc5}
+
+    def since(self, earlier: Totals) -> Totals:
+        """Return the totals of the images that came after `earlier`."""
+        return Totals(*(now - before for now, before in zip(self, earlier)))
+
+
+class AccuracyCounter:
+    """Loss and correct predictions, summed on the device: `update` never synchronizes, `read` does."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.counts = torch.zeros(3, dtype=torch.int64, device=device)  # images, top-1 correct, top-5 correct
+        self.loss_sum = torch.zeros((), dtype=torch.float32, device=device)
+
+    def update(self, loss_sum: torch.Tensor, logits: torch.Tensor, target: torch.Tensor) -> None:
+        """Count a batch. loss_sum: () summed over its images; logits: (N, classes); target: (N,) int64."""
+        top5 = logits.detach().topk(min(5, logits.shape[1]), dim=1)[1]
+        correct = top5.eq(target.unsqueeze(1))
+        images = torch.full_like(self.counts[0], len(target))
+        self.counts += torch.stack([images, correct[:, 0].sum(), correct.sum()])
+        loss_sum = loss_sum.detach().float()  # the step of a loss that is not finite is skipped, and so is the loss
+        self.loss_sum += torch.where(torch.isfinite(loss_sum), loss_sum, torch.zeros_like(loss_sum))
+
+    def read(self) -> Totals:
+        """Return the totals so far. A synchronization."""
+        images, correct1, correct5 = self.counts.tolist()
+        return Totals(images, correct1, correct5, self.loss_sum.item())
+
+    def load(self, totals: Sequence[float]) -> None:
+        """Continue from earlier totals."""
+        self.counts.copy_(torch.tensor(totals[:3], dtype=torch.int64))
+        self.loss_sum.fill_(totals[3])
+
+
+class Predictions:
+    """The predicted class of each image of a dataset, and its probability."""
+
+    def __init__(self, count: int) -> None:
+        self.predicted = np.full(count, -1, np.int64)  # -1: not evaluated, or by another process
+        self.confidence = np.zeros(count, np.float32)
+
+    def update(self, indices: torch.Tensor, logits: torch.Tensor) -> None:
+        """Record a batch. indices: (N,) int64 into the dataset; logits: (N, classes). A synchronization."""
+        predicted = logits.topk(min(5, logits.shape[1]), dim=1)[1][:, :1]  # by topk, as AccuracyCounter counts
+        confidence = logits.float().softmax(1).gather(1, predicted)
+        self.predicted[indices.numpy()] = predicted[:, 0].cpu().numpy()
+        self.confidence[indices.numpy()] = confidence[:, 0].cpu().numpy()
+
+
+class Throughput:
+    """Images per second over the steps of an epoch after the first five, or over all if there are ten or fewer.
+
+    The caller synchronizes with the device before the clock is read.
+    """
+
+    WARM_UP = 5  # steps
+
+    def __init__(self, steps: int) -> None:
+        self.skip = self.WARM_UP if steps > 10 else 0
+        self.steps = self.images = 0
+        self.begin = self.warm_begin = time.perf_counter()
+        self.warm_images = 0  # counted before warm_begin
+        self.paused = self.pauses = 0.0  # seconds
+
+    def step(self, images: int, synchronize: Callable[[], None]) -> None:
+        """Count a step. images: of all processes."""
+        self.steps += 1
+        self.images += images
+        if self.steps == self.skip:
+            synchronize()  # once per epoch
+            self.warm_begin, self.warm_images = time.perf_counter(), self.images
+
+    def pause(self) -> None:
+        """Stop the clock, for instance during a checkpoint."""
+        self.paused = time.perf_counter()
+
+    def resume(self) -> None:
+        self.pauses += time.perf_counter() - self.paused
+
+    def seconds(self) -> float:
+        return max(time.perf_counter() - self.warm_begin - self.pauses, 1e-9)
+
+    def images_per_second(self) -> float:
+        """Return the rate; over the warm-up steps if the run was stopped within them."""
+        if self.steps <= self.skip:
+            self.warm_begin, self.warm_images = self.begin, 0
+        return (self.images - self.warm_images) / self.seconds()

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""From gradients to weights: loss scale, master weights, clipping, skipped steps, the EMA, and their states."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Iterable, Iterator
+
+import torch
+from torch import nn
+
+
+class LossScaler:
+    """Scales the loss, then applies the gradients, or skips the step if one of them is not finite.
+
+    Everything stays on the device: the flag that skips, the dynamic scale, the count of skips. One pass over the
+    gradients gives their norm, which serves the check and the clipping. After an all-reduce the norm is the same on
+    every process, so all of them skip alike. If the optimizer takes no flag (torch before 2.4, NPU, MPS), the host
+    reads the flag: one synchronization per step.
+
+    Args:
+        model: holds the weights that backward fills with gradients.
+        master_weights: the parameters that the optimizer steps; the model's own, or fp32 copies of them (O2).
+        optimizer: steps master_weights.
+        loss_scale: a number, or `dynamic`: start at 65536, halve on overflow, double after 2000 good steps
+            (Micikevicius et al., arXiv:1710.03740, with apex's constants).
+        clip_grad_norm: largest 2-norm of all gradients together.
+        apex: apex.amp, which keeps scale and master weights itself and leaves unscaled gradients in the masters.
+    """
+
+    GROWTH_INTERVAL = 2000  # steps
+
+    def __init__(
+        self,
+        model: nn.Module,
+        master_weights: list[torch.Tensor],
+        optimizer: torch.optim.Optimizer,
+        *,
+        loss_scale: float | str = 1.0,
+        clip_grad_norm: float | None = None,
+        apex: Any = None,
+    ) -> None:
+        self.model = model
+        self.weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.master_weights = master_weights
+        self.optimizer = optimizer
+        self.clip_grad_norm = clip_grad_norm
+        self.apex = apex
+        self.has_copies = apex is None and master_weights[0] is not self.weights[0]
+        self.dynamic = loss_scale == "dynamic"
+        self.scaled = loss_scale != 1
+        device = master_weights[0].device
+        self.scale = torch.full((), 65536.0 if self.dynamic else float(loss_scale), device=device)
+        self.good_steps = torch.zeros((), dtype=torch.int32, device=device)
+        self.skipped = torch.zeros((), dtype=torch.bool, device=device)  # whether the last step was
+        self.skipped_in_a_row = torch.zeros((), dtype=torch.int32, device=device)
+        self.longest_skip = torch.zeros((), dtype=torch.int32, device=device)  # since it was last read
+        self.skips_on_device = getattr(optimizer, "_step_supports_amp_scaling", False)
+        # A skipped forward pass has spoilt the running statistics of batch norm: these are put back.
+        self.good_buffers = [buffer.clone() for buffer in model.buffers()]
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of the scaled loss to those of the weights."""
+        if self.apex is not None:
+            with self.apex.scale_loss(loss, self.optimizer) as scaled:
+                scaled.backward()
+            return
+        (loss * self.scale if self.scaled else loss).backward()
+
+    def step(self) -> None:
+        """Apply the gradients that backward left, or none of them if one is not finite; then clear them."""
+        if self.has_copies:
+            for master, weight in zip(self.master_weights, self.weights):
+                if master.grad is None:
+                    master.grad = torch.empty_like(master)
+                assert weight.grad is not None, "backward() before step()"
+                master.grad.copy_(weight.grad)
+                weight.grad = None
+        gradients = [master.grad for master in self.master_weights if master.grad is not None]
+        norm = _total_norm(gradients) / self.scale
+        found_inf = (~torch.isfinite(norm)).float()  # () 1.0 or 0.0
+        divisor = self.scale
+        if self.clip_grad_norm:
+            divisor = divisor * (norm / self.clip_grad_norm).clamp(min=1)
+        if self.skips_on_device:
+            self.optimizer.grad_scale, self.optimizer.found_inf = divisor, found_inf  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not found_inf.item():  # a synchronization
+            if self.scaled or self.clip_grad_norm:
+                for gradient in gradients:
+                    gradient.copy_(gradient.float() / divisor)
+            self.optimizer.step()
+        self._finish_step(found_inf > 0)
+
+    def _finish_step(self, skipped: torch.Tensor) -> None:
+        self.skipped = skipped
+        with torch.no_grad():
+            if self.has_copies:
+                for master, weight in zip(self.master_weights, self.weights):
+                    weight.copy_(master)
+            for buffer, good in zip(self.model.buffers(), self.good_buffers):
+                buffer.copy_(torch.where(skipped, good, buffer))
+                good.copy_(buffer)
+        zero = torch.zeros_like(self.good_steps)
+        # Overflows of a dynamic scale that is still coming down are no sign of divergence.
+        counted = skipped & (self.scale <= 1) if self.dynamic else skipped
+        self.skipped_in_a_row = torch.where(counted, self.skipped_in_a_row + 1, zero)
+        self.longest_skip = torch.max(self.longest_skip, self.skipped_in_a_row)
+        if self.dynamic:
+            self.good_steps = torch.where(skipped, zero, self.good_steps + 1)
+            grow = self.good_steps >= self.GROWTH_INTERVAL
+            self.scale = torch.where(skipped, self.scale / 2, torch.where(grow, self.scale * 2, self.scale))
+            self.good_steps = torch.where(grow, zero, self.good_steps)
+        self.optimizer.zero_grad()
+
+    def read_longest_skip(self) -> int:
+        """Return the largest number of steps skipped in a row since the last call. A synchronization."""
+        longest = int(self.longest_skip.item())
+        self.longest_skip = self.skipped_in_a_row.clone()
+        return longest
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain numbers, and apex's own state if it is used. A synchronization."""
+        state = {
+            "loss_scale": self.scale.item(),
+            "good_steps": self.good_steps.item(),
+            "skipped_in_a_row": self.skipped_in_a_row.item(),
+        }
+        return {**self.apex.state_dict(), **state} if self.apex is not None else state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what state_dict returned, or the reference's: apex's state alone."""
+        if self.apex is not None:
+            self.apex.load_state_dict({key: value for key, value in state.items() if key.startswith("loss_scaler")})
+        if "good_steps" not in state:
+            return
+        if self.dynamic:
+            self.scale.fill_(float(state["loss_scale"]))
+        self.good_steps.fill_(int(state["good_steps"]))
+        self.skipped_in_a_row.fill_(int(state["skipped_in_a_row"]))
+
+    def model_state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the model's state dict in fp32 on the CPU, with the master weights in place of half-precision ones."""
+        return _fp32_state_dict(self.model, zip(self.weights, self.master_weights))
+
+    def optimizer_state_dict(self) -> dict[str, Any]:
+        """Return what torch.optim.SGD.state_dict returns on current torch, in fp32, from any torch and device."""
+        options = {key: value for key, value in self.optimizer.param_groups[0].items() if key != "params"}
+        momentum = {}
+        for position, parameter in enumerate(self.master_weights):
+            buffer = self.optimizer.state[parameter].get("momentum_buffer")
+            if buffer is not None:
+                momentum[position] = {"momentum_buffer": buffer.to("cpu", torch.float32)}
+        return {"state": momentum, "param_groups": [{**options, "params": list(range(len(self.master_weights)))}]}
+
+    def load_optimizer_state_dict(self, state: dict[str, Any]) -> None:
+        """Load a state dict of torch's SGD, matching momentum buffers to parameters by position.
+
+        Raises:
+            ValueError: if their number or shapes do not match.
+        """
+        order = [key for group in state["param_groups"] for key in group["params"]]  # torch 1.5 numbers them by id()
+        if len(order) != len(self.master_weights):
+            raise ValueError(f"expected the state of {len(self.master_weights)} parameters, got {len(order)}")
+        for position, (key, parameter) in enumerate(zip(order, self.master_weights)):
+            momentum = state["state"].get(key, {}).get("momentum_buffer")
+            if momentum is None:  # never stepped
+                continue
+            if momentum.shape != parameter.shape:
+                expected, got = tuple(parameter.shape), tuple(momentum.shape)
+                raise ValueError(f"momentum of parameter {position}: expected shape {expected}, got {got}")
+            # Copied into a new buffer: the fused kernels need the parameter's own memory format.
+            self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter).copy_(momentum)
+
+
+class ModelEma:
+    """An exponential moving average, in fp32, of a model's weights and of its batch norm statistics.
+
+    Args:
+        model: the model.
+        weights: its trainable weights.
+        master_weights: what is averaged for each of them: the weights themselves, or their fp32 copies.
+    """
+
+    def __init__(self, model: nn.Module, weights: list[nn.Parameter], master_weights: list[torch.Tensor]) -> None:
+        self.model = model
+        buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        self.tensors: list[torch.Tensor] = [*weights, *buffers]  # what the averages are swapped into
+        self.sources = master_weights + buffers  # what is averaged
+        self.averages = [tensor.detach().to(torch.float32, copy=True) for tensor in self.sources]
+
+    def update(self, decay: float, step: int, skipped: torch.Tensor) -> None:
+        """average = decay · average + (1 - decay) · weight, except after a skipped step. No synchronization.
+
+        The first steps decay faster: min(decay, (1 + step) / (10 + step)), as TensorFlow's
+        ExponentialMovingAverage(num_updates) does. skipped: () bool on the device.
+        """
+        with torch.no_grad():
+            weight = (~skipped).float() * (1 - min(decay, (1 + step) / (10 + step)))
+            for average, source in zip(self.averages, self.sources):
+                average.lerp_(source.float(), weight)
+
+    @contextlib.contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """A context in which the model computes with the averages."""
+        own = [tensor.data for tensor in self.tensors]
+        for tensor, average in zip(self.tensors, self.averages):
+            tensor.data = average.to(tensor.dtype)
+        try:
+            yield
+        finally:
+            for tensor, data in zip(self.tensors, own):
+                tensor.data = data
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the model's state dict in fp32 on the CPU, with the averages in place."""
+        return _fp32_state_dict(self.model, zip(self.tensors, self.averages))
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Load what state_dict returned."""
+        averages = {id(tensor): average for tensor, average in zip(self.tensors, self.averages)}
+        for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
+            if id(tensor) in averages:
+                averages[id(tensor)].copy_(state[name])
+
+
+def _fp32_state_dict(
+    model: nn.Module, replacements: Iterable[tuple[torch.Tensor, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """Return model.state_dict() in fp32 on the CPU, with a value in place of each (tensor, value) in replacements."""
+    values = {id(tensor): value for tensor, value in replacements}
+    state = model.state_dict()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        state[name] = values.get(id(tensor), state[name])
+    for name, value in state.items():
+        state[name] = value.detach().to("cpu", torch.float32 if value.is_floating_point() else value.dtype)
+    return state
+
+
+def _total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """The 2-norm of all gradients together, accumulated in fp32: () float32 on their device."""
+    if hasattr(nn.utils, "get_total_norm") and gradients[0].dtype == torch.float32:
+        return nn.utils.get_total_norm(gradients)
+    return torch.stack([gradient.norm(p=2, dtype=torch.float32) for gradient in gradients]).norm()  # type: ignore[call-overload]

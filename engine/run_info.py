@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a run is: its first log lines, args.json, and the versions that it ran on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+from typing import Any
+
+from engine.accelerator import Accelerator
+from engine.datasets import ImageDataset
+from engine.distributed import ProcessGroup
+from engine.logger import Logger
+from engine.transforms import decoder_name
+
+import torch
+
+
+def log_run_info(
+    args: argparse.Namespace,
+    group: ProcessGroup,
+    accelerator: Accelerator,
+    logger: Logger,
+    train_set: ImageDataset | None,
+    val_set: ImageDataset | None,
+) -> None:
+    """Describe the run in a few lines, in args.json, and in bad_images.txt if images are left out."""
+    device_name = f"{group.world_size} × {args.device} ({accelerator.name()})"
+    logger.line(f"=> {args.arch} on {device_name}, {args.precision}, torch {torch.__version__}")
+    datasets = {"training": train_set, "validation": val_set}
+    counts = [f"{len(dataset):,} {kind} images" for kind, dataset in datasets.items() if dataset is not None]
+    source = "synthetic" if args.dummy else args.data or "the embedded digits (no --data given)"
+    sizes = ", ".join(counts) or f"{args.dummy:,} images"
+    logger.line(f"=> data: {source}, {sizes}, {args.image_size} pixels per side")
+    unreadable = [image for dataset in datasets.values() if dataset is not None for image in dataset.unreadable]
+    if unreadable:
+        path = os.path.join(args.output_dir, "bad_images.txt")
+        logger.line(f"=> skipping {len(unreadable):,} unreadable images, listed in {path}")
+        if group.rank == 0:
+            with open(path, "w", encoding="utf-8") as file:
+                file.writelines(f"{name}\t{reason}\n" for name, reason in unreadable)
+    if group.rank == 0 and not args.evaluate:
+        record = {
+            "flags": vars(args),
+            "processes": group.world_size,
+            "decoder": decoder_name(),
+            **versions(accelerator),
+        }
+        with open(os.path.join(args.output_dir, "args.json"), "w") as file:
+            json.dump(record, file, indent=2, sort_keys=True)
+            file.write("\n")
+
+
+def versions(accelerator: Accelerator) -> dict[str, Any]:
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "hardware": accelerator.name(),
+        "commit": git_commit(),
+    }
+
+
+def git_commit() -> str | None:
+    """Return the commit of this program, None outside a clone."""
+    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
+    try:
+        finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    except OSError:  # git is not installed
+        return None
+    return finished.stdout.decode().strip() or None

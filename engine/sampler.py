@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Which image comes when: an order that depends on nothing but (seed, epoch), so that any run can continue anywhere."""
+
+from __future__ import annotations
+
+from typing import Iterator
+
+import numpy as np
+
+
+def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    """Return the global order of an epoch: (count,) int64. NumPy has frozen MT19937 and its shuffle for good."""
+    return np.random.RandomState([seed, epoch]).permutation(count)
+
+
+def seed_augmentation(rng: np.random.RandomState, seed: int, epoch: int, index: int) -> np.random.RandomState:
+    """Seed a generator for one image in one epoch: 7 µs, while making a new one takes 75."""
+    rng.seed([seed, epoch, index])
+    return rng
+
+
+class ResumableBatchSampler:
+    """The batches of one process, each as (epoch, indices).
+
+    Training (`shuffle`): rank r takes its slice of each global batch, so the images of a step do not depend on the
+    number of processes. An incomplete last batch is dropped. The stream continues over all epochs, so DataLoader
+    workers never pause. Validation: every image once, in order; all ranks get the same number of batches, the last ones
+    short or empty.
+
+    Args:
+        count: number of images in the dataset.
+        local_batch: images per batch of this process.
+        accum_steps: batches per optimizer step.
+        start: (epoch, step) to begin at.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        local_batch: int,
+        *,
+        rank: int,
+        world_size: int,
+        shuffle: bool,
+        accum_steps: int = 1,
+        seed: int = 0,
+        epochs: int = 1,
+        start: tuple[int, int] = (0, 0),
+    ) -> None:
+        self.count, self.local_batch, self.rank, self.world_size = count, local_batch, rank, world_size
+        self.shuffle, self.accum_steps, self.seed, self.epochs, self.start = shuffle, accum_steps, seed, epochs, start
+        self.global_batch = local_batch * world_size
+        self.step_images = self.global_batch * accum_steps
+        self.steps_per_epoch = count // self.step_images if shuffle else -(-count // self.step_images)
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        epoch, step = self.start
+        while epoch < self.epochs:
+            order = permutation(self.seed, epoch, self.count) if self.shuffle else np.arange(self.count)
+            for batch in range(step * self.accum_steps, self.steps_per_epoch * self.accum_steps):
+                first = (batch * self.world_size + self.rank) * self.local_batch
+                yield epoch, order[first : first + self.local_batch]
+            epoch, step = epoch + 1, 0
