@@ -4,8 +4,8 @@
     python export.py --checkpoint model_best.pth.tar --output vgg16.onnx
 
 Input `images`: (N, S, S, 3) uint8, RGB, any N. Outputs `logits` and `probabilities`: (N, classes) float32.
-Normalization is inside; class names and S are in the file's metadata. The file is kept only if onnxruntime computes what
-torch computes.
+Normalization is inside; class names and S are in the file's metadata. The file is kept only if onnxruntime computes
+what torch computes.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         difference = max(largest_difference(session, model, batch) for batch in (images[:1], images))
         if not difference <= TOLERANCE:
             raise ExportMismatchError(
-                f"onnxruntime and torch differ by {difference:.1e}, more than {TOLERANCE:.0e}: {args.output} not written"
+                f"onnxruntime and torch differ by {difference:.1e}, more than {TOLERANCE:.0e}: {args.output} is not "
+                "written"
             )
         os.replace(temporary, args.output)
     except OSError as error:

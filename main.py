@@ -17,7 +17,7 @@ import math
 import os
 import time
 from dataclasses import dataclass
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any, Callable, ContextManager, Iterable, Iterator
 
 import vgg
 from engine.accelerator import Accelerator
@@ -36,9 +36,9 @@ from engine.checkpoint import (
     restore,
 )
 from engine.checkpoint_file import CheckpointWriter
-from engine.datasets import ImageDataset, ImageFolder, open_datasets
+from engine.datasets import EMBEDDED, ImageDataset, ImageFolder, open_datasets, preprocessing_of
 from engine.distributed import ProcessGroup, check_same_flags, check_same_parameters
-from engine.errors import EXIT_STOPPED, DivergedError, SaveError, UsageError, run_script
+from engine.errors import EXIT_STOPPED, SaveError, UsageError, run_script
 from engine.flags import parse_args
 from engine.launcher import launch
 from engine.loader import Batch, BatchLoader, Loader, SyntheticLoader, watch_workers
@@ -55,7 +55,6 @@ import torch
 
 # Flags that may differ between nodes.
 PER_NODE = {"data", "workers", "output_dir", "resume", "gpu", "device_list", "rank", "addr", "dist_url"}
-MAX_SKIPPED_STEPS = 10  # in a row; then the run stops
 
 
 @dataclass
@@ -192,50 +191,30 @@ def train_one_epoch(
 ) -> bool:
     """Train to the end of the epoch of `steps` steps. Returns whether to stop the run here."""
     group, accelerator, logger = runtime.group, runtime.accelerator, runtime.logger
-    model, scaler, state, counter = training.model, training.scaler, training.state, training.counter
-    model.train()
+    state, counter, optimizer = training.state, training.counter, training.scaler.optimizer
+    training.model.train()
     if args.freeze_features:
         training.network.features.eval()  # batch norm keeps its statistics too
     lr = learning_rate(state.epoch, args)
-    for param_group in scaler.optimizer.param_groups:
+    for param_group in optimizer.param_groups:
         param_group["lr"] = lr
     global_batch = args.batch_size * args.nodes * args.accum_steps
-    steps_left = min(steps - state.step_in_epoch, (args.stop_step_num or math.inf) - state.step)
-    throughput = Throughput(int(steps_left))
+    throughput = Throughput(int(min(steps - state.step_in_epoch, (args.stop_step_num or math.inf) - state.step)))
     meter = ProgressMeter(f"Epoch: [{state.epoch}]", steps, state.step_in_epoch, counter.read())
     stopping = False
 
     with logger.progress(steps * global_batch, state.step_in_epoch * global_batch, f"Epoch {state.epoch}"):
         while state.step_in_epoch < steps and not stopping:
-            # Dropout depends on (seed, step, rank) alone, so that a resumed run draws the same masks.
-            accelerator.seed(((args.seed * 1000003 + state.step) * 1000003 + group.rank) % 2**63)
-            for part in range(args.accum_steps):
-                begin = time.perf_counter()
-                images, target, _ = next(batches)
-                meter.add_data_time(time.perf_counter() - begin)
-                images, target = training.normalize(images), accelerator.to_device(target)
-                with accelerator.accumulate(model, last=part == args.accum_steps - 1):
-                    with accelerator.autocast():
-                        logits = model(images)
-                        loss = cross_entropy(logits, target, args.label_smoothing)
-                    scaler.backward(loss / args.accum_steps)
-                counter.update(loss * len(target), logits, target)
-            scaler.step()
-            state.step += 1
-            state.step_in_epoch += 1
-            if training.ema is not None:
-                training.ema.update(args.ema_decay, state.step, scaler.skipped)
+            train_step(args, runtime, training, batches, meter)
             throughput.step(global_batch, accelerator.synchronize)
             logger.advance(global_batch)
-            if training.profiler is not None:
-                training.profiler.step()
 
             # A stop signal on any process stops all of them after the same step.
             done = state.step_in_epoch
             stopping = group.any(runtime.stop) or state.step == args.stop_step_num
             if done == 1 or done % args.print_freq == 0 or done == steps or stopping:
                 totals = counter.read()  # a synchronization, and so is the next line
-                check_finite(scaler, state.step)
+                training.scaler.check_finite(state.step)
                 logger.line(meter.line(done, totals))
                 logger.event("train", samples=done * global_batch, lr=lr, **totals.metrics(), **state.position())
             if args.save_freq and state.step % args.save_freq == 0 and done < steps and not stopping:
@@ -248,16 +227,36 @@ def train_one_epoch(
     rate = group.broadcast(throughput.images_per_second())  # one value in the logs of all nodes
     logger.line(f"[npu id: 0 ] * FPS@all {rate:.3f}")
     if state.step_in_epoch == steps:
-        logger.event(
-            "epoch",
-            samples=steps * global_batch,
-            lr=lr,
-            images_per_second=rate,
-            seconds=throughput.seconds(),
-            **totals.metrics(),
-            **state.position(),
-        )
+        timing = {"images_per_second": rate, "seconds": throughput.seconds()}
+        logger.event("epoch", samples=steps * global_batch, lr=lr, **timing, **totals.metrics(), **state.position())
     return stopping
+
+
+def train_step(
+    args: argparse.Namespace, runtime: Runtime, training: Training, batches: Iterator[Batch], meter: ProgressMeter
+) -> None:
+    """Make one optimizer step, over args.accum_steps batches. Nothing in it waits for the device, except in fp16."""
+    accelerator, model, scaler, state = runtime.accelerator, training.model, training.scaler, training.state
+    # Dropout depends on (seed, step, rank) alone, so that a resumed run draws the same masks.
+    accelerator.seed(((args.seed * 1000003 + state.step) * 1000003 + runtime.group.rank) % 2**63)
+    for part in range(args.accum_steps):
+        begin = time.perf_counter()
+        images, target, _ = next(batches)
+        meter.add_data_time(time.perf_counter() - begin)
+        images, target = training.normalize(images), accelerator.to_device(target)
+        with accelerator.accumulate(model, last=part == args.accum_steps - 1):
+            with accelerator.autocast():
+                logits = model(images)
+                loss = cross_entropy(logits, target, args.label_smoothing)
+            scaler.backward(loss / args.accum_steps)
+        training.counter.update(loss * len(target), logits, target)
+    scaler.step()
+    state.step += 1
+    state.step_in_epoch += 1
+    if training.ema is not None:
+        training.ema.update(args.ema_decay, state.step, scaler.skipped)
+    if training.profiler is not None:
+        training.profiler.step()
 
 
 def validate(
@@ -304,15 +303,6 @@ def validate(
     return totals
 
 
-def check_finite(scaler: LossScaler, step: int) -> None:
-    """Raise DivergedError, on all processes alike, if too many steps in a row were skipped. A synchronization."""
-    if scaler.read_longest_skip() >= MAX_SKIPPED_STEPS:
-        raise DivergedError(
-            f"the gradients of {MAX_SKIPPED_STEPS} steps in a row were not finite, by step {step}: training has "
-            "diverged; resume from the last checkpoint with a lower --lr, --warmup-epochs or --clip-grad-norm"
-        )
-
-
 # --- the run, from start to end ---------------------------------------------------------------------------------------
 
 
@@ -356,7 +346,7 @@ def save(
     no checkpoint.
     """
     begin, state, logger = time.perf_counter(), training.state, runtime.logger
-    check_finite(training.scaler, state.step)
+    training.scaler.check_finite(state.step)
     if training.scaler.skipped_in_a_row.item() and not (best or final):  # a synchronization
         logger.line(f"=> checkpoint at step {state.step} skipped: non-finite gradients")
         return
@@ -386,21 +376,15 @@ def run_job(args: argparse.Namespace, runtime: Runtime) -> int:
     check_same_flags(group, {**flags, "the JPEG decoder": decoder_name()})
     train_set, val_set = build_datasets(args, runtime)
     described = val_set if val_set is not None else ImageFolder  # synthetic images are treated like a folder's
-    classes = val_set.classes if val_set is not None else [str(number) for number in range(1000)]
     args.image_size = args.image_size or described.default_size
-    preprocessing = {
-        "image_size": args.image_size,
-        "crop": described.center_crop,
-        "mean": list(described.mean),
-        "std": list(described.std),
-    }
-    identity = {
+    classes = val_set.classes if val_set is not None else [str(number) for number in range(1000)]
+    info = ModelInfo(args.arch, classes, preprocessing_of(described, args.image_size), decoder_name(), group.world_size)
+    info.identity = {
         "seed": args.seed,
         "global batch": args.batch_size * args.nodes * args.accum_steps,
         "data": train_set.fingerprint if train_set is not None else "dummy",
         "image size": args.image_size,
     }
-    info = ModelInfo(args.arch, classes, preprocessing, identity, decoder_name(), group.world_size)
     log_run_info(args, group, accelerator, logger, train_set, val_set)
 
     accelerator.seed(args.seed)
@@ -425,22 +409,22 @@ def run_job(args: argparse.Namespace, runtime: Runtime) -> int:
     if checkpoint is not None:
         restore(checkpoint, training.state, training.counter, info, training.scaler, training.ema, logger, group.rank)
         del checkpoint, found  # a gigabyte
-    state = training.state
-    loader = build_loader(train_set, args, runtime, training=True, start=(state.epoch, state.step_in_epoch))
-    logger.event("start", **state.position())
+    start = training.state.epoch, training.state.step_in_epoch
+    loader = build_loader(train_set, args, runtime, training=True, start=start)
+    logger.event("start", **training.state.position())
     runtime.stop.training = True
-    trace_path = os.path.join(args.output_dir, "trace.json")
-    tracing = args.profile and group.rank == 0
+    trace: ContextManager[Any] = contextlib.nullcontext()
+    if args.profile and group.rank == 0:
+        trace = accelerator.trace(os.path.join(args.output_dir, "trace.json"), logger.line)
     try:
-        with accelerator.trace(trace_path, logger.line) if tracing else contextlib.nullcontext() as profiler:
-            training.profiler = profiler
-            with watch_workers(loader, val_loader):
-                code = train(args, runtime, training, loader, val_loader)
+        with trace as training.profiler, watch_workers(loader, val_loader):
+            code = train(args, runtime, training, loader, val_loader)
     finally:
         warn_of_failed_save(args, runtime, training)  # waits: a failure does not cost the checkpoint being written
     if code == EXIT_STOPPED:
-        logger.line(f"=> stopped on a signal after step {state.step}, checkpoint saved")
-    logger.event("stop" if code == EXIT_STOPPED else "done", acc1=state.best_acc1, **state.position())
+        logger.line(f"=> stopped on a signal after step {training.state.step}, checkpoint saved")
+    event = "stop" if code == EXIT_STOPPED else "done"
+    logger.event(event, acc1=training.state.best_acc1, **training.state.position())
     return code
 
 
@@ -457,12 +441,12 @@ def evaluate(
     group, accelerator = runtime.group, runtime.accelerator
     if "state_dict_ema" in checkpoint:
         runtime.logger.line("=> evaluating the EMA weights (--ema-decay)")
-    model, _ = accelerator.place(network)
+    accelerator.place(network)
     state = TrainState(epoch=max(0, int(checkpoint.get("epoch", 1)) - 1))  # the last epoch trained
     predictions = Predictions(len(dataset)) if args.report else None
     with watch_workers(loader):
         totals = validate(
-            runtime, model, normalize, loader, state=state, print_freq=args.print_freq, predictions=predictions
+            runtime, network, normalize, loader, state=state, print_freq=args.print_freq, predictions=predictions
         )
     if totals is None:
         return EXIT_STOPPED
@@ -473,23 +457,14 @@ def evaluate(
             from engine.report import write_report
 
             weights = args.resume or args.pretrained
-            facts = {
-                **vars(args),
-                **versions(accelerator),
-                "weights": weights,
-                "data": args.data or "the embedded digits",
-            }
             path = write_report(
                 args.report,
+                dataset,
+                predictions,
+                totals,
                 title=f"{args.arch}: {totals.acc1:.2f}% Acc@1",
-                dataset=dataset,
-                classes=dataset.classes,
                 image_size=args.image_size,
-                predictions=predictions,
-                loss=totals.loss,
-                acc1=totals.acc1,
-                acc5=totals.acc5,
-                facts=facts,
+                facts={**vars(args), **versions(accelerator), "weights": weights, "data": args.data or EMBEDDED},
                 training_folders=[os.path.dirname(weights) or ".", args.output_dir],
             )
             runtime.logger.line(f"=> report written to {path}")

@@ -18,7 +18,7 @@ import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Sequence, Union
+from typing import Any, NamedTuple, Sequence
 
 import vgg
 from engine import device
@@ -134,7 +134,7 @@ def find_images(paths: Sequence[str]) -> list[str]:
     return found
 
 
-def read_image(path: str, model: Model) -> Union[np.ndarray, ImageError]:
+def read_image(path: str, model: Model) -> np.ndarray | ImageError:
     """Return (S, S, 3) uint8, prepared exactly as for validation, or the error."""
     try:
         image = read_rgb(path)

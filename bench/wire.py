@@ -65,7 +65,8 @@ def measure(nodes: Network, steps: int, flags: list[str]) -> list[tuple[int, flo
         for line in children[0].stdout or ():
             if line.startswith("Epoch:"):
                 marks.append((bytes_sent(nodes, 0), time.perf_counter()))
-        if any([child.wait() for child in children]):
+        codes = [child.wait() for child in children]
+        if any(codes):
             raise RuntimeError("main.py failed")
     marks = marks[WARM_UP_STEPS:]
     return [(after[0] - before[0], after[1] - before[1]) for before, after in zip(marks, marks[1:])]

@@ -40,9 +40,9 @@ class ModelInfo:
     arch: str
     classes: list[str]
     preprocessing: dict[str, Any]  # image_size, crop, mean, std: for predict.py and export.py
+    decoder: str  # of the training images
+    world_size: int
     identity: dict[str, Any] = field(default_factory=dict)  # what must agree for a mid-epoch resume
-    decoder: str = ""  # of the training images
-    world_size: int = 1
 
 
 def build_checkpoint(

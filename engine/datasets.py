@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from typing import IO, Iterator, Sequence, Union
+from typing import IO, Any, Iterator, Sequence, Union
 
 from engine.errors import DataError, ImageError, UsageError
 from engine.folder_index import Check, open_index
@@ -30,6 +30,7 @@ import numpy as np
 from PIL import Image
 
 DATA_FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data")
+EMBEDDED = "the embedded digits"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of its training images
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -119,6 +120,11 @@ class ArrayDataset:
 
 
 ImageDataset = Union[ImageFolder, ArrayDataset]
+
+
+def preprocessing_of(dataset: ImageDataset | type[ImageFolder], size: int) -> dict[str, Any]:
+    """Return how validation images become the model's input, as checkpoints hold it."""
+    return {"image_size": size, "crop": dataset.center_crop, "mean": list(dataset.mean), "std": list(dataset.std)}
 
 
 def open_datasets(

@@ -6,6 +6,8 @@ from __future__ import annotations
 import contextlib
 from typing import Any, Iterable, Iterator
 
+from engine.errors import DivergedError
+
 import torch
 from torch import nn
 
@@ -29,6 +31,7 @@ class LossScaler:
     """
 
     GROWTH_INTERVAL = 2000  # steps
+    MAX_SKIPPED = 10  # steps in a row
 
     def __init__(
         self,
@@ -118,6 +121,14 @@ class LossScaler:
         longest = int(self.longest_skip.item())
         self.longest_skip = self.skipped_in_a_row.clone()
         return longest
+
+    def check_finite(self, step: int) -> None:
+        """Raise DivergedError if ten steps in a row were skipped; alike on every process. A synchronization."""
+        if self.read_longest_skip() >= self.MAX_SKIPPED:
+            raise DivergedError(
+                f"the gradients of {self.MAX_SKIPPED} steps in a row were not finite, by step {step}: training has "
+                "diverged; resume from the last checkpoint with a lower --lr, --warmup-epochs or --clip-grad-norm"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain numbers, and apex's own state if it is used. A synchronization."""

@@ -13,25 +13,15 @@ from string import Template
 from typing import TYPE_CHECKING, Any, Callable, Sequence
 
 from engine.curves import ACC1, LOSS, draw_confusion, draw_curves, read_events
+from engine.datasets import ImageDataset, ImageFolder
 from engine.errors import ImageError
+from engine.metrics import Predictions, Totals
 
 import numpy as np
 from PIL import Image
 
 if TYPE_CHECKING:
-    from typing import Protocol
-
-    from engine.metrics import Predictions
-
     from matplotlib.figure import Figure
-
-    class ValidationDataset(Protocol):
-        """What the page needs of a dataset. `path(index)`, if it exists, is the file that an image came from."""
-
-        labels: np.ndarray
-
-        def validation_image(self, index: int, size: int) -> np.ndarray: ...
-
 
 MAX_MATRIX_CLASSES = 25  # with more classes, the cells are too small
 MAX_PAIRS = 25
@@ -52,24 +42,19 @@ STYLE: dict[Any, Any] = {  # matplotlib's rcParams
 
 def write_report(
     folder: str,
+    dataset: ImageDataset,
+    predictions: Predictions,
+    totals: Totals,
     *,
     title: str,
-    dataset: ValidationDataset,
-    classes: Sequence[str],
     image_size: int,
-    predictions: Predictions,
-    loss: float,
-    acc1: float,
-    acc5: float,
     facts: dict[str, object],
     training_folders: Sequence[str],
 ) -> str:
-    """Write folder/index.html and return its path. Without matplotlib, the page has no figures and says so.
+    """Write folder/index.html and return its path. Requires matplotlib.
 
     Args:
-        dataset: N validation images and `labels`, int64 (N,).
-        predictions: `predicted`, int64 (N,), -1 for an image that was left out, and `confidence`, float32 (N,), 0 to 1.
-        acc1, acc5: percent.
+        dataset: the validation images.
         facts: flags and versions. `weights`, `data` and `hardware` make up the subtitle.
         training_folders: the curves are drawn from the first of these folders that has a metrics.jsonl.
 
@@ -77,15 +62,15 @@ def write_report(
         OSError: the page cannot be written.
     """
     labels, predicted, confidence = dataset.labels, predictions.predicted, predictions.confidence
-    classes = [" ".join(name.encode("utf-8", "replace").decode().split()) for name in classes]
+    classes = [" ".join(name.encode("utf-8", "replace").decode().split()) for name in dataset.classes]
     evaluated = predicted >= 0
     confusion = count_confusion(labels[evaluated], predicted[evaluated], len(classes))
     mistakes = np.flatnonzero(evaluated & (predicted != labels))
     mistakes = mistakes[np.argsort(-confidence[mistakes], kind="stable")]
     numbers = [
-        (f"{acc1:.2f}%", "Acc@1"),
-        (f"{acc5:.2f}%", "Acc@5"),
-        (f"{loss:.4f}", "loss"),
+        (f"{totals.acc1:.2f}%", "Acc@1"),
+        (f"{totals.acc5:.2f}%", "Acc@5"),
+        (f"{totals.loss:.4f}", "loss"),
         (f"{len(mistakes):,}", f"wrong of {confusion.sum():,}"),
     ]
     rows = [
@@ -137,12 +122,11 @@ def curves_section(folders: Sequence[str]) -> str:
 
 
 def mistakes_section(
-    dataset: ValidationDataset, classes: Sequence[str], size: int, mistakes: np.ndarray, predictions: Predictions
+    dataset: ImageDataset, classes: Sequence[str], size: int, mistakes: np.ndarray, predictions: Predictions
 ) -> str:
     """Return the images of the most confident mistakes, as the model sees them. `mistakes`: sorted indices."""
     figures: list[str] = []
     image_format = "png" if size <= 64 else "jpeg"
-    path = getattr(dataset, "path", None)
     for index in mistakes.tolist():
         if len(figures) == MAX_MISTAKES:
             break
@@ -154,7 +138,7 @@ def mistakes_section(
         Image.fromarray(np.ascontiguousarray(image)).save(content, image_format, quality=88)
         data = base64.b64encode(content.getvalue()).decode()
         predicted, actual = classes[predictions.predicted[index]], classes[dataset.labels[index]]
-        name = os.path.basename(path(index)) if path else f"image {index}"
+        name = os.path.basename(dataset.path(index)) if isinstance(dataset, ImageFolder) else f"image {index}"
         figures.append(
             f'<figure><img alt="" src="data:image/{image_format};base64,{data}">'
             f"predicted <i>{escape(predicted)}</i> ({percent(predictions.confidence[index], 1)})<br>"
@@ -219,10 +203,8 @@ def class_table(confusion: np.ndarray, classes: Sequence[str]) -> str:
 
 def to_svg(label: str, draw: Callable[..., Figure], *args: object) -> str:
     """Return the figure draw(*args) as an SVG element for an HTML page. The same figure gives the same text."""
-    try:
-        import matplotlib
-    except ImportError:
-        return f"<p>{label}: not drawn, matplotlib is not installed.</p>"
+    import matplotlib
+
     content = io.StringIO()
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": label}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # the browser has the fonts

@@ -11,7 +11,7 @@ import subprocess
 from typing import Any
 
 from engine.accelerator import Accelerator
-from engine.datasets import ImageDataset
+from engine.datasets import EMBEDDED, ImageDataset
 from engine.distributed import ProcessGroup
 from engine.logger import Logger
 from engine.transforms import decoder_name
@@ -32,7 +32,7 @@ def log_run_info(
     logger.line(f"=> {args.arch} on {device_name}, {args.precision}, torch {torch.__version__}")
     datasets = {"training": train_set, "validation": val_set}
     counts = [f"{len(dataset):,} {kind} images" for kind, dataset in datasets.items() if dataset is not None]
-    source = "synthetic" if args.dummy else args.data or "the embedded digits (no --data given)"
+    source = "synthetic" if args.dummy else args.data or f"{EMBEDDED} (no --data given)"
     sizes = ", ".join(counts) or f"{args.dummy:,} images"
     logger.line(f"=> data: {source}, {sizes}, {args.image_size} pixels per side")
     unreadable = [image for dataset in datasets.values() if dataset is not None for image in dataset.unreadable]

@@ -13,6 +13,7 @@ import time
 from typing import Any, Callable, Union
 
 from helpers import small
+
 from jobs import COMMON, TWO_PROCESSES, checksum, intact_step, make_folder, run, train
 
 FLAGS = ["-b", "32", "--epochs", "3", "--save-freq", "1", "-p", "20", "--ema-decay", "0.9"]  # 44 steps per epoch
@@ -42,7 +43,7 @@ class Fork:
                 self.code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
         return self.code is not None
 
-    def kill(self, rng: random.Random) -> None:  # noqa: ARG002
+    def kill(self, rng: random.Random) -> None:
         """SIGKILL to all processes."""
         os.killpg(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)

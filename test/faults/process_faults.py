@@ -8,7 +8,9 @@ import os
 import signal
 import time
 
+from engine.launcher import free_port
 from helpers import namespaces
+
 from jobs import (
     COMMON,
     ENDLESS,
@@ -18,7 +20,6 @@ from jobs import (
     Job,
     checksum,
     error_lines,
-    free_port,
     intact_step,
     make_folder,
     require,

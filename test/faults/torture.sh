@@ -12,6 +12,6 @@ source "$repository/test/setup.sh"
 if [ -n "${PYTHON:-}" ]; then python=$PYTHON; else set_up_python; fi
 if [ "$(id -u)" = 0 ] && unshare -m true 2>/dev/null; then
     # File systems are mounted in a separate mount namespace, which disappears with its last process.
-    exec unshare -m "$python" "$faults_dir/torture.py" --may-mount "$@"
+    TORTURE_MAY_MOUNT=1 exec unshare -m "$python" "$faults_dir/torture.py" "$@"
 fi
 exec "$python" "$faults_dir/torture.py" "$@"
