@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Images a second of the training step: main.py's own, the recipe of pytorch/examples, and timm's where it is installed.
+"""Images per second of the training step: ours, that of pytorch/examples, and timm's if it is installed.
 
     python bench/step.py --device cpu --batch-size 16
     python bench/step.py --device gpu --batch-size 256 --steps 20
 
-Synthetic images at 224 pixels. Each contestant runs in a process of its own (memory settings are a process's), one at a
-time in turn: A B C A B C …; the first turn warms up and is left out; medians. The last line is JSON. Needs torch and
-torchvision.
+Synthetic images at 224 pixels. Each contestant runs in a process of its own, because memory settings are per process,
+one at a time, in turn: A B C A B C …; the first turn warms up and is left out; medians. The last line is JSON. Requires
+torch and torchvision.
 """
+
+from __future__ import annotations
+
 import argparse
 import json
 import os
@@ -15,187 +18,234 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import Any, Callable
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))
-GFLOP_AN_IMAGE = 92.65  # VGG16 at 224: 15.47 GMAC forward, the same twice over backward, 2 operations a MAC
-CONTESTANTS = ['examples', 'ours', 'ours --amp', 'ours --amp --opt-level O2', 'ours --amp --compile', 'timm --amp',
-               'timm --amp --torchcompile']
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import vgg
+from engine import device as devices
+from engine.accelerator import Accelerator, keep_freed_memory
+from engine.datasets import IMAGENET_MEAN, IMAGENET_STD
+from engine.loader import SyntheticLoader
+from engine.metrics import AccuracyCounter, cross_entropy
+from engine.sampler import ResumableBatchSampler
+
+import torch
+
+GFLOP_PER_IMAGE = 92.65  # VGG16 at 224: 15.47 GMAC forward, twice that backward, 2 operations per MAC
+CONTESTANTS = [
+    "examples",
+    "ours",
+    "ours --amp",
+    "ours --amp --opt-level O2",
+    "ours --amp --compile",
+    "timm --amp",
+    "timm --amp --torchcompile",
+]
+TORCH_DEVICES = {"gpu": "cuda", "cpu": "cpu"}
+Step = Callable[[], None]
 
 
-# --- the contestants: each returns a function that makes one step ----------------------------------------------------
+# --- the contestants: each returns a function that makes one step -----------------------------------------------------
 
-def examples(flags):
+
+def examples(device_name: str, batch_size: int) -> Step:
     """pytorch/examples' imagenet/main.py: fp32, torch's default layout and SGD, loss and accuracy read at each step."""
-    import torch
     import torchvision
-    device = torch.device({'gpu': 'cuda'}.get(flags.device, flags.device))
+
+    device = torch.device(TORCH_DEVICES[device_name])
     model = torchvision.models.vgg16().to(device)
     criterion = torch.nn.CrossEntropyLoss().to(device)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
-    images = torch.randn(flags.batch_size, 3, 224, 224, device=device)
-    target = torch.randint(0, 1000, (flags.batch_size,), device=device)
+    images = torch.randn(batch_size, 3, 224, 224, device=device)
+    target = torch.randint(0, 1000, (batch_size,), device=device)
 
-    def step():
+    def step() -> None:
         output = model(images)
         loss = criterion(output, target)
-        _, best = output.topk(5, 1)
-        hits = best.eq(target[:, None])
-        loss.item(), hits[:, :1].sum().item(), hits.sum().item()
+        _, top5 = output.topk(5, 1)
+        correct = top5.eq(target[:, None])
+        loss.item(), correct[:, :1].sum().item(), correct.sum().item()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
     return step
 
 
-def ours(flags, extra):
-    """The step of main.py's train_one_epoch, by its own functions."""
-    import accelerator
-    import images
-    import main
-    import vgg
-    from metrics import Counts
-    args = main.parse_args(['--device', flags.device, '-b', str(flags.batch_size)] + extra)
-    accelerator.choose(args)
-    main.settle_processes(args)
-    args.image_size = 224
-    args.dummy = flags.batch_size
-    device = accelerator.Accelerator(args, args.device_list[0], processes=1)
-    device.seed(args.seed)
-    model, scaler = device.prepare_training(vgg.VGG('vgg16', 1000), args)
-    model = device.compile(model) if args.compile else model
-    normalise, counts = main.make_normalise(images.Folder, device), Counts(device.device)
-    batches = iter(main.DummyLoader(args, device.device))
+def ours(device_name: str, batch_size: int, flags: list[str]) -> Step:
+    """What main.py's train_step does, from the same parts. flags: of main.py."""
+    opt_level = flags[flags.index("--opt-level") + 1] if "--opt-level" in flags else "O1"
+    precision = devices.resolve_precision(device_name, amp="--amp" in flags, opt_level=opt_level, amp_dtype="auto")
+    accelerator = Accelerator(device_name, precision=precision, opt_level=opt_level)
+    accelerator.seed(49)
+    model, scaler = accelerator.prepare_training(vgg.VGG("vgg16", 1000), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    if "--compile" in flags:
+        model = accelerator.compile(model)
+    normalize = accelerator.normalizer(IMAGENET_MEAN, IMAGENET_STD)
+    counter = AccuracyCounter(accelerator.device)
+    sampler = ResumableBatchSampler(batch_size, batch_size, rank=0, world_size=1, shuffle=True)
+    batches = iter(SyntheticLoader(sampler, 224, accelerator.device))
 
-    def step():
-        pictures, target = next(batches)
-        with device.autocast():
-            logits = model(normalise(pictures))
-            loss = main.cross_entropy(logits, target)
+    def step() -> None:
+        images, target, _ = next(batches)
+        with accelerator.autocast():
+            logits = model(normalize(images))
+            loss = cross_entropy(logits, target)
         scaler.backward(loss)
-        counts.update(loss * len(target), logits, target)
+        counter.update(loss * len(target), logits, target)
         scaler.step()
+
     return step
 
 
-def timm(flags, extra):
-    """timm's vgg16 as its train.py runs it with --amp --amp-dtype bfloat16 --channels-last, and --torchcompile where asked."""
+def timm(device_name: str, batch_size: int, flags: list[str]) -> Step:
+    """timm's vgg16 as its train.py runs it with --amp --amp-dtype bfloat16 --channels-last, perhaps --torchcompile."""
     import timm as library
-    import torch
-    device = torch.device({'gpu': 'cuda'}.get(flags.device, flags.device))
-    model = library.create_model('vgg16').to(device, memory_format=torch.channels_last)
-    model = torch.compile(model) if '--torchcompile' in extra else model
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4, nesterov=True)
-    images = torch.randn(flags.batch_size, 3, 224, 224, device=device).contiguous(memory_format=torch.channels_last)
-    target = torch.randint(0, 1000, (flags.batch_size,), device=device)
 
-    def step():
+    device = torch.device(TORCH_DEVICES[device_name])
+    network = library.create_model("vgg16").to(device, memory_format=torch.channels_last)
+    model = torch.compile(network) if "--torchcompile" in flags else network
+    optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, weight_decay=1e-4, nesterov=True)
+    images = torch.randn(batch_size, 3, 224, 224, device=device).contiguous(memory_format=torch.channels_last)
+    target = torch.randint(0, 1000, (batch_size,), device=device)
+
+    def step() -> None:
         with torch.autocast(device.type, torch.bfloat16):
             loss = torch.nn.functional.cross_entropy(model(images), target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
     return step
 
 
-def work(name, flags):
-    """One contestant: for each line read, make that many steps and answer with the seconds and the peak memory."""
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def work(name: str, device: str, batch_size: int) -> None:
+    """Be one contestant: for each number read, make that many steps and print the seconds and the peak memory."""
     import resource
-    contestant, *extra = name.split()
-    step = examples(flags) if contestant == 'examples' else {'ours': ours, 'timm': timm}[contestant](flags, extra)
-    import torch
-    on_gpu = flags.device == 'gpu'
-    synchronize = torch.cuda.synchronize if on_gpu else lambda: None
+
+    contestant, *flags = name.split()
+    if contestant == "examples":
+        step = examples(device, batch_size)
+    else:
+        step = {"ours": ours, "timm": timm}[contestant](device, batch_size, flags)
+    synchronize: Step = torch.cuda.synchronize if device == "gpu" else lambda: None
     for line in sys.stdin:
         begin = time.perf_counter()
         for _ in range(int(line)):
             step()
         synchronize()
         seconds = time.perf_counter() - begin
-        peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({'seconds': seconds, 'peak_bytes': peak}), flush=True)
+        if device == "gpu":
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps({"seconds": seconds, "peak_bytes": peak}), flush=True)
 
 
-def matrix_rate(device, dtype):
-    """GFLOP/s of a 4096³ matrix product at its best: what the chip can do for this format.
+def matrix_rate(device_name: str, dtype: torch.dtype) -> float:
+    """GFLOP/s of the best 4096³ matrix product: what the chip can do in this format.
 
-    The best of several, after the first have warmed threads and memory, by torch.mm and as a 1×1 convolution: on a GPU only
-    convolutions take TF32 for fp32 unless told otherwise, and those are nearly all of the step.
+    The best of several, by torch.mm and as a 1×1 convolution: on a GPU only convolutions take TF32 for fp32 unless told
+    otherwise, and those are nearly all of the step.
     """
-    import accelerator
-    import torch
-    device = torch.device({'gpu': 'cuda'}.get(device, device))
-    synchronize = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
-    if device.type == 'cpu':
-        accelerator.keep_freed_memory()
-        torch.set_num_threads(accelerator.available_cores())
+    device = torch.device(TORCH_DEVICES[device_name])
+    synchronize: Step = torch.cuda.synchronize if device_name == "gpu" else lambda: None
+    if device_name == "cpu":
+        keep_freed_memory()
+        torch.set_num_threads(devices.available_cores())
     first, second = torch.randn(2, 4096, 4096, device=device).to(dtype)
     maps = first.view(64, 64, 1, 4096).permute(2, 3, 0, 1)  # (1, 4096, 64, 64), channels last
-    best = 0
+    products = (lambda: torch.mm(first, second), lambda: torch.conv2d(maps, second[:, :, None, None]))
+    best = 0.0
     with torch.no_grad():
-        for product in (lambda: torch.mm(first, second), lambda: torch.conv2d(maps, second[:, :, None, None])):
+        for product in products:
             for _ in range(5):
                 begin = time.perf_counter()
                 product()
                 synchronize()
-                best = max(best, 2 * 4096 ** 3 / (time.perf_counter() - begin) / 1e9)
+                best = max(best, 2 * 4096**3 / (time.perf_counter() - begin) / 1e9)
     return best
 
 
-def main_bench():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--device', default='cpu', choices=['cpu', 'gpu'])
-    parser.add_argument('--batch-size', type=int, default=16)
-    parser.add_argument('--steps', type=int, default=3, help='steps a turn')
-    parser.add_argument('--turns', type=int, default=5, help='counted turns of each')
-    parser.add_argument('--only', nargs='+', default=CONTESTANTS, metavar='NAME', help='of: ' + ', '.join(CONTESTANTS))
-    parser.add_argument('--worker', help=argparse.SUPPRESS)
-    flags = parser.parse_args()
-    if flags.worker:
-        return work(flags.worker, flags)
-
+def measure(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Return {contestant: its seconds and peak memory, turn by turn}."""
     workers = {}
-    for name in flags.only:
-        if name.startswith('timm') and subprocess.call([sys.executable, '-c', 'import timm'], stderr=subprocess.DEVNULL):
-            print('timm is not installed: left out')
+    for name in args.only:
+        if name.startswith("timm") and subprocess.call(
+            [sys.executable, "-c", "import timm"], stderr=subprocess.DEVNULL
+        ):
+            print("timm is not installed: left out")
             continue
+        command = [sys.executable, os.path.abspath(__file__), "--worker", name, "--device", args.device]
         workers[name] = subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__), '--worker', name, '--device', flags.device, '--batch-size',
-             str(flags.batch_size)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, universal_newlines=True)
-    turns = {name: [] for name in workers}
-    for turn in range(flags.turns + 1):
+            [*command, "--batch-size", str(args.batch_size)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            universal_newlines=True,
+        )
+    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
+    for turn in range(args.turns + 1):
         for name, worker in workers.items():
-            print(flags.steps, file=worker.stdin, flush=True)
-            answer = '=>'
-            while answer.startswith('=>'):  # notices of main.py
+            assert worker.stdin is not None and worker.stdout is not None
+            print(args.steps, file=worker.stdin, flush=True)
+            answer = "=>"
+            while answer.startswith("=>"):  # notices
                 answer = worker.stdout.readline()
             if turn:
                 turns[name].append(json.loads(answer))
     for worker in workers.values():
-        worker.stdin.close()
-        worker.wait()
-
-    import torch
-    rates = {'fp32': matrix_rate(flags.device, torch.float32), 'bf16': matrix_rate(flags.device, torch.bfloat16)}
-    print('torch {}, {}, batch {}; 4096³ matrix product: fp32 {:.0f}, bf16 {:.0f} GFLOP/s'.format(
-        torch.__version__, flags.device, flags.batch_size, rates['fp32'], rates['bf16']))
-    print('{:28s} {:>9s} {:>9s} {:>7s} {:>9s} {:>9s}'.format('', 'images/s', 'GFLOP/s', 'share', 'peak GiB', 'ratio'))
-    result, first = {}, None
-    for name, answers in turns.items():
-        images_per_second = statistics.median(flags.batch_size * flags.steps / answer['seconds'] for answer in answers)
-        first = first or [answer['seconds'] for answer in answers]
-        ratio = statistics.median(one / answer['seconds'] for one, answer in zip(first, answers))
-        gflops = images_per_second * GFLOP_AN_IMAGE
-        share = gflops / rates['bf16' if '--amp' in name else 'fp32']
-        peak = max(answer['peak_bytes'] for answer in answers)
-        print('{:28s} {:9.2f} {:9.0f} {:6.0f}% {:9.2f} {:8.2f}×'.format(
-            name, images_per_second, gflops, 100 * share, peak / 2 ** 30, ratio))
-        result[name] = {'images_per_second': images_per_second, 'gflops': gflops, 'share_of_matrix_rate': share,
-                        'peak_bytes': peak, 'ratio_to_first': ratio}
-    print(json.dumps({'torch': torch.__version__, 'device': flags.device, 'batch_size': flags.batch_size,
-                      'matrix_gflops': rates, 'results': result}))
-    return None
+        worker.communicate()
+    return turns
 
 
-if __name__ == '__main__':
-    main_bench()
+def report(turns: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> None:
+    rates = {
+        name: matrix_rate(args.device, dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    }
+    print(
+        f"torch {torch.__version__}, {args.device}, batch {args.batch_size}; 4096³ matrix product: "
+        f"fp32 {rates['fp32']:.0f}, bf16 {rates['bf16']:.0f} GFLOP/s"
+    )
+    print(f"{'':28s} {'images/s':>9s} {'GFLOP/s':>9s} {'share':>7s} {'peak GiB':>9s} {'ratio':>9s}")
+    results: dict[str, dict[str, float]] = {}
+    first = [turn["seconds"] for turn in next(iter(turns.values()))]
+    for name, measured in turns.items():
+        seconds = [turn["seconds"] for turn in measured]
+        rate = statistics.median(args.batch_size * args.steps / value for value in seconds)
+        result = {
+            "images_per_second": rate,
+            "gflops": rate * GFLOP_PER_IMAGE,
+            "share_of_matrix_rate": rate * GFLOP_PER_IMAGE / rates["bf16" if "--amp" in name else "fp32"],
+            "peak_bytes": max(turn["peak_bytes"] for turn in measured),
+            "ratio_to_first": statistics.median(one / value for one, value in zip(first, seconds)),
+        }
+        print(
+            f"{name:28s} {rate:9.2f} {result['gflops']:9.0f} {result['share_of_matrix_rate']:7.0%} "
+            f"{result['peak_bytes'] / 2**30:9.2f} {result['ratio_to_first']:8.2f}×"
+        )
+        results[name] = result
+    summary = {"torch": torch.__version__, "device": args.device, "batch_size": args.batch_size}
+    print(json.dumps({**summary, "matrix_gflops": rates, "results": results}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "gpu"])
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=3, help="steps per turn")
+    parser.add_argument("--turns", type=int, default=5, help="turns that count")
+    parser.add_argument("--only", nargs="+", default=CONTESTANTS, metavar="NAME", help=f"of: {', '.join(CONTESTANTS)}")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        work(args.worker, args.device, args.batch_size)
+    else:
+        report(measure(args), args)
+
+
+if __name__ == "__main__":
+    main()

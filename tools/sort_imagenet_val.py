@@ -1,40 +1,49 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Sort ImageNet's flat validation folder into one folder a class, as main.py reads it.
+"""Sort ImageNet's flat validation folder into one folder per class, as main.py reads it.
 
     python tools/sort_imagenet_val.py /data/imagenet/val /data/ILSVRC2012_devkit_t12
     python tools/sort_imagenet_val.py /data/imagenet/val LOC_val_solution.csv
 
-The classes of the 50,000 pictures come from the development kit (ILSVRC2012_devkit_t12.tar.gz, unpacked: its
-ground truth numbers and the names in meta.mat need scipy) or from the CSV of Kaggle's copy of ImageNet. Files are moved,
-one rename each; after an interruption the same command goes on.
+The classes of the 50,000 images come from the development kit (ILSVRC2012_devkit_t12.tar.gz, unpacked; reading its
+meta.mat needs scipy) or from the CSV of Kaggle's copy of ImageNet. Each file is moved by one rename: after an
+interruption, the same command continues.
 """
+
+from __future__ import annotations
+
 import argparse
 import csv
 import os
 import sys
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-def classes_from_csv(path):
-    """{file stem: class} of LOC_val_solution.csv: `ImageId,PredictionString`, the class first in the string."""
-    with open(path, newline='') as file:
-        return {row['ImageId']: row['PredictionString'].split()[0] for row in csv.DictReader(file)}
+from engine.errors import UsageError, run_script
+from engine.flags import OneLineParser
 
 
-def classes_from_devkit(folder):
-    """{file stem: class} of the development kit: line n of the ground truth is the number of picture n's class."""
+def classes_from_csv(path: str) -> dict[str, str]:
+    """Return {file stem: class} of LOC_val_solution.csv: `ImageId,PredictionString`, the class first in the string."""
+    with open(path, newline="") as file:
+        return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
+
+
+def classes_from_devkit(folder: str) -> dict[str, str]:
+    """Return {file stem: class}: line n of the ground truth is the class number of image n."""
     from scipy.io import loadmat
-    synsets = loadmat(os.path.join(folder, 'data', 'meta.mat'), squeeze_me=True)['synsets']
-    names = {int(synset['ILSVRC2012_ID']): str(synset['WNID']) for synset in synsets}
-    with open(os.path.join(folder, 'data', 'ILSVRC2012_validation_ground_truth.txt')) as file:
-        return {'ILSVRC2012_val_{:08d}'.format(number): names[int(line)] for number, line in enumerate(file, 1)}
+
+    synsets = loadmat(os.path.join(folder, "data", "meta.mat"), squeeze_me=True)["synsets"]
+    names = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
+    with open(os.path.join(folder, "data", "ILSVRC2012_validation_ground_truth.txt")) as file:
+        return {f"ILSVRC2012_val_{number:08d}": names[int(line)] for number, line in enumerate(file, 1)}
 
 
-def sort(folder, classes):
-    """Move the pictures that lie directly in `folder`. Returns (moved, names that have no class)."""
+def sort(folder: str, classes: dict[str, str]) -> tuple[int, list[str]]:
+    """Move the images directly in `folder`. Returns (number moved, names without a class)."""
     moved, unknown = 0, []
     for name in sorted(os.listdir(folder)):
         stem, extension = os.path.splitext(name)
-        if extension.upper() != '.JPEG':
+        if extension.upper() != ".JPEG":
             continue
         if stem not in classes:
             unknown.append(name)
@@ -46,27 +55,30 @@ def sort(folder, classes):
     return moved, unknown
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('folder', help='the flat val/ folder')
-    parser.add_argument('labels', help="the development kit's folder, or LOC_val_solution.csv")
-    args = parser.parse_args()
+def parse_args() -> argparse.Namespace:
+    parser = OneLineParser("tools/sort_imagenet_val.py", (__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", help="the flat val/ folder")
+    parser.add_argument("labels", help="the folder of the development kit, or LOC_val_solution.csv")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Sort the folder. Returns 1 if some images have no class, else 0."""
+    args = parse_args()
     if not os.path.isdir(args.folder):
-        parser.error('{}: no such folder'.format(args.folder))
+        raise UsageError(f"{args.folder}: no such folder")
     try:
         classes = (classes_from_devkit if os.path.isdir(args.labels) else classes_from_csv)(args.labels)
-    except ImportError:
-        parser.error('reading meta.mat needs scipy: pip install scipy, or use LOC_val_solution.csv')
+    except ImportError as error:
+        raise UsageError("reading meta.mat needs scipy: pip install scipy, or use LOC_val_solution.csv") from error
     except (OSError, KeyError, ValueError, IndexError) as error:
-        parser.error('{}: not the labels of ImageNet 2012 ({!r})'.format(args.labels, error))
+        raise UsageError(f"{args.labels}: not the labels of ImageNet 2012 ({error!r})") from error
     moved, unknown = sort(args.folder, classes)
-    print('{} pictures moved into {} classes'.format(moved, len(set(classes.values()))))
+    print(f"{moved} images moved into {len(set(classes.values()))} classes")
     if unknown:
-        print('{} pictures have no label, the first is {}: left where they are'.format(len(unknown), unknown[0]),
-              file=sys.stderr)
-        return 1
-    return 0
+        print(f"{len(unknown)} images have no class and stay, the first is {unknown[0]}", file=sys.stderr)
+    return 1 if unknown else 0
 
 
-if __name__ == '__main__':
-    sys.exit(main())
+if __name__ == "__main__":
+    run_script("tools/sort_imagenet_val.py", main)

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""One process of torture's validation_counts: main.validate over 1 to 40 images, against counts made one by one."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+
+import main
+from engine.accelerator import Accelerator
+from engine.checkpoint import TrainState
+from engine.datasets import ArrayDataset, read_digits
+from engine.distributed import ProcessGroup
+from engine.errors import exit_process
+from engine.loader import BatchLoader
+from engine.logger import Logger
+from engine.sampler import ResumableBatchSampler
+from engine.signals import StopSignals
+
+import torch
+
+group = ProcessGroup("gloo", sys.argv[1])
+accelerator = Accelerator("cpu", local_world_size=group.world_size)
+runtime = main.Runtime(group, accelerator, Logger(prints=False, writes=False), StopSignals())
+runtime.stop.training = True
+digits = read_digits(training=False)
+torch.manual_seed(0)
+network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10)).eval()
+normalize = accelerator.normalizer(digits.mean, digits.std)
+with torch.no_grad():
+    logits = [network(normalize(torch.as_tensor(digits.images[index : index + 1]))) for index in range(40)]
+for count in range(1, 41):
+    dataset = ArrayDataset(
+        digits.images[:count], digits.labels[:count], digits.classes, mean=digits.mean, std=digits.std, flip=False
+    )
+    top1 = sum(int(logits[index].argmax()) == dataset.labels[index] for index in range(count))
+    top5 = sum(int(dataset.labels[index]) in logits[index].topk(5)[1][0].tolist() for index in range(count))
+    sampler = ResumableBatchSampler(count, 1 + count % 7, rank=group.rank, world_size=group.world_size, shuffle=False)
+    loader = BatchLoader(dataset, sampler, size=32, training=False, seed=0, options={})
+    totals = main.validate(runtime, network, normalize, loader, state=TrainState(), print_freq=1000)
+    assert totals is not None and totals[:3] == (count, top1, top5), (count, group.world_size, totals, top1, top5)
+group.close()
+exit_process(0)

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The datasets: a folder of images, CIFAR-10, the embedded digits."""
+
+import os
+import pickle
+
+from engine.datasets import ImageFolder, check_same_classes, open_datasets, read_cifar10, read_digits
+from engine.errors import DataError, ImageError, UsageError
+from helpers.images import make_folder, write_cifar10
+
+import numpy as np
+import pytest
+from PIL import Image
+
+# --- a folder of images -----------------------------------------------------------------------------------------------
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "图 片").mkdir()
+    (tmp_path / "图 片" / "x.jpg").write_bytes(b"no image")
+    dataset = ImageFolder(str(tmp_path))
+    with pytest.raises(ImageError, match="图 片/x.jpg.*--bad-images skip"):
+        dataset.validation_image(0, 32)
+    with pytest.raises(ImageError, match="图 片/x.jpg.*--bad-images skip"):
+        dataset.training_image(0, 32, np.random.RandomState(0))
+    os.remove(dataset.path(0))
+    with pytest.raises(ImageError, match="x.jpg.*No such file"):
+        dataset.validation_image(0, 32)
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        ([], "No such file"),
+        (["file.jpg"], "no classes in it"),
+        (["a/x.jpg", "b/notes.txt"], "b: no images in it"),
+    ],
+    ids=["no folder", "no classes", "an empty class"],
+)
+def test_a_folder_without_images_is_named(tmp_path, names, message):
+    root = tmp_path / "data"
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+    with pytest.raises(DataError, match=f"data.*{message}"):
+        ImageFolder(str(root))
+
+
+def test_training_and_validation_must_have_the_same_classes(tmp_path):
+    root = make_folder(tmp_path, classes=2, train=1, val=1)
+    training, validation = open_datasets(root, evaluate=False, check=None)
+    assert (len(training), len(validation)) == (2, 2)
+    assert open_datasets(root, evaluate=True, check=None)[0] is None
+    os.rename(os.path.join(root, "val", "class 1"), os.path.join(root, "val", "class 2"))
+    with pytest.raises(UsageError, match="number 1 is 'class 1' in train/ and 'class 2' in val/"):
+        open_datasets(root, evaluate=False, check=None)
+    with pytest.raises(UsageError, match="number 1 is 'b' in the checkpoint and missing in the data"):
+        check_same_classes(["a", "b"], ["a"], "the checkpoint", "the data")
+
+
+# --- CIFAR-10 ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("binary", [False, True], ids=["python", "binary"])
+@pytest.mark.parametrize("inside", [False, True], ids=["the folder itself", "as unpacked"])
+def test_cifar10_is_read_in_both_of_its_formats(tmp_path, binary, inside):
+    folder = tmp_path / f"cifar-10-batches-{'bin' if binary else 'py'}" if inside else tmp_path
+    expected = write_cifar10(folder, binary)
+    training = read_cifar10(str(tmp_path), training=True)
+    assert len(training) == 200
+    pixels, labels = expected["data_batch_2"]
+    assert np.array_equal(training.images[40].transpose(2, 0, 1).reshape(-1), pixels[0])
+    assert list(training.labels[40:80]) == labels
+    assert np.array_equal(training.validation_image(40, 32), training.images[40])
+    validation = read_cifar10(str(tmp_path), training=False)
+    assert len(validation) == 40 and list(validation.labels) == expected["test_batch"][1]
+
+
+def test_a_cifar10_pickle_that_carries_code_is_refused_and_runs_nothing(tmp_path):
+    write_cifar10(tmp_path, binary=False)
+    canary = tmp_path / "canary"
+
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(canary),)
+
+    with open(str(tmp_path / "test_batch"), "wb") as file:
+        pickle.dump({b"labels": [1], b"data": Hostile()}, file, protocol=2)
+    with pytest.raises(DataError, match="test_batch.*mkdir"):
+        read_cifar10(str(tmp_path), training=False)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("binary", [False, True], ids=["python", "binary"])
+def test_a_cifar10_file_that_is_truncated_or_missing_is_named(tmp_path, binary):
+    write_cifar10(tmp_path, binary)
+    path = tmp_path / f"data_batch_3{'.bin' if binary else ''}"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DataError, match="data_batch_3.*not a CIFAR-10 file"):
+        read_cifar10(str(tmp_path), training=True)
+    path.unlink()
+    with pytest.raises(DataError, match="data_batch_3.*No such file"):
+        read_cifar10(str(tmp_path), training=True)
+
+
+# --- the embedded digits ----------------------------------------------------------------------------------------------
+
+
+def test_the_digits_are_scikit_learns():
+    training, validation = read_digits(training=True), read_digits(training=False)
+    assert (len(training), len(validation)) == (1438, 359)
+    # The class counts of load_digits, https://archive.ics.uci.edu/dataset/80.
+    counts = np.bincount(training.labels) + np.bincount(validation.labels)
+    assert list(counts) == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+
+
+def test_digits_are_never_mirrored():
+    dataset = read_digits(training=True)
+    rng = np.random.RandomState(0)
+    image = dataset.images[0]
+    padded = np.pad(image, ((4, 4), (4, 4), (0, 0)), "constant")
+    crops = {padded[top : top + 32, left : left + 32].tobytes() for top in range(9) for left in range(9)}
+    assert all(dataset.training_image(0, 32, rng).tobytes() in crops for _ in range(50))
+    assert np.array_equal(dataset.validation_image(0, 32), image)
+    resized = np.asarray(Image.fromarray(image).resize((48, 48), Image.BILINEAR))
+    assert np.array_equal(dataset.validation_image(0, 48), resized)

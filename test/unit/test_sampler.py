@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Which image comes when: the order of training images depends on the seed and the epoch alone."""
+
+from engine.sampler import ResumableBatchSampler, permutation, seed_augmentation
+
+import numpy as np
+import pytest
+
+
+def stream(world_size, local_batch, **options):
+    """The (epoch, images) of each batch, over all processes, in order of rank."""
+    options = {"shuffle": True, "seed": 7, "epochs": 2, **options}
+    ranks = [
+        list(ResumableBatchSampler(103, local_batch, rank=rank, world_size=world_size, **options))
+        for rank in range(world_size)
+    ]
+    return [(parts[0][0], [int(index) for _, part in parts for index in part]) for parts in zip(*ranks)]
+
+
+def test_the_images_of_a_step_do_not_depend_on_the_number_of_processes():
+    assert stream(1, 12) == stream(2, 6) == stream(3, 4) == stream(4, 3)
+    assert len(stream(1, 12)) == 2 * (103 // 12)
+
+
+def test_an_epoch_uses_no_image_twice_and_epochs_differ():
+    first = [index for epoch, part in stream(2, 6) for index in part if epoch == 0]
+    second = [index for epoch, part in stream(2, 6) for index in part if epoch == 1]
+    assert len(set(first)) == len(first) == 96
+    assert first != second
+    assert stream(2, 6) != stream(2, 6, seed=8)
+
+
+def test_the_order_of_an_epoch_is_the_same_on_every_version_of_numpy():
+    assert list(permutation(7, 0, 10)) == [4, 7, 5, 2, 1, 9, 3, 0, 8, 6]
+
+
+def test_training_resumes_at_any_step():
+    whole = stream(2, 6)
+    for done in range(len(whole)):
+        assert stream(2, 6, start=divmod(done, 8)) == whole[done:]
+
+
+def test_training_resumes_at_any_step_of_accumulated_batches():
+    whole = stream(2, 2, accum_steps=3)
+    for done in range(16):
+        assert stream(2, 2, accum_steps=3, start=divmod(done, 8)) == whole[3 * done :]
+
+
+def test_accumulated_batches_are_the_images_of_one_large_batch():
+    small, large = stream(1, 4, accum_steps=3), stream(1, 12)
+    assert [index for _, part in small for index in part] == [index for _, part in large for index in part]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_validation_takes_every_image_once(world_size):
+    for count in range(1, 41):
+        samplers = [
+            ResumableBatchSampler(count, 3, rank=rank, world_size=world_size, shuffle=False)
+            for rank in range(world_size)
+        ]
+        ranks = [list(sampler) for sampler in samplers]
+        assert sorted(int(index) for rank in ranks for _, part in rank for index in part) == list(range(count))
+        assert {len(rank) for rank in ranks} == {samplers[0].steps_per_epoch}
+
+
+def test_augmentation_depends_on_seed_epoch_and_image_alone():
+    rng = np.random.RandomState()
+
+    def draw(*key):
+        return list(seed_augmentation(rng, *key).random_sample(4))
+
+    first = draw(3, 1, 5)
+    rng.random_sample(7)  # what another image has drawn
+    assert draw(3, 1, 5) == first
+    assert len({tuple(draw(*key)) for key in ((3, 1, 5), (4, 1, 5), (3, 2, 5), (3, 1, 6))}) == 4

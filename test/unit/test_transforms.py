@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""From a file's bytes to pixels: the pixels are torchvision's, whatever the kind of file and the decoder."""
+
+import io
+import struct
+import zlib
+
+from engine import transforms
+from engine.datasets import ImageFolder
+from engine.errors import ImageError
+from engine.sampler import seed_augmentation
+from helpers.images import jpeg, photo
+
+import numpy as np
+import pytest
+from PIL import Image
+
+PHOTO = photo(40, 30, 5)
+
+
+def generator(seed):
+    return seed_augmentation(np.random.RandomState(), seed, 0, 0)
+
+
+@pytest.fixture(params=["Pillow", "simplejpeg"])
+def decoder(request, monkeypatch):
+    """The decoder of JPEGs."""
+    if request.param == "Pillow":
+        monkeypatch.setattr(transforms, "simplejpeg", None)
+    else:
+        pytest.importorskip("simplejpeg")
+    assert transforms.decoder_name() == request.param
+    return request.param
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("decoder")
+@pytest.mark.parametrize("size, tolerance", [((500, 375), 0.3), ((2000, 1500), 1.5)], ids=["full size", "scaled decode"])
+def test_training_crops_are_torchvisions_for_the_same_box(size, tolerance):
+    """By the mean difference in grey levels of 255."""
+    content = jpeg(size[0], size[1], 3, quality=92)
+    whole = Image.open(io.BytesIO(content)).convert("RGB")
+    for seed in range(20):
+        rng = generator(seed)
+        box = transforms.random_crop_box(size[0], size[1], rng)
+        expected = np.asarray(whole.crop(box).resize((224, 224), Image.BILINEAR), int)
+        if rng.random_sample() < 0.5:
+            expected = expected[:, ::-1]
+        pixels = transforms.random_resized_crop(content, 224, generator(seed))
+        assert pixels.dtype == np.uint8 and abs(pixels.astype(int) - expected).mean() <= tolerance
+
+
+def test_crop_boxes_have_torchvisions_distribution():
+    rng = generator(0)
+    boxes = np.array([transforms.random_crop_box(500, 375, rng) for _ in range(4000)])
+    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    assert boxes.min() >= 0 and boxes[:, 2].max() <= 500 and boxes[:, 3].max() <= 375
+    area = width * height / (500 * 375)
+    assert 0.079 < area.min() < 0.09 and 0.9 < area.max() <= 1
+    assert 0.74 < (width / height).min() and (width / height).max() < 1.345
+
+
+@pytest.mark.parametrize("size", [(1000, 10), (10, 1000)], ids=str)
+def test_an_image_too_narrow_for_a_crop_gives_the_largest_central_one(size):
+    box = transforms.random_crop_box(size[0], size[1], generator(0))
+    width, height = box[2] - box[0], box[3] - box[1]
+    assert (width, height) == ((13, 10) if size == (1000, 10) else (10, 13))
+    assert abs(box[0] + box[2] - size[0]) <= 1 and abs(box[1] + box[3] - size[1]) <= 1
+
+
+@pytest.mark.parametrize(
+    "mode, kind", [("CMYK", "JPEG"), ("L", "JPEG"), ("RGB", "progressive"), ("RGBA", "PNG"), ("RGB", "PNG")]
+)
+def test_pillow_reads_what_simplejpeg_cannot(monkeypatch, mode, kind):
+    """And simplejpeg gives Pillow's pixels for the rest, but for the rounding of a scaled decode."""
+    pytest.importorskip("simplejpeg")
+    content = io.BytesIO()
+    options = {"format": "JPEG", "progressive": True} if kind == "progressive" else {"format": kind}
+    Image.fromarray(photo(300, 200, 3)).convert(mode).save(content, **options)
+
+    def crops():
+        return [
+            transforms.random_resized_crop(content.getvalue(), 64, generator(seed)).astype(int) for seed in range(5)
+        ]
+
+    with_simplejpeg = crops()
+    monkeypatch.setattr(transforms, "simplejpeg", None)
+    assert max(abs(one - other).mean() for one, other in zip(with_simplejpeg, crops())) <= 1.5
+
+
+def test_a_small_image_is_padded_cropped_and_mirrored():
+    """With any offset of up to 4 pixels, half of the time mirrored, and never if `flip` is off."""
+    image = photo(32, 32, 7)
+    padded = np.zeros((40, 40, 3), np.uint8)
+    padded[4:36, 4:36] = image
+    expected = {}
+    for top in range(9):
+        for left in range(9):
+            crop = padded[top : top + 32, left : left + 32]
+            expected[crop.tobytes()], expected[crop[:, ::-1].tobytes()] = (top, left, False), (top, left, True)
+    rng = generator(1)
+    drawn = [expected[transforms.random_padded_crop(image, 32, True, rng).tobytes()] for _ in range(2000)]
+    assert len(set(drawn)) == 2 * 81
+    assert 900 < sum(mirrored for _, _, mirrored in drawn) < 1100
+    for _ in range(50):
+        assert not expected[transforms.random_padded_crop(image, 32, False, rng).tobytes()][2]
+    assert transforms.random_padded_crop(image, 48, True, rng).shape == (48, 48, 3)
+
+
+# --- validation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [224, 64])
+def test_validation_pixels_are_torchvisions_bit_for_bit(tmp_path, size):
+    torchvision = pytest.importorskip("torchvision.transforms")
+    theirs = torchvision.Compose([torchvision.Resize(round(size * 256 / 224)), torchvision.CenterCrop(size)])
+    shapes = [(500, 375), (375, 500), (256, 256), (301, 257), (120, 90), (90, 700), (224, 257)]
+    for number, (width, height) in enumerate(shapes):
+        path = tmp_path / "x.jpg"
+        path.write_bytes(jpeg(width, height, number, quality=92))
+        expected = np.asarray(theirs(Image.open(str(path)).convert("RGB")))
+        ours = transforms.resize_center_crop(transforms.read_rgb(str(path)), size)
+        assert np.array_equal(ours, expected), (width, height)
+
+
+# --- files of every kind ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "mode, name",
+    [
+        ("L", "x.png"),
+        ("P", "x.png"),
+        ("RGBA", "x.png"),
+        ("LA", "x.png"),
+        ("CMYK", "x.jpg"),
+        ("1", "x.png"),
+        ("RGB", "x.webp"),
+    ],
+)
+def test_every_kind_of_image_is_read_as_rgb(tmp_path, mode, name):
+    path = str(tmp_path / name)
+    Image.fromarray(PHOTO).convert(mode).save(path)
+    pixels = np.asarray(transforms.read_rgb(path))
+    assert pixels.shape == (30, 40, 3)
+    if mode in ("RGBA", "RGB", "P"):
+        assert abs(pixels.astype(int) - PHOTO).mean() < 30
+
+
+def test_a_16_bit_image_keeps_its_upper_bytes(tmp_path):
+    grey = PHOTO[..., 0]
+    Image.fromarray(grey.astype(np.uint16) * 256 + 17).save(str(tmp_path / "x.png"))
+    assert np.array_equal(np.asarray(transforms.read_rgb(str(tmp_path / "x.png")))[..., 1], grey)
+
+
+def test_a_png_named_jpeg_is_read(tmp_path):
+    path = tmp_path / "x.JPEG"
+    Image.fromarray(PHOTO).save(str(path), format="PNG")
+    assert np.array_equal(np.asarray(transforms.read_rgb(str(path))), PHOTO)
+    assert transforms.random_resized_crop(path.read_bytes(), 16, generator(0)).shape == (16, 16, 3)
+
+
+def test_exif_rotation_is_ignored_as_torchvision_ignores_it(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(PHOTO).save(str(tmp_path / "x.jpg"), exif=exif)
+    assert transforms.read_rgb(str(tmp_path / "x.jpg")).size == (40, 30)
+
+
+# --- files that cannot be read ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("decoder")
+def test_an_image_truncated_anywhere_is_named(tmp_path):
+    content = jpeg(300, 200, 3, quality=90)
+    (tmp_path / "a").mkdir()
+    path = tmp_path / "a" / "x.jpg"
+    path.write_bytes(content)
+    dataset = ImageFolder(str(tmp_path))
+    for percent in range(100):
+        path.write_bytes(content[: len(content) * percent // 100])
+        with pytest.raises(ImageError, match="x.jpg"):
+            dataset.training_image(0, 64, generator(percent))
+        with pytest.raises(ImageError, match="x.jpg"):
+            dataset.validation_image(0, 64)
+
+
+def huge_png():
+    """A PNG whose header claims 60000 × 60000 pixels."""
+    content = io.BytesIO()
+    Image.fromarray(PHOTO).save(content, format="PNG")
+    header = bytearray(content.getvalue())
+    header[16:24] = struct.pack(">II", 60000, 60000)
+    header[29:33] = struct.pack(">I", zlib.crc32(bytes(header[12:29])))
+    return bytes(header)
+
+
+def huge_jpeg():
+    """A JPEG whose header claims 60000 × 60000 pixels."""
+    content = jpeg(40, 30, 5)
+    frame = content.index(b"\xff\xc0")  # baseline: marker, length, bits, height, width
+    return content[: frame + 5] + struct.pack(">HH", 60000, 60000) + content[frame + 9 :]
+
+
+@pytest.mark.usefixtures("decoder")
+@pytest.mark.parametrize("make", [huge_png, huge_jpeg])
+def test_a_header_that_claims_gigapixels_is_refused_before_memory_is_allocated(tmp_path, make):
+    path = tmp_path / "x.jpg"
+    path.write_bytes(make())
+    with pytest.raises(ValueError, match="60000 × 60000 pixels"):
+        transforms.read_rgb(str(path))
+    with pytest.raises(ValueError, match="60000 × 60000 pixels"):
+        transforms.random_resized_crop(path.read_bytes(), 32, generator(0))
