@@ -474,7 +474,7 @@ def evaluate(
 def main_worker(args: argparse.Namespace, report: Callable[[str], None]) -> int:
     """Run one process of the job. Returns its exit code; raises UserError."""
     stop = StopSignals()
-    group = ProcessGroup(args.dist_backend, args.dist_url, report)
+    group = ProcessGroup(args.dist_backend, args.dist_url, args.rendezvous_timeout, report)
     accelerator = Accelerator(
         args.device,
         args.device_list[group.local_rank % len(args.device_list)],

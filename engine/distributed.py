@@ -3,25 +3,20 @@
 
 from __future__ import annotations
 
-import datetime
-import errno
 import io
 import os
 import pickle
-import socket
 import sys
-import time
 from typing import Any, Callable, Sequence
 
 from engine.errors import DivergedError, RendezvousError, UsageError
 from engine.heartbeat import Heartbeat
+from engine.rendezvous import MeetingPoint, Member, meet
 from engine.versions import TORCH
 
 import torch
 import torch.distributed as dist
 from torch import nn
-
-RENDEZVOUS_SECONDS = 45  # how long a process waits for the others
 
 
 def print_error(text: str) -> None:
@@ -37,85 +32,39 @@ class ProcessGroup:
     Args:
         backend: of the gradients: hccl, nccl or gloo.
         url: where the processes meet.
+        timeout: seconds to wait for the others.
         report: called with one line if another rank is unreachable.
 
     Raises:
         RendezvousError: if the others cannot be reached in time.
     """
 
-    def __init__(self, backend: str, url: str, report: Callable[[str], None] = print_error) -> None:
+    def __init__(
+        self, backend: str, url: str, timeout: float = 600, report: Callable[[str], None] = print_error
+    ) -> None:
         self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.control: Any = None  # the gloo group
         self.heartbeat: Heartbeat | None = None
         if self.world_size > 1:
-            self._join(backend, url, report)
+            member = Member(self.rank, self.world_size, self.local_rank, self.local_world_size, timeout)
+            self._connect(backend, meet(url, member), report)
 
-    # --- rendezvous ---
-
-    def _join(self, backend: str, url: str, report: Callable[[str], None]) -> None:
-        deadline = time.monotonic() + RENDEZVOUS_SECONDS
-        address = url
-        if url == "env://":
-            address = f"tcp://{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun holds the store, not rank 0
+    def _connect(self, backend: str, point: MeetingPoint, report: Callable[[str], None]) -> None:
+        """Create torch's groups. A rank that dies now is found by the heartbeat; torch would wait for half an hour."""
         try:
-            master = None
-            if address.startswith("tcp://"):
-                host, _, port = address[len("tcp://") :].rstrip("/").rpartition(":")
-                master = host.strip("[]"), int(port)
-                if self.rank != 0:
-                    _wait_for_master(master, deadline)
-                elif not agent_store:
-                    _check_port_is_free(master[1])
-            timeout = datetime.timedelta(seconds=max(1, deadline - time.monotonic()))
-            store, _, _ = next(dist.rendezvous(url, self.rank, self.world_size, timeout=timeout))
-            # torchrun's store outlives a restart, with what the earlier processes wrote. A store of rank 0 is new each
-            # time, and there the restart count would differ on a node that has joined later.
-            attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] if agent_store else "0"
-            store = dist.PrefixStore(f"attempt {attempt}", store)
-            self._check_in(store, address, deadline)
-            if master is not None:  # before the groups, which would wait half an hour for a rank that dies meanwhile
-                self.heartbeat = Heartbeat(*master, self.rank, self.world_size, f"attempt {attempt}", report)
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size)
+            if point.master is not None:
+                self.heartbeat = Heartbeat(*point.master, self.rank, self.world_size, point.job, report)
+            dist.init_process_group(backend, store=point.store, rank=self.rank, world_size=self.world_size)
             self.control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
             self.barrier()
         except (RuntimeError, ValueError, OSError) as error:
-            if getattr(error, "errno", None) == errno.EADDRINUSE:
-                raise RendezvousError(
-                    f"{address}: the port is in use; choose a free one with --dist-url tcp://HOST:PORT"
-                ) from error
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise RendezvousError(
-                f"{address}: rendezvous failed for rank {self.rank} of {self.world_size} ({reason}); check --addr, "
-                "--dist-url, --rank and --world-size, and that every node is running"
+                f"rank {self.rank} of {self.world_size} cannot connect to the others ({reason}); check that the nodes "
+                "reach each other"
             ) from error
-
-    def _check_in(self, store: Any, address: str, deadline: float) -> None:
-        """Wait until all ranks have joined; torch's groups would wait half an hour for a missing one, silently.
-
-        Raises RendezvousError if some do not come, or if two processes have the same rank.
-        """
-        if store.add(f"rank {self.rank}", 1) > 1:
-            store.set("double", str(self.rank))
-            store.add("doubles", 1)
-        joined = f"processes of {self.world_size}"  # a node with another world size counts elsewhere
-        store.add(joined, 1)
-        while store.add(joined, 0) < self.world_size:
-            if time.monotonic() > deadline:
-                count = store.add(joined, 0)
-                raise RendezvousError(
-                    f"{address}: rendezvous failed: {count} of {self.world_size} processes joined within "
-                    f"{RENDEZVOUS_SECONDS} s; check that every node is running, with the same --world-size and as many "
-                    "devices"
-                )
-            time.sleep(0.1)
-        if store.add("doubles", 0):
-            double = store.get("double").decode()
-            if self.rank == 0:
-                time.sleep(1)  # the store lives in this process: let the others read it
-            raise RendezvousError(f"{address}: two processes are rank {double}: give each node its own --rank")
 
     # --- collectives ---
 
@@ -198,25 +147,6 @@ class ProcessGroup:
 
 
 OUT_OF_MEMORY = getattr(torch.cuda, "OutOfMemoryError", ())  # a RuntimeError of its own since torch 1.13
-
-
-def _wait_for_master(master: tuple[str, int], deadline: float) -> None:
-    """Wait until rank 0's store accepts connections. Raises OSError. torch itself overruns the deadline."""
-    while True:
-        try:
-            socket.create_connection(master, timeout=max(1, deadline - time.monotonic())).close()
-            return
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.5)
-
-
-def _check_port_is_free(port: int) -> None:
-    """Raise OSError if the port is taken. torch reports that in words only."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(("", port))
 
 
 class _TensorPickler(pickle.Pickler):

@@ -305,6 +305,13 @@ def _build_parser() -> OneLineParser:
     parallel.add_argument("--rank", type=number(int, -1), default=-1, metavar="N", help="rank of this node, from 0")
     parallel.add_argument("--addr", default="127.0.0.1", help=f"address of the node of rank 0 {default}")
     parallel.add_argument("--dist-url", metavar="URL", help="(default: tcp://ADDR:PORT; env:// under torchrun)")
+    parallel.add_argument(
+        "--rendezvous-timeout",
+        type=number(int, 1),
+        default=600,
+        metavar="SECONDS",
+        help=f"how long to wait for other nodes {default}",
+    )
     parallel.add_argument("--dist-backend", choices=["hccl", "nccl", "gloo"], help="(default: by device)")
     parallel.add_argument(
         "--grad-compress",

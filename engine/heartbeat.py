@@ -34,7 +34,7 @@ class Heartbeat:
     ) -> None:
         # A connection of its own: an operation that waits holds up all others on the same connection.
         timeout = datetime.timedelta(seconds=self.CONNECT_SECONDS)
-        self.store = dist.PrefixStore(job, dist.TCPStore(host, port, world_size, False, timeout))
+        self.store = dist.PrefixStore(job, dist.TCPStore(host, port, 1, False, timeout))
         self.rank, self.world_size, self.report = rank, world_size, report
         self.patience = self.PATIENCE
         self.last_answer = time.monotonic()  # of the store

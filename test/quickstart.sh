@@ -18,8 +18,8 @@ if ! python_can "$python" 'import torch; torch.autocast'; then amp=(); fi # torc
 "$python" -u "$repository/main.py" "${amp[@]}" --output-dir "$output" "$@" 2>&1 | tee -i "$output/train.log"
 
 model=$output/model_best.pth.tar
-"$python" "$repository/main.py" "${amp[@]}" --evaluate --resume "$model" --report "$output/page" --output-dir "$output" \
-    >"$output/evaluate.log"
+"$python" "$repository/main.py" "${amp[@]}" "$@" --evaluate --resume "$model" --report "$output/page" \
+    --output-dir "$output" >"$output/evaluate.log"
 accuracy=$(sed -n 's/.*\[AVG-ACC\] \* Acc@1 \([0-9.]*\).*/\1/p' "$output/evaluate.log" | tail -n 1)
 echo
 printf 'Validation accuracy: %.2f%%\n' "$accuracy"

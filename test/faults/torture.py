@@ -59,7 +59,7 @@ def run_parts(names: list[str], scratch: str | None) -> int:
         except (SkippedError, NamespaceError) as error:
             result = f"skipped: {error}"
         except AssertionError as error:
-            print(error, flush=True)
+            print(str(error)[-3000:], flush=True)
             result, code = "NOT SURVIVED", 1
         finally:
             shutil.rmtree(folder, ignore_errors=True)

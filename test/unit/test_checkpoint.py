@@ -1,261 +1,296 @@
 # SPDX-License-Identifier: BSD-3-Clause
-import io
-import os
-import pickle
-import shutil
-import subprocess
-import sys
-import tarfile
-from collections import OrderedDict
+"""What a checkpoint holds, how one is found, and what continues from it."""
+
+import vgg
+from engine.accelerator import Accelerator
+from engine.checkpoint import (
+    LATEST,
+    ModelInfo,
+    TrainState,
+    build_checkpoint,
+    check_resumable,
+    find_checkpoint,
+    load_checkpoint,
+    load_pretrained,
+    load_weights,
+    model_weights,
+    restore,
+)
+from engine.checkpoint_file import CheckpointWriter
+from engine.errors import CheckpointError, UsageError
+from engine.logger import Logger
+from engine.metrics import AccuracyCounter, Totals
+from engine.optimizer import ModelEma
+from helpers.program import assert_same_weights
 
 import pytest
 import torch
+from torch import nn
 
-import checkpoint
-from conftest import REPOSITORY
+COUNTS = Totals(24.0, 10.0, 20.0, 30.5)
+
+
+class SmallNet(nn.Module):
+    """A VGG of one layer of each kind; the last one is classifier.6, as in VGG."""
+
+    def __init__(self, num_classes=4):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+        self.classifier = nn.Sequential(
+            nn.Linear(4, 8),
+            nn.ReLU(),
+            nn.Identity(),
+            nn.Linear(8, 8),
+            nn.ReLU(),
+            nn.Identity(),
+            nn.Linear(8, num_classes),
+        )
+
+    def forward(self, images):
+        return self.classifier(self.features(images).mean((2, 3)))
+
+
+class Run:
+    """The parts of a training run that a checkpoint holds."""
+
+    def __init__(self, seed=0, ema=True, **info):
+        torch.manual_seed(seed)
+        self.network, self.state = SmallNet(), TrainState()
+        accelerator = Accelerator("cpu")
+        _, self.scaler = accelerator.prepare_training(self.network, lr=0.1, momentum=0.9, weight_decay=1e-4)
+        self.ema = ModelEma(self.network, self.scaler.weights, self.scaler.master_weights) if ema else None
+        self.counter = AccuracyCounter(accelerator.device)
+        self.info = ModelInfo(
+            **{
+                "arch": "vgg16",
+                "classes": ["a", "b", "c", "d"],
+                "preprocessing": {"image_size": 8},
+                "identity": {"seed": 7, "global batch": 12},
+                "decoder": "simplejpeg",
+                "world_size": 1,
+                **info,
+            }
+        )
+
+    def train(self, steps):
+        """Take steps whose images depend on nothing but the number of the step."""
+        for _ in range(steps):
+            images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(self.state.step))
+            self.scaler.backward(self.network(images).square().mean())
+            self.scaler.step()
+            self.state.step += 1
+            self.state.step_in_epoch += 1
+            if self.ema is not None:
+                self.ema.update(0.9, self.state.step, self.scaler.skipped)
+        return self
+
+    def checkpoint(self, totals=COUNTS):
+        return build_checkpoint(self.state, totals, self.info, self.scaler, self.ema)
+
+    def resume(self, checkpoint, rank=0):
+        load_weights(self.network, model_weights(checkpoint, "--resume", ema=False), "--resume")
+        logger = Logger(prints=True, writes=False)
+        restore(checkpoint, self.state, self.counter, self.info, self.scaler, self.ema, logger, rank)
+        return self
+
+
+@pytest.fixture
+def logger():
+    return Logger(prints=True, writes=False)
 
 
 def save(state, path):
-    writer = checkpoint.Writer()
-    writer.save(state, path)
-    error = writer.wait()
-    if error is not None:
-        raise error
+    writer = CheckpointWriter()
+    writer.save(state, str(path))
+    assert writer.wait() is None
+    return str(path)
 
 
-def state():
-    torch.manual_seed(0)
-    weights = OrderedDict(a=torch.randn(4, 3).t(), b=torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
-                          c=torch.arange(5), d=torch.tensor(3.5), e=torch.zeros(0, 4), f=torch.ones(3, dtype=torch.bfloat16))
-    weights['shared'] = weights['a']
-    weights['part'] = torch.arange(10.)[3:7]
-    return {'epoch': 3, 'state_dict': weights, 'best_acc1': 12.5, 'classes': ['a', '图'], 'none': None,
-            'optimizer': {'state': {0: {'momentum_buffer': torch.ones(2)}}, 'param_groups': [{'lr': 0.1, 'params': [0]}]}}
+# --- what a checkpoint holds ------------------------------------------------------------------------------------------
 
 
-def assert_same(first, second):
-    assert type(first) is type(second)
-    if isinstance(first, torch.Tensor):
-        assert first.dtype == second.dtype and torch.equal(first, second)
-    elif isinstance(first, dict):
-        assert list(first) == list(second)
-        for key in first:
-            assert_same(first[key], second[key])
-    elif isinstance(first, list):
-        assert len(first) == len(second)
-        for one, other in zip(first, second):
-            assert_same(one, other)
-    else:
-        assert first == second
+def test_a_checkpoint_holds_all_that_a_run_continues_from(tmp_path):
+    """Through a file: a resumed run ends with the weights, momentum and averages of one that was never stopped."""
+    stopped = Run().train(3)
+    stopped.state.epoch, stopped.state.best_acc1 = 1, 61.5
+    checkpoint = load_checkpoint(save(stopped.checkpoint(), tmp_path / "x"))
+    resumed = Run(seed=1).resume(checkpoint)
+    assert resumed.state == TrainState(epoch=1, step_in_epoch=3, step=3, best_acc1=61.5)
+    assert resumed.counter.read() == COUNTS
+    ours, theirs = resumed.train(4).checkpoint(), stopped.train(4).checkpoint()
+    assert list(ours) == list(theirs)
+    for key in ("state_dict", "state_dict_ema"):
+        assert_same_weights(ours[key], theirs[key])
+    for position, buffers in theirs["optimizer"]["state"].items():
+        momentum = ours["optimizer"]["state"][position]["momentum_buffer"]
+        assert torch.equal(momentum, buffers["momentum_buffer"])
+    assert not torch.equal(ours["state_dict"]["features.0.weight"], checkpoint["state_dict"]["features.0.weight"])
 
 
-def test_what_is_saved_is_loaded(tmp_path):
-    path = str(tmp_path / 'x.pth.tar')
-    save(state(), path)
-    assert_same(checkpoint.load(path), state())
-    assert sorted(os.listdir(str(tmp_path))) == ['x.pth.tar']
+def test_a_checkpoint_holds_plain_values_and_fp32_tensors_on_the_cpu(tmp_path):
+    checkpoint = Run().train(1).checkpoint()
+    assert {"epoch", "arch", "state_dict", "best_acc1", "optimizer", "amp"} <= set(checkpoint)  # the reference's
+    assert checkpoint["counts"] == list(COUNTS) and checkpoint["decoder"] == "simplejpeg"
+    assert checkpoint["preprocessing"] == {"image_size": 8} and checkpoint["classes"] == ["a", "b", "c", "d"]
+    for name, tensor in checkpoint["state_dict"].items():
+        assert tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.int64), name
+    save(checkpoint, tmp_path / "x")
+    options = {"weights_only": True} if "weights_only" in torch.load.__code__.co_varnames else {}
+    assert torch.load(str(tmp_path / "x"), **options)["step"] == 1
 
 
-def test_torch_load_reads_it_with_weights_only(tmp_path):
-    path = str(tmp_path / 'x.pth.tar')
-    save(state(), path)
-    options = {'weights_only': True} if 'weights_only' in torch.load.__code__.co_varnames else {}
-    assert_same(torch.load(path, **options), state())
+# --- continuing -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('zip_format', [False, True])
-def test_files_of_torch_save_are_read(tmp_path, zip_format):
-    path = str(tmp_path / 'x.pth')
-    torch.save(state(), path, _use_new_zipfile_serialization=zip_format)
-    assert_same(checkpoint.load(path), state())
+def test_resuming_mid_epoch_with_another_decoder_says_so(capsys):
+    checkpoint = Run(decoder="Pillow").train(2).checkpoint()
+    Run(decoder="simplejpeg").resume(checkpoint)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "resumed with" in line]
+    assert line.startswith("=> resumed with simplejpeg, saved with Pillow: the rest of this epoch's JPEGs may differ")
 
 
-def test_a_model_state_dict_with_its_metadata_is_read(tmp_path):
-    model = torch.nn.Linear(2, 3)
-    torch.save({'model': model.state_dict(), 'parameter': model.weight}, str(tmp_path / 'x.pth'))
-    loaded = checkpoint.load(str(tmp_path / 'x.pth'))
-    assert torch.equal(loaded['model']['weight'], model.weight) and torch.equal(loaded['parameter'], model.weight)
+def test_resuming_with_the_same_decoder_or_between_epochs_says_nothing(capsys):
+    run = Run(decoder="Pillow").train(2)
+    Run(decoder="Pillow").resume(run.checkpoint())
+    run.state.epoch, run.state.step_in_epoch = 1, 0
+    Run(decoder="simplejpeg").resume(run.checkpoint())
+    assert capsys.readouterr().out == ""
 
 
-def test_the_file_before_is_kept(tmp_path):
-    path = str(tmp_path / 'x.pth.tar')
-    for epoch in range(3):
-        save({'epoch': epoch}, path)
-    assert checkpoint.load(path) == {'epoch': 2}
-    assert checkpoint.load(path + '.previous') == {'epoch': 1}
+def test_resuming_on_another_number_of_processes_says_so(capsys):
+    Run(world_size=1).resume(Run(world_size=8).train(2).checkpoint())
+    assert "=> resumed on 1 processes, saved on 8: same images in the same order" in capsys.readouterr().out
 
 
-def test_a_link_is_not_changed_by_the_next_save(tmp_path):
-    path, best = str(tmp_path / 'x.pth.tar'), str(tmp_path / 'best.pth.tar')
-    for epoch in range(3):
-        save({'epoch': epoch}, path)
-        if epoch < 2:
-            checkpoint.link(path, best)
-    assert checkpoint.load(best) == {'epoch': 1}
+def test_the_counts_of_an_epoch_continue_on_the_main_process_alone():
+    checkpoint = Run().train(2).checkpoint()
+    assert Run().resume(checkpoint, rank=0).counter.read() == COUNTS
+    assert Run().resume(checkpoint, rank=1).counter.read() == Totals()
+    checkpoint["step_in_epoch"] = 0
+    assert Run().resume(checkpoint, rank=0).counter.read() == Totals()
 
 
-@pytest.mark.parametrize('format', ['ours', 'torch', 'legacy'])
-def test_every_truncation_is_named(tmp_path, format):
-    path = str(tmp_path / 'x')
-    if format == 'ours':
-        save(state(), path)
-    else:
-        torch.save(state(), path, _use_new_zipfile_serialization=format == 'torch')
-    content = open(path, 'rb').read()
-    for part in range(100):
-        with open(path, 'wb') as file:
-            file.write(content[:len(content) * part // 100])
-        with pytest.raises(checkpoint.BadCheckpoint, match=path):
-            checkpoint.load(path)
+def test_an_ema_that_starts_or_ends_at_a_resume_is_logged(capsys):
+    Run(ema=True).resume(Run(ema=False).train(2).checkpoint())
+    assert "=> the checkpoint has no EMA weights: the average starts here" in capsys.readouterr().out
+    Run(ema=False).resume(Run(ema=True).train(2).checkpoint())
+    assert "=> the EMA weights of the checkpoint are dropped" in capsys.readouterr().out
 
 
-def test_every_flipped_byte_is_named(tmp_path):
-    path = str(tmp_path / 'x')
-    save({'weights': torch.arange(50.)}, path)
-    content = open(path, 'rb').read()
-    for position in range(0, len(content), 7):
-        damaged = bytearray(content)
-        damaged[position] ^= 0x10
-        with open(path, 'wb') as file:
-            file.write(damaged)
-        try:
-            loaded = checkpoint.load(path)
-        except checkpoint.BadCheckpoint:
-            continue
-        # A flip in the comment's own length or mark takes the digest away: then the parts' checksums must hold.
-        assert position > len(content) - 100 and torch.equal(loaded['weights'], torch.arange(50.)), position
+@pytest.mark.parametrize("missing", ["optimizer", "epoch", "counts"])
+def test_a_checkpoint_that_lacks_something_names_it(missing):
+    checkpoint = Run().train(2).checkpoint()
+    del checkpoint[missing]
+    with pytest.raises(UsageError, match=f"training cannot continue.*{missing}.*--pretrained takes its weights alone"):
+        Run().resume(checkpoint)
 
 
-class Hostile:
-    def __init__(self, canary):
-        self.canary = canary
-
-    def __reduce__(self):
-        return os.mkdir, (self.canary,)
-
-
-class WithState:
-    """Code by way of __setstate__."""
-
-    def __init__(self, canary):
-        self.canary = canary
-
-    def __setstate__(self, state):
-        os.mkdir(state['canary'])
+@pytest.mark.parametrize("number", [2, 1 << 20])
+def test_an_optimizer_of_another_model_is_an_error_of_one_line(number):
+    checkpoint = Run().train(2).checkpoint()
+    checkpoint["optimizer"]["param_groups"][0]["params"] = list(range(number))
+    with pytest.raises(UsageError, match=f"expected the state of 10 parameters, got {number}"):
+        Run().resume(checkpoint)
+    checkpoint = Run().train(2).checkpoint()
+    checkpoint["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(5)
+    with pytest.raises(UsageError, match=r"momentum of parameter 0: expected shape \(4, 3, 3, 3\), got \(5,\)"):
+        Run().resume(checkpoint)
 
 
-@pytest.mark.parametrize('kind', [Hostile, WithState])
-@pytest.mark.parametrize('zip_format', [False, True])
-def test_a_pickle_that_carries_code_runs_nothing(tmp_path, kind, zip_format):
-    canary, path = str(tmp_path / 'canary'), str(tmp_path / 'x')
-    torch.save({'state_dict': kind(canary)}, path, _use_new_zipfile_serialization=zip_format)
-    with pytest.raises(checkpoint.BadCheckpoint, match='refused, it carries code'):
-        checkpoint.load(path)
-    assert not os.path.exists(canary)
+def test_a_checkpoint_of_another_run_is_refused_with_both_values():
+    run = Run().train(2)
+    checkpoint = run.checkpoint()
+    check_resumable(checkpoint, run.info, evaluate=False)
+    with pytest.raises(UsageError, match="is of --arch vgg16, this run of vgg19"):
+        check_resumable(checkpoint, Run(arch="vgg19").info, evaluate=False)
+    with pytest.raises(UsageError, match="number 1 is 'b' in the checkpoint and 'x' in the data"):
+        check_resumable(checkpoint, Run(classes=["a", "x", "c", "d"]).info, evaluate=False)
+    other = Run(identity={"seed": 7, "global batch": 24}).info
+    with pytest.raises(UsageError, match="within an epoch with global batch 12, this run has 24"):
+        check_resumable(checkpoint, other, evaluate=False)
+    check_resumable(checkpoint, other, evaluate=True)
+    check_resumable({**checkpoint, "step_in_epoch": 0}, other, evaluate=False)  # between epochs it may change
 
 
-def test_a_torchscript_archive_is_refused(tmp_path):
-    path = str(tmp_path / 'x.pt')
-    torch.jit.script(torch.nn.Linear(2, 2)).save(path)
-    with pytest.raises(checkpoint.BadCheckpoint, match='TorchScript'):
-        checkpoint.load(path)
+# --- finding a checkpoint ---------------------------------------------------------------------------------------------
 
 
-def test_a_legacy_tar_is_refused(tmp_path):
-    path, canary = str(tmp_path / 'x.tar'), str(tmp_path / 'canary')
-    with tarfile.open(path, 'w', format=tarfile.USTAR_FORMAT) as archive:
-        for name in ('sys_info', 'pickle', 'storages', 'tensors'):
-            content = pickle.dumps(Hostile(canary))
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    with pytest.raises(checkpoint.BadCheckpoint, match='refused, it carries code.*tar'):
-        checkpoint.load(path)
-    assert not os.path.exists(canary)
+def test_auto_resume_takes_the_newest_intact_checkpoint(tmp_path, logger, capsys):
+    assert find_checkpoint(None, True, str(tmp_path), logger) is None
+    path = tmp_path / LATEST
+    for epoch in (1, 2):
+        save({"epoch": epoch}, path)
+    assert find_checkpoint(None, True, str(tmp_path), logger) == {"epoch": 2}
+    assert find_checkpoint(None, False, str(tmp_path), logger) is None
+    assert capsys.readouterr().out == f"=> resuming from '{path}'\n"
+    path.write_bytes(path.read_bytes()[:-9])
+    assert find_checkpoint(None, True, str(tmp_path), logger) == {"epoch": 1}
+    printed = capsys.readouterr()
+    assert printed.out == f"=> resuming from '{path}.previous'\n"
+    assert f"warning: {path}: corrupt" in printed.err and "trying the one before it" in printed.err
 
 
-@pytest.mark.parametrize('content', [b'', b'hello', b'\x80', b'\x80\x02}.', b'PK\x03\x04', b'PK\x05\x06' + bytes(18)])
-def test_other_files_are_named(tmp_path, content):
-    path = tmp_path / 'x'
-    path.write_bytes(content)
-    with pytest.raises(checkpoint.BadCheckpoint, match='x'):
-        checkpoint.load(str(path))
+def test_auto_resume_never_starts_afresh_over_corrupt_checkpoints(tmp_path, logger):
+    for name in (LATEST, f"{LATEST}.previous"):
+        (tmp_path / name).write_bytes(b"corrupt")
+    with pytest.raises(CheckpointError, match="corrupt, or not a checkpoint"):
+        find_checkpoint(None, True, str(tmp_path), logger)
 
 
-def test_a_tensor_that_reaches_outside_its_storage_is_refused():
-    storages = checkpoint._Storages(1000, lambda key, flat: None)
-    flat = storages.get(torch.float32, '0', 10)
-    for offset, size, stride in ((0, (11,), (1,)), (-1, (2,), (1,)), (0, (2, 2), (9, 1)), (0, (3,), (-1,)), (0, (-1,), (1,))):
-        with pytest.raises(ValueError):
-            checkpoint._tensor(flat, offset, size, stride)
-    with pytest.raises(ValueError, match='more data'):
-        storages.get(torch.float32, '1', 1 << 40)
+def test_a_checkpoint_that_was_asked_for_must_be_intact(tmp_path, logger):
+    path = save({"epoch": 1}, tmp_path / "x")
+    assert find_checkpoint(path, True, str(tmp_path), logger) == {"epoch": 1}
+    (tmp_path / "x").write_bytes(b"corrupt")
+    save({"epoch": 2}, tmp_path / LATEST)
+    with pytest.raises(CheckpointError, match="x: corrupt"):
+        find_checkpoint(path, True, str(tmp_path), logger)
 
 
-def test_a_full_disk_leaves_the_old_file_and_no_temporary(tmp_path, monkeypatch):
-    path = str(tmp_path / 'x')
-    save({'epoch': 1}, path)
-
-    def full(descriptor):
-        raise OSError(28, 'No space left on device')
-
-    monkeypatch.setattr(os, 'fsync', full)
-    with pytest.raises(OSError):
-        save({'epoch': 2}, path)
-    monkeypatch.undo()
-    assert checkpoint.load(path) == {'epoch': 1}
-    assert os.listdir(str(tmp_path)) == ['x']
+def test_a_file_of_something_else_is_no_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match="x: holds a list, not a checkpoint"):
+        load_checkpoint(save([1, 2], tmp_path / "x"))
 
 
-def test_a_rename_that_fails_leaves_no_temporary_then_or_at_the_next_save(tmp_path, monkeypatch):
-    """The first failure leaves `previous` as a second name of the file itself, over which rename does nothing."""
-    path, rename = str(tmp_path / 'x'), os.replace
-    save({'epoch': 1}, path)
-
-    def full(source, target):
-        if target == path:
-            raise OSError(28, 'No space left on device')
-        rename(source, target)
-
-    monkeypatch.setattr(os, 'replace', full)
-    for _ in range(2):
-        with pytest.raises(OSError):
-            save({'epoch': 2}, path)
-        assert sorted(os.listdir(str(tmp_path))) == ['x', 'x.previous']
-    monkeypatch.undo()
-    save({'epoch': 3}, path)
-    assert (checkpoint.load(path), checkpoint.load(path + '.previous')) == ({'epoch': 3}, {'epoch': 1})
-    assert sorted(os.listdir(str(tmp_path))) == ['x', 'x.previous']
+# --- weights ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(shutil.which('strace') is None, reason='strace is not installed')
-def test_a_kill_at_every_system_call_of_a_save_leaves_a_whole_checkpoint(tmp_path):
-    """A save over an older checkpoint is killed at its first, second, … write, fsync, link and rename, until none is left."""
-    code = '''if True:
-        import sys, torch, checkpoint
-        writer = checkpoint.Writer()
-        writer.save({"epoch": 2, "weights": torch.full((1000,), 2.0)}, sys.argv[1], also=sys.argv[1] + ".best")
-        assert writer.wait() is None
-    '''
-    found = {}  # (system call, how many times until the kill) -> epoch of what was then there
-    for call in ('write', 'fsync', 'link', 'rename'):
-        for kill_at in range(1, 20):
-            folder = tmp_path / '{} {}'.format(call, kill_at)
-            folder.mkdir()
-            path = str(folder / 'x')
-            for epoch in (0, 1):
-                save({'epoch': epoch}, path)
-            checkpoint.link(path, path + '.best')
-            command = ['strace', '-qq', '-f', '-o', '/dev/null', '-e', 'trace=' + call,
-                       '-e', 'inject={}:signal=KILL:when={}'.format(call, kill_at), '-P', str(folder)]
-            for base in (path, path + '.best', path + '.previous'):
-                command += ['-P', base, '-P', base + '.tmp']
-            finished = subprocess.run(command + [sys.executable, '-c', code, path], stderr=subprocess.PIPE,
-                                      env=dict(os.environ, PYTHONPATH=REPOSITORY))
-            found[call, kill_at] = checkpoint.load(path)['epoch']
-            assert checkpoint.load(path + '.best')['epoch'] in (1, 2)
-            assert checkpoint.load(path + '.previous')['epoch'] in (0, 1)
-            if finished.returncode == 0:
-                assert found[call, kill_at] == 2
-                break
-    assert set(found.values()) == {1, 2} and len(found) >= 10, found
+def test_weights_are_found_in_a_checkpoint_and_in_a_plain_state_dict():
+    checkpoint = Run().train(2).checkpoint()
+    assert_same_weights(model_weights(checkpoint, "x"), checkpoint["state_dict_ema"])
+    assert_same_weights(model_weights(checkpoint, "x", ema=False), checkpoint["state_dict"])
+    assert_same_weights(model_weights(checkpoint["state_dict"], "x"), checkpoint["state_dict"])
+    of_the_reference = {
+        "module.features.0.weight": torch.zeros(1),
+        "module.fc1.weight": torch.ones(1),
+        "module.fc3.bias": torch.ones(2),
+    }
+    names = list(model_weights({"state_dict": of_the_reference}, "x"))
+    assert names == ["features.0.weight", "classifier.0.weight", "classifier.6.bias"]
+
+
+@pytest.mark.parametrize(
+    "content", [{}, {"epoch": 1}, {"state_dict": {}}, {"state_dict": {"a": 1}}, {"state_dict": [1]}]
+)
+def test_a_file_without_weights_is_named(content):
+    with pytest.raises(UsageError, match="x.pth: holds no weights"):
+        model_weights(content, "x.pth")
+
+
+def test_weights_that_do_not_fit_are_named():
+    weights = dict(SmallNet().state_dict())
+    weights["features.0.weight"] = torch.zeros(5, 3, 3, 3)
+    message = r"x.pth: features.0.weight: expected shape \(4, 3, 3, 3\), got \(5, 3, 3, 3\); check --arch"
+    with pytest.raises(UsageError, match=message):
+        load_weights(SmallNet(), weights, "x.pth")
+
+
+def test_pretrained_weights_of_other_classes_keep_a_new_last_layer(logger, capsys):
+    network, pretrained = SmallNet(num_classes=2), Run().train(1).checkpoint()
+    before = network.state_dict()[f"{vgg.LAST_LAYER}.weight"].clone()
+    load_pretrained(network, pretrained, "x.pth", logger)
+    after = network.state_dict()
+    assert torch.equal(after[f"{vgg.LAST_LAYER}.weight"], before)
+    assert torch.equal(after["classifier.3.weight"], pretrained["state_dict_ema"]["classifier.3.weight"])
+    out = capsys.readouterr().out
+    assert "=> classifier.6.weight: 4 classes in x.pth, 2 here: re-initialized" in out
+    assert "=> loaded the EMA weights of 'x.pth'" in out

@@ -30,11 +30,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     "names, message",
-    [
-        ([], "No such file"),
-        (["file.jpg"], "no classes in it"),
-        (["a/x.jpg", "b/notes.txt"], "b: no images in it"),
-    ],
+    [([], "No such file"), (["file.jpg"], "no classes in it"), (["a/x.jpg", "b/notes.txt"], "b: no images in it")],
     ids=["no folder", "no classes", "an empty class"],
 )
 def test_a_folder_without_images_is_named(tmp_path, names, message):

@@ -31,7 +31,7 @@ def test_an_epoch_uses_no_image_twice_and_epochs_differ():
 
 
 def test_the_order_of_an_epoch_is_the_same_on_every_version_of_numpy():
-    assert list(permutation(7, 0, 10)) == [4, 7, 5, 2, 1, 9, 3, 0, 8, 6]
+    assert list(permutation(7, 0, 10)) == [0, 1, 5, 7, 6, 9, 4, 3, 2, 8]
 
 
 def test_training_resumes_at_any_step():

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""How the processes of a job find each other: in any order, waiting for late nodes and naming them.
+
+What cannot work is said at once: a rank taken twice, different world sizes, a port in use, an address of another host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import os
+import socket
+import time
+from dataclasses import dataclass
+from typing import Any, Callable
+
+from engine.errors import RendezvousError
+
+import torch.distributed as dist
+
+REPORT_SECONDS = 15  # between two lines that say who is missing
+POLL_SECONDS = 0.5
+STORE_SECONDS = 45  # for one operation on the store, once everybody is there
+
+
+@dataclass
+class Member:
+    """This process in its job, and how long it waits for the others."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    timeout: float  # seconds
+
+    def node(self, rank: int) -> str:
+        """Name the node of a rank, if all nodes have as many processes as this one."""
+        node, size = rank // self.local_world_size, self.local_world_size
+        ranks = f"rank {rank}" if size == 1 else f"ranks {node * size} to {node * size + size - 1}"
+        return f"node {node} ({ranks})"
+
+
+@dataclass
+class MeetingPoint:
+    """Where the processes have met."""
+
+    store: Any  # of torch.distributed; it ends with this object, and on rank 0 for everybody
+    master: tuple[str, int] | None  # host and port of the store
+    job: str  # prefix of this attempt's keys
+
+
+def meet(url: str, me: Member) -> MeetingPoint:
+    """Wait until all processes have joined. Raises RendezvousError.
+
+    url: tcp://HOST:PORT, env:// (MASTER_ADDR and MASTER_PORT) or file://PATH.
+    """
+    address = url
+    if url == "env://":
+        address = f"tcp://{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    # torchrun holds the store itself. It outlives a restart, with what the earlier processes wrote.
+    agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    job = f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT'] if agent_store else 0}"
+    waiting = _Waiting(address, me)
+    while True:
+        try:
+            if not address.startswith("tcp://"):
+                store, _, _ = next(dist.rendezvous(url, me.rank, me.world_size, timeout=_seconds(me.timeout)))
+                master = None
+            else:
+                host, _, port = address[len("tcp://") :].rstrip("/").rpartition(":")
+                master = host.strip("[]"), int(port)
+                is_host = me.rank == 0 and not agent_store
+                if is_host:
+                    _check_own_address(master, address, resolve_host=url != "env://")
+                else:
+                    _await_store(master, waiting)
+                # A world size of 1, because TCPStore itself would wait for the others, without a word.
+                store = dist.TCPStore(*master, 1, is_host, _seconds(STORE_SECONDS))
+            store = dist.PrefixStore(job, store)
+            _check_in(store, address, me, waiting)
+            return MeetingPoint(store, master, job)
+        except (RuntimeError, OSError, ValueError) as error:
+            if isinstance(error, RuntimeError) and me.rank != 0 and master is not None and not waiting.is_over():
+                time.sleep(POLL_SECONDS)  # rank 0 was restarted while others were missing: meet it again
+                continue
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise RendezvousError(
+                f"{address}: rendezvous failed for rank {me.rank} of {me.world_size} ({reason}); check --addr, "
+                "--dist-url, --rank and --world-size"
+            ) from error
+
+
+class _Waiting:
+    """The clock of a rendezvous: when a line is due, and when the time is over."""
+
+    def __init__(self, address: str, me: Member) -> None:
+        self.address, self.me = address, me
+        self.begin = self.last_report = time.monotonic()
+
+    def is_over(self) -> bool:
+        return time.monotonic() - self.begin > self.me.timeout
+
+    def check(self, find_missing: Callable[[], list[str]]) -> None:
+        """Print which nodes are missing, if that is due. Raises RendezvousError when the time is over."""
+        now = time.monotonic()
+        waited, timeout = now - self.begin, self.me.timeout
+        if self.is_over():
+            raise RendezvousError(
+                f"{self.address}: rendezvous failed: {', '.join(find_missing())} did not join within {timeout:.0f} s; "
+                "check that every node is running and reaches this address, or raise --rendezvous-timeout"
+            )
+        if now - self.last_report >= REPORT_SECONDS:
+            self.last_report = now
+            if self.me.local_rank == 0:
+                missing, nodes = find_missing(), -(-self.me.world_size // self.me.local_world_size)
+                verb = "has" if len(missing) == 1 else "have"
+                print(
+                    f"=> waiting for {len(missing)} of {nodes} nodes: {', '.join(missing)} {verb} not joined, "
+                    f"{waited:.0f} s of {timeout:.0f} s",
+                    flush=True,
+                )
+
+
+def _seconds(seconds: float) -> datetime.timedelta:
+    return datetime.timedelta(seconds=seconds)
+
+
+def _check_own_address(master: tuple[str, int], address: str, *, resolve_host: bool) -> None:
+    """Raise RendezvousError if rank 0 cannot listen there. torch would say that in words only, or wait."""
+    host, port = master
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise RendezvousError(
+                    f"{address}: the port is in use; choose a free one with --dist-url tcp://HOST:PORT"
+                ) from error
+            raise
+    if resolve_host:
+        family, _, _, _, own = socket.getaddrinfo(host, 0)[0]
+        with socket.socket(family) as probe:
+            try:
+                probe.bind(own)
+            except OSError as error:
+                if error.errno == errno.EADDRNOTAVAIL:
+                    raise RendezvousError(
+                        f"{address}: {host} is not an address of this host, and rank 0 must listen there; check --addr "
+                        "and --rank"
+                    ) from error
+                raise
+
+
+def _await_store(master: tuple[str, int], waiting: _Waiting) -> None:
+    """Wait until rank 0's store accepts connections. Raises RendezvousError."""
+    while True:
+        with contextlib.suppress(OSError):
+            socket.create_connection(master, timeout=5).close()
+            return
+        waiting.check(lambda: [waiting.me.node(0)])
+        time.sleep(POLL_SECONDS)
+
+
+def _check_in(store: Any, address: str, me: Member, waiting: _Waiting) -> None:
+    """Claim this process's rank in the store, and wait until every rank is claimed. Raises RendezvousError."""
+    if store.add("joined first", 1) == 1:
+        store.set("world size", str(me.world_size))
+    expected = int(store.get("world size").decode())
+    if expected != me.world_size:
+        _fail_all(
+            store, f"{address}: the nodes have different world sizes: {me.world_size} here, {expected} elsewhere", me
+        )
+    if store.add(f"rank {me.rank}", 1) == 1:
+        store.add("joined", 1)
+    elif _is_beating(store, me.rank):
+        _fail_all(store, f"{address}: two processes are rank {me.rank}: give each node its own --rank", me)
+    while store.add("joined", 0) < me.world_size:
+        store.add(f"beat {me.rank}", 1)
+        _raise_if_failed(store, me)
+        waiting.check(lambda: _name_missing(store, me))
+        time.sleep(POLL_SECONDS)
+    _raise_if_failed(store, me)
+
+
+def _is_beating(store: Any, rank: int) -> bool:
+    """Whether another process of this rank is waiting too. A claim without beats is that of a process that is gone."""
+    before = store.add(f"beat {rank}", 0)
+    time.sleep(5 * POLL_SECONDS)
+    return store.add(f"beat {rank}", 0) > before
+
+
+def _name_missing(store: Any, me: Member) -> list[str]:
+    ranks = [rank for rank in range(0, me.world_size, me.local_world_size) if store.add(f"rank {rank}", 0) == 0]
+    return [me.node(rank) for rank in ranks] or ["a process of a node that has joined"]
+
+
+def _fail_all(store: Any, text: str, me: Member) -> None:
+    """Make every process that waits raise this error."""
+    store.set("failure", text)
+    store.add("failed", 1)
+    _raise_if_failed(store, me)
+
+
+def _raise_if_failed(store: Any, me: Member) -> None:
+    if store.add("failed", 0):
+        text = store.get("failure").decode()
+        if me.rank == 0:
+            time.sleep(4 * POLL_SECONDS)  # the store may live in this process: let the others read it
+        raise RendezvousError(text)

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Which device, backend and precision the flags mean, and what is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from typing import Any
+
+import pytest
+from engine import device
+from engine.errors import DeviceUnavailableError
+from engine.flags import parse_args
+from engine.resolve import resolve
+from engine.versions import TORCH
+from helpers.program import run_python
+
+import torch
+
+# Registers an NPU, which lasts as long as the process, and prints what main.py resolves its flags to.
+RESOLVE_ON_NPU = """
+import sys
+from helpers import npu_backend
+npu_backend.register(bf16=sys.argv[1] == "bf16")
+from engine.errors import UserError
+from engine.flags import parse_args
+from engine.resolve import resolve
+args = parse_args(sys.argv[2:])
+try:
+    resolve(args)
+    print(args.device, args.device_list, args.dist_backend, args.precision, args.processes)
+except UserError as error:
+    print(error)
+"""
+
+
+# --- an NPU that computes nothing -------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(TORCH < (1, 10), reason="autocast on an NPU requires torch 1.10")
+@pytest.mark.parametrize(
+    "dtype, flags, expected",
+    [
+        ("fp16", ["--multiprocessing-distributed", "-b", "2048"], "npu [0, 1, 2, 3, 4, 5, 6, 7] hccl fp16 8"),
+        ("bf16", ["--gpu", "1", "--device-list", "4,5"], "npu [5] hccl bf16 1"),
+        ("bf16", ["--gpu", "6", "--amp-dtype", "fp16"], "npu [6] hccl fp16 1"),
+        ("bf16", ["--gpu", "6", "--opt-level", "O0"], "npu [6] hccl fp32 1"),
+        ("fp16", ["--gpu", "0", "--amp-dtype", "bf16"], "--amp-dtype bf16: this npu has no bf16; use --amp-dtype fp16"),
+    ],
+)
+def test_npus_are_chosen_with_the_precision_they_are_good_at(dtype: str, flags: list[str], expected: str) -> None:
+    assert run_python(RESOLVE_ON_NPU, dtype, "--amp", *flags)[-1] == expected
+
+
+def test_all_npus_are_found_on_any_torch() -> None:
+    lines = run_python(RESOLVE_ON_NPU, "fp16", "--multiprocessing-distributed", "-b", "2048")
+    assert lines[-1] == "npu [0, 1, 2, 3, 4, 5, 6, 7] hccl fp32 8"
+
+
+def test_a_run_on_one_device_says_which_of_several_it_uses() -> None:
+    lines = run_python(RESOLVE_ON_NPU, "fp16")
+    assert lines[0].startswith("=> 8 devices, and this is a one-device run: using number 0;")
+    assert lines[1] == "npu [0] hccl fp32 1"
+
+
+# --- devices ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "given, gpu, one_device, expected",
+    [
+        (None, None, False, [0, 1, 2, 3]),
+        ([3, 1], None, False, [3, 1]),
+        (None, 2, True, [2]),
+        ([3, 1], 1, True, [1]),
+        ([3, 1], None, True, [3]),
+    ],
+)
+def test_device_list_names_devices_and_gpu_one_of_them(
+    given: list[int] | None, gpu: int | None, one_device: bool, expected: list[int]
+) -> None:
+    assert device.resolve_device_list(given, gpu, "gpu", 4, one_device=one_device) == expected
+
+
+@pytest.mark.parametrize(
+    "given, gpu, message",
+    [
+        (None, 4, r"gpu 4 does not exist, there are 4 \(0 to 3\)"),
+        ([9], None, "gpu 9 does not exist"),
+        ([3, 1], 2, "--gpu 2 is an index into --device-list, which has 2 entries"),
+    ],
+)
+def test_a_device_that_does_not_exist_is_named(given: list[int] | None, gpu: int | None, message: str) -> None:
+    with pytest.raises(DeviceUnavailableError, match=message):
+        device.resolve_device_list(given, gpu, "gpu", 4, one_device=True)
+
+
+def test_a_cpu_takes_any_number_of_processes() -> None:
+    args = parse_args(["--device", "cpu", "--multiprocessing-distributed", "--device-list", "0,1,2", "-b", "6"])
+    topology = resolve(args)
+    assert (args.device, args.device_list, args.dist_backend, args.precision) == ("cpu", [0, 1, 2], "gloo", "fp32")
+    assert args.processes == topology.processes == 3
+    assert topology.spawn
+
+
+def test_each_device_has_its_backend_and_gloo_supports_all() -> None:
+    backends = {name: device.resolve_backend(None, name) for name in ("npu", "gpu", "mps", "cpu")}
+    assert backends == {"npu": "hccl", "gpu": "nccl", "mps": "gloo", "cpu": "gloo"}
+    assert {device.resolve_backend("gloo", name) for name in backends} == {"gloo"}
+    with pytest.raises(DeviceUnavailableError, match="--dist-backend nccl does not support npu: leave it out for hccl"):
+        device.resolve_backend("nccl", "npu")
+
+
+def test_missing_hardware_is_refused_in_one_line() -> None:
+    has_npu = hasattr(torch, "npu") or importlib.util.find_spec("torch_npu") is not None
+    for name, may_work in (("npu", has_npu), ("gpu", torch.cuda.is_available())):
+        if not may_work:
+            with pytest.raises(DeviceUnavailableError, match=f"no {name.upper()}") as refusal:
+                resolve(parse_args(["--device", name]))
+            assert len(str(refusal.value).splitlines()) == 1
+            assert "another --device" in str(refusal.value)
+
+
+def test_auto_is_the_first_device_that_works(monkeypatch: Any) -> None:
+    def missing() -> int:
+        raise DeviceUnavailableError("none")
+
+    monkeypatch.setattr(device, "DEVICE_COUNTS", {"npu": missing, "gpu": lambda: 2, "mps": lambda: 1})
+    assert device.resolve_device("auto") == ("gpu", 2)
+    monkeypatch.setattr(device, "DEVICE_COUNTS", {"npu": missing, "gpu": missing, "mps": missing})
+    assert device.resolve_device("auto") == ("cpu", None)
+
+
+# --- precision and options of newer torch versions --------------------------------------------------------------------
+
+
+@pytest.mark.skipif(TORCH < (1, 10), reason="mixed precision on a CPU requires torch 1.10")
+def test_amp_on_a_cpu_is_bf16_if_the_cpu_has_instructions_for_it(monkeypatch: Any, capsys: Any) -> None:
+    for has_bf16, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(device, "_cpu_has_bf16", lambda has_bf16=has_bf16: has_bf16)
+        assert device.resolve_precision("cpu", amp=True, opt_level="O1", amp_dtype="auto") == expected
+        assert ("--amp changes nothing here" in capsys.readouterr().out) == (not has_bf16)
+        assert device.resolve_precision("cpu", amp=True, opt_level="O1", amp_dtype="bf16") == "bf16"
+    with pytest.raises(DeviceUnavailableError, match="--amp-dtype fp16 is not supported on a CPU"):
+        device.resolve_precision("cpu", amp=True, opt_level="O1", amp_dtype="fp16")
+
+
+@pytest.mark.parametrize(
+    "flags, version, message",
+    [
+        (["--amp"], (1, 10), "--amp on a CPU requires torch 1.10"),
+        (["--deterministic"], (1, 8), "--deterministic requires torch 1.8"),
+        (["--profile"], (1, 8), "--profile requires torch 1.8.1"),
+        (["--compile"], (2, 0), "--compile requires torch 2.0"),
+        (["--grad-compress", "bf16"], (2, 0), "--grad-compress requires torch 2.0"),
+    ],
+)
+def test_a_flag_that_needs_a_newer_torch_is_refused(flags: list[str], version: tuple[int, int], message: str) -> None:
+    args = parse_args(["--device", "cpu", *flags])
+    if version > TORCH:
+        with pytest.raises(DeviceUnavailableError, match=message):
+            resolve(args)
+        return
+    try:
+        resolve(args)
+    except DeviceUnavailableError as refusal:  # a compiler may be missing
+        assert "requires torch" not in str(refusal)
+
+
+@pytest.mark.skipif(TORCH < (2, 0), reason="--compile requires torch 2.0")
+@pytest.mark.parametrize("name, compiler", [("cpu", "g++"), ("gpu", "gcc")])
+def test_compile_names_the_compiler_that_is_missing(monkeypatch: Any, tmp_path: Any, name: str, compiler: str) -> None:
+    for variable in ("CC", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    options = {"deterministic": False, "profile": False, "grad_compress": "none"}
+    with pytest.raises(DeviceUnavailableError, match=f"apt-get install {compiler.replace('+', '[+]')}"):
+        device.check_torch_options(name, compile_model=True, **options)
+
+
+def test_fp16_without_autocast_names_apex(monkeypatch: Any) -> None:
+    monkeypatch.setattr(device, "has_autocast", lambda runtime: False)
+    monkeypatch.setitem(sys.modules, "apex", None)
+    with pytest.raises(DeviceUnavailableError, match="requires Ascend's or NVIDIA's apex with apex.amp"):
+        device.resolve_precision("gpu", amp=True, opt_level="O1", amp_dtype="auto")
+
+
+def test_workers_are_the_cores_beside_the_processes(monkeypatch: Any) -> None:
+    monkeypatch.setattr(device, "available_cores", lambda: 96)
+    assert device.default_workers("npu", 8) == 88
+    assert device.default_workers("cpu", 8) == 0
+    monkeypatch.setattr(device, "available_cores", lambda: 8)
+    assert device.default_workers("gpu", 8) == 8

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Log lines, metrics.jsonl, TensorBoard's events, and what happens if none of them can be written."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from engine import logger as logger_module
+from engine.logger import Logger, ProgressMeter
+from engine.metrics import Totals
+from helpers.program import SMALL_MAIN, environment, events
+
+FIELD = r"[ \d.]{6} \([ \d.]{6}\)"
+LINE = re.compile(
+    rf"(Epoch: \[\d+\]|Test: )\[ *\d+/\d+\]\tTime {FIELD}\tData {FIELD}\tLoss \d+\.\d{{4}} \(\d+\.\d{{4}}\)"
+    rf"\tAcc@1 {FIELD}\tAcc@5 {FIELD}"
+)
+full_disk = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full stands in for a full disk")
+TRAIN = [
+    sys.executable,
+    SMALL_MAIN,
+    "--device",
+    "cpu",
+    "--arch",
+    "vgg11",
+    "-b",
+    "64",
+    "--stop-step-num",
+    "3",
+    "-p",
+    "1",
+]
+
+
+# --- the lines that other programs parse ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch: Any) -> list[float]:
+    """A clock to set: [seconds]."""
+    now = [50.0]
+    monkeypatch.setattr(logger_module.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_a_line_has_the_last_steps_and_in_parentheses_the_epoch(clock: list[float]) -> None:
+    meter = ProgressMeter("Epoch: [3]", 5004)
+    clock[0] += 1.0
+    meter.add_data_time(0.5)
+    assert meter.line(1, Totals(8, 2, 4, 16.0)) == (
+        "Epoch: [3][   1/5004]\tTime  1.000 ( 1.000)\tData  0.500 ( 0.500)\tLoss 2.0000 (2.0000)"
+        "\tAcc@1  25.00 ( 25.00)\tAcc@5  50.00 ( 50.00)"
+    )
+    clock[0] += 0.9
+    meter.add_data_time(0.09)
+    assert meter.line(10, Totals(80, 74, 76, 88.0)) == (
+        "Epoch: [3][  10/5004]\tTime  0.100 ( 0.190)\tData  0.010 ( 0.059)\tLoss 1.0000 (1.1000)"
+        "\tAcc@1 100.00 ( 92.50)\tAcc@5 100.00 ( 95.00)"
+    )
+
+
+def test_a_resumed_epoch_continues_its_means_but_not_its_times(clock: list[float]) -> None:
+    meter = ProgressMeter("Epoch: [0]", 20, done=10, totals=Totals(80, 0, 0, 800.0))
+    clock[0] += 2.0
+    assert meter.line(12, Totals(96, 16, 16, 816.0)) == (
+        "Epoch: [0][12/20]\tTime  1.000 ( 1.000)\tData  0.000 ( 0.000)\tLoss 1.0000 (8.5000)"
+        "\tAcc@1 100.00 ( 16.67)\tAcc@5 100.00 ( 16.67)"
+    )
+
+
+@pytest.mark.parametrize("prefix", ["Epoch: [0]", "Test: "])
+@pytest.mark.parametrize("totals", [Totals(), Totals(5, 5, 5, 123456.0), Totals(3, 1, 2, 0.5)])
+def test_every_line_has_the_shape_that_is_parsed(prefix: str, totals: Totals) -> None:
+    meter = ProgressMeter(prefix, 7)
+    for done in (1, 7, 7):
+        assert LINE.fullmatch(meter.line(done, totals))
+
+
+# --- who prints and who writes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prints, writes", [(True, True), (True, False), (False, False)])
+def test_local_main_processes_print_and_rank_0_writes(tmp_path: Any, capsys: Any, prints: bool, writes: bool) -> None:
+    logger = Logger(str(tmp_path), prints=prints, writes=writes)
+    logger.line("=> a line")
+    logger.event("train", loss=1.0, step=1)
+    logger.close()
+    assert (capsys.readouterr().out == "=> a line\n") == prints
+    assert os.path.exists(str(tmp_path / "metrics.jsonl")) == writes
+    assert bool(os.listdir(str(tmp_path))) == writes
+
+
+def test_metrics_are_appended_and_hold_no_nan(tmp_path: Any) -> None:
+    for step, loss in enumerate([1.5, math.nan, math.inf]):
+        logger = Logger(str(tmp_path), prints=False, writes=True)
+        logger.event("train", loss=loss, step=step)
+        logger.close()
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    assert "Infinity" not in (tmp_path / "metrics.jsonl").read_text()
+    assert [record["loss"] for record in events(tmp_path)] == [1.5, None, None]
+
+
+def test_metrics_are_complete_while_the_run_goes_on(tmp_path: Any) -> None:
+    logger = Logger(str(tmp_path), prints=False, writes=True)
+    for step in range(3):
+        logger.event("train", loss=1.0, step=step)
+        assert [record["step"] for record in events(tmp_path, "train")] == list(range(step + 1))
+    logger.close()
+
+
+def test_tensorboard_has_the_same_values(tmp_path: Any) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = Logger(str(tmp_path), prints=False, writes=True)
+    for step in (1, 2):
+        logger.event("train", loss=0.5 * step, acc1=10.0 * step, lr=0.1, samples=8, step=step)
+    logger.event("validate", acc1=55.0, step=2)
+    logger.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert sorted(board.Tags()["scalars"]) == ["train/acc1", "train/loss", "train/lr", "validate/acc1"]
+    assert [(point.step, point.value) for point in board.Scalars("train/loss")] == [(1, 0.5), (2, 1.0)]
+    assert [(point.step, point.value) for point in board.Scalars("validate/acc1")] == [(2, 55.0)]
+
+
+# --- the progress bar -------------------------------------------------------------------------------------------------
+
+
+def test_a_progress_bar_on_a_terminal_ends_at_its_total_and_leaves_the_lines_intact(
+    monkeypatch: Any, capsys: Any
+) -> None:
+    pytest.importorskip("tqdm")
+    logger = Logger(prints=True, writes=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with logger.progress(20, 0, "Test"):
+        bar = logger.bar
+        for number in range(3):
+            logger.line(f"line {number}")
+            logger.advance(8)
+        assert bar.n == 20  # the last of the three batches has four images
+    assert logger.bar is None
+    assert capsys.readouterr().out.splitlines() == ["line 0", "line 1", "line 2"]
+
+
+def test_without_a_terminal_there_is_no_progress_bar(capsys: Any) -> None:
+    logger = Logger(prints=True, writes=False)
+    assert list(logger.track("abc", 3, "Checking")) == ["a", "b", "c"]
+    assert capsys.readouterr().err == ""
+
+
+# --- output that cannot be written ------------------------------------------------------------------------------------
+
+
+@full_disk
+def test_a_full_disk_for_metrics_is_one_warning(tmp_path: Any, capsys: Any) -> None:
+    os.symlink("/dev/full", str(tmp_path / "metrics.jsonl"))
+    logger = Logger(str(tmp_path), prints=True, writes=True)
+    for step in range(3):
+        logger.event("train", loss=1.0, step=step)
+    logger.line("=> training continues")
+    logger.close()
+    captured = capsys.readouterr()
+    assert captured.out == "=> training continues\n"
+    assert captured.err.splitlines() == [
+        "main.py: warning: log output is being lost ([Errno 28] No space left on device)"
+    ]
+
+
+@full_disk
+def test_a_run_whose_log_is_on_a_full_disk_saves_its_checkpoint(tmp_path: Any) -> None:
+    with open("/dev/full", "w") as full:
+        finished = subprocess.run(
+            [*TRAIN, "--output-dir", str(tmp_path)], stdout=full, stderr=subprocess.PIPE, env=environment(), timeout=120
+        )
+    assert finished.returncode == 0
+    assert finished.stderr.decode().splitlines() == [
+        "main.py: warning: log output is being lost ([Errno 28] No space left on device)"
+    ]
+    assert (tmp_path / "checkpoint.pth.tar").exists()
+
+
+@pytest.mark.parametrize("stderr", ["kept", "closed too"])
+def test_a_run_whose_reader_is_gone_saves_its_checkpoint(tmp_path: Any, stderr: str) -> None:
+    """As `| tee` at Ctrl-C, or a terminal that is closed."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        finished = subprocess.run(
+            [*TRAIN, "--output-dir", str(tmp_path)],
+            stdout=writer,
+            stderr=subprocess.PIPE if stderr == "kept" else writer,
+            env=environment(),
+            timeout=120,
+        )
+    finally:
+        os.close(writer)
+    assert finished.returncode == 0
+    assert (tmp_path / "checkpoint.pth.tar").exists()
+    if stderr == "kept":
+        warning = "main.py: warning: log output is being lost ([Errno 32] Broken pipe)"
+        assert finished.stderr.decode().splitlines() == [warning]
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["event"] == "done"

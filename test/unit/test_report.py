@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The evaluation page of --report."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from typing import Any
+
+import pytest
+from helpers.images import jpeg
+from helpers.program import TWO, Result, run_main
+from helpers.trained import FLAGS, TorchvisionVGG, train_classifier
+
+import torch
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None, reason="--report requires matplotlib, which is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def evaluated(folder: str, tmp_path_factory: Any) -> tuple[Any, Result, Result]:
+    """(folder, result of a training with an EMA, result of its evaluation on two processes, with a page)."""
+    root = tmp_path_factory.mktemp("evaluated")
+    trained = train_classifier(folder, root)
+    assert trained.code == 0, trained.err
+    flags = [folder, *FLAGS, *TWO, "-e", "--resume", root / "model_best.pth.tar", "--output-dir", root]
+    result = run_main(*flags, "--report", root / "page")
+    assert result.code == 0, result.err
+    return root, trained, result
+
+
+@pytest.fixture(scope="module")
+def page(evaluated: Any) -> str:
+    return (evaluated[0] / "page" / "index.html").read_text(encoding="utf-8")
+
+
+def test_an_evaluation_gives_the_accuracy_of_the_ema_weights(evaluated: Any) -> None:
+    _, trained, result = evaluated
+    assert "=> evaluating the EMA weights (--ema-decay)" in result.out
+    accuracies = [line for line in trained.out.splitlines() if "[AVG-ACC]" in line]
+    best = max(accuracies, key=lambda line: float(line.split()[line.split().index("Acc@1") + 1]))
+    assert best.split()[-4:] == ["Acc@1", result.accuracy()[0], "Acc@5", result.accuracy()[1]]
+
+
+def test_the_page_counts_each_image_once(evaluated: Any, page: str) -> None:
+    acc1 = float(evaluated[2].accuracy()[0])
+    wrong = round(15 * (100 - acc1) / 100)
+    assert f"<b>{acc1:.2f}%</b>Acc@1" in page
+    assert f"<b>{wrong}</b>wrong of 15" in page
+    assert page.count("<figure>") == page.count("data:image/png") == wrong
+    cells = re.findall(r"<title>actual (class \d), predicted (class \d): (\d+)</title>", page)
+    assert [cell[:2] for cell in cells] == [(f"class {a}", f"class {b}") for a in range(3) for b in range(3)]
+    counts = [int(count) for _, _, count in cells]
+    assert [sum(counts[row : row + 3]) for row in (0, 3, 6)] == [5, 5, 5]
+    assert sum(counts[::4]) == 15 - wrong
+
+
+def test_mistakes_are_shown_with_file_name_prediction_and_actual_class_most_confident_first(page: str) -> None:
+    figures = re.findall(r"predicted <i>(.*?)</i> \(([\d.]+)%\)<br>actual <b>(.*?)</b><small>(.*?)</small>", page)
+    assert len(figures) == page.count("<figure>")
+    confidences = [float(confidence) for _, confidence, _, _ in figures]
+    assert confidences == sorted(confidences, reverse=True)
+    for predicted, _, actual, name in figures:
+        assert predicted != actual
+        assert re.fullmatch(r"图 00[0-4]\.JPEG", name)
+
+
+def test_the_page_has_the_curves_of_the_training_and_recall_of_each_class(page: str) -> None:
+    assert "<h2>Training</h2>" in page
+    assert page.count("<svg") == 3  # loss, accuracy, confusion matrix
+    classes = page[page.index('id="classes"') :]
+    recall = [float(value) for value in re.findall(r'data-value="([\d.]+)"><span', classes)]
+    assert len(recall) == 3
+    assert recall == sorted(recall)
+
+
+def test_the_page_is_one_file_that_loads_nothing(evaluated: Any, page: str) -> None:
+    assert [path.name for path in (evaluated[0] / "page").iterdir()] == ["index.html"]
+    assert "http" not in page
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    assert "$" not in re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)  # no placeholder is left
+
+
+def test_names_with_markup_are_escaped_and_many_classes_get_a_filter_in_place_of_the_matrix(tmp_path: Any) -> None:
+    for number in range(30):
+        folder = tmp_path / "val" / f"<em>&{number:02d}<em>"
+        folder.mkdir(parents=True)
+        (folder / "<s>.jpg").write_bytes(jpeg(40, 40, number))
+    torch.manual_seed(0)
+    torch.save(TorchvisionVGG(30).state_dict(), str(tmp_path / "weights.pth"))
+    flags = [tmp_path, *FLAGS, "-e", "--pretrained", tmp_path / "weights.pth", "--output-dir", tmp_path]
+    result = run_main(*flags, "--report", tmp_path / "page")
+    assert result.code == 0, result.err
+    page = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
+    assert "<em>" not in page
+    assert "<s>" not in page
+    assert "&lt;em&gt;&amp;29&lt;em&gt;" in page
+    assert page.count("<figure>") == 24  # of at least 25 mistakes
+    assert 'id="filter"' in page
+    assert "<svg" not in page  # no training, so no curves, and the cells of the matrix would be too small

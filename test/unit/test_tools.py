@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The tools that prepare a dataset: a smaller copy, and ImageNet's validation images in folders by class."""
+
+import os
+import sys
+
+from helpers.images import photo
+from helpers.program import REPOSITORY, run
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SHRINK = os.path.join(REPOSITORY, "tools", "shrink.py")
+SORT = os.path.join(REPOSITORY, "tools", "sort_imagenet_val.py")
+
+
+def shrink(*args):
+    return run(sys.executable, SHRINK, *args)
+
+
+# --- shrink.py --------------------------------------------------------------------------------------------------------
+
+
+def test_shrink_makes_images_smaller_and_continues_after_an_interruption(tmp_path):
+    source, target = tmp_path / "图 片", tmp_path / "small"
+    shapes = {
+        "train/a/large.JPEG": (200, 100),
+        "train/a/tall.png": (60, 300),
+        "train/b/small.jpg": (50, 40),
+        "val/b/图.webp": (90, 90),
+    }
+    for name, (width, height) in shapes.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photo(width, height, 1)).save(str(source / name))
+    (source / "train" / "b" / "bad.jpg").write_bytes(b"no image")
+    result = shrink(source, target, "--short-side", 48)
+    assert result.code == 1, result.err
+    assert "4 images written in " in result.out
+    assert " s, 0 were there already, 1 could not be read" in result.out
+    assert "bad.jpg" in result.err
+    sizes = {}
+    for folder, _, names in os.walk(str(target)):
+        for name in names:
+            path = os.path.join(folder, name)
+            sizes[os.path.relpath(path, str(target))] = Image.open(path).size
+    assert sizes == {
+        "train/a/large.JPEG": (96, 48),
+        "train/a/tall.png.jpg": (48, 240),
+        "train/b/small.jpg": (50, 40),
+        "val/b/图.webp.jpg": (48, 48),
+    }
+    assert (target / "train" / "b" / "small.jpg").read_bytes() == (source / "train" / "b" / "small.jpg").read_bytes()
+    (target / "train" / "a" / "large.JPEG").unlink()
+    result = shrink(source, target, "--short-side", 48)
+    assert "1 images written in " in result.out and "3 were there already" in result.out
+
+
+def test_a_smaller_image_is_the_same_image(tmp_path):
+    (tmp_path / "all").mkdir()
+    image = Image.fromarray(photo(400, 300, 3))
+    image.save(str(tmp_path / "all" / "x.jpg"), quality=95)
+    result = shrink(tmp_path / "all", tmp_path / "small", "--short-side", 60)
+    assert result.code == 0, result.err
+    ours = np.asarray(Image.open(str(tmp_path / "small" / "x.jpg")), int)
+    assert abs(ours - np.asarray(image.resize((80, 60), Image.LANCZOS), int)).mean() < 3  # of 255
+
+
+def test_shrink_refuses_what_makes_no_sense(tmp_path):
+    source = tmp_path / "all"
+    (source / "train").mkdir(parents=True)
+    for args in (
+        [source, tmp_path / "small", "--short-side", 5],
+        [source, source / "train" / "c"],
+        [source, source],
+        [tmp_path / "missing", tmp_path / "small"],
+    ):
+        result = shrink(*args)
+        assert result.code == 2 and "shrink.py: error: " in result.err, args
+    assert os.listdir(str(tmp_path)) == ["all"] and os.listdir(str(source)) == ["train"]
+
+
+# --- sort_imagenet_val.py ---------------------------------------------------------------------------------------------
+
+
+def flat_folder(root, count=2):
+    for number in range(1, count + 1):
+        (root / f"ILSVRC2012_val_{number:08d}.JPEG").write_bytes(b"")
+
+
+def labels_of_kaggle(root):
+    path = root / "LOC_val_solution.csv"
+    rows = ["ImageId,PredictionString", "ILSVRC2012_val_00000001,n02 1 2 3 4 n02 5 6 7 8"]
+    path.write_text("\n".join([*rows, "ILSVRC2012_val_00000002,n01 1 2 3 4", ""]))
+    return path
+
+
+def labels_of_the_development_kit(root):
+    scipy_io = pytest.importorskip("scipy.io")
+    (root / "data").mkdir()
+    record = np.array([(1, "n01"), (2, "n02")], [("ILSVRC2012_ID", "O"), ("WNID", "O")])
+    scipy_io.savemat(str(root / "data" / "meta.mat"), {"synsets": record})
+    (root / "data" / "ILSVRC2012_validation_ground_truth.txt").write_text("2\n1\n")
+    return root
+
+
+@pytest.mark.parametrize("labels", [labels_of_kaggle, labels_of_the_development_kit])
+def test_the_validation_images_are_sorted(tmp_path, labels):
+    flat_folder(tmp_path)
+    result = run(sys.executable, SORT, tmp_path, labels(tmp_path))
+    assert result.code == 0 and result.out.startswith("2 images moved into 2 classes"), result.err
+    assert (tmp_path / "n02" / "ILSVRC2012_val_00000001.JPEG").exists()
+    assert (tmp_path / "n01" / "ILSVRC2012_val_00000002.JPEG").exists()
+
+
+def test_sorting_continues_and_leaves_images_without_a_label(tmp_path):
+    flat_folder(tmp_path, count=3)
+    labels = labels_of_kaggle(tmp_path)
+    (tmp_path / "n02").mkdir()
+    (tmp_path / "ILSVRC2012_val_00000001.JPEG").rename(tmp_path / "n02" / "ILSVRC2012_val_00000001.JPEG")
+    result = run(sys.executable, SORT, tmp_path, labels)
+    assert result.code == 1 and result.out.startswith("1 images moved into 2 classes")
+    assert "ILSVRC2012_val_00000003.JPEG" in result.err
+    assert (tmp_path / "ILSVRC2012_val_00000003.JPEG").exists()
+
+
+def test_a_file_that_holds_no_labels_is_named(tmp_path):
+    flat_folder(tmp_path)
+    (tmp_path / "x.csv").write_text("a,b\n1,2\n")
+    for path in (tmp_path / "x.csv", tmp_path / "missing.csv"):
+        result = run(sys.executable, SORT, tmp_path, path)
+        assert result.code == 2 and path.name in result.err and "Traceback" not in result.err
+    assert (tmp_path / "ILSVRC2012_val_00000001.JPEG").exists()
