@@ -10,19 +10,19 @@ source "$repository/test/setup.sh"
 source "$repository/test/env_npu.sh"
 set_up_python
 
-output=$repository/test/output/quickstart
+cd "$repository"
+output=test/output/quickstart
 mkdir -p "$output"
 amp=(--amp)
 if ! python_can "$python" 'import torch; torch.autocast'; then amp=(); fi # torch before 1.10 has none on a CPU
 # tee -i: Ctrl-C stops the training, which saves, and not the log.
-"$python" -u "$repository/main.py" "${amp[@]}" --output-dir "$output" "$@" 2>&1 | tee -i "$output/train.log"
+"$python" -u main.py "${amp[@]}" --output-dir "$output" "$@" 2>&1 | tee -i "$output/train.log"
 
-model=$output/model_best.pth.tar
-"$python" "$repository/main.py" "${amp[@]}" "$@" --evaluate --resume "$model" --report "$output/page" \
+"$python" main.py "${amp[@]}" "$@" --evaluate --resume "$output/model_best.pth.tar" --report "$output/page" \
     --output-dir "$output" >"$output/evaluate.log"
 accuracy=$(sed -n 's/.*\[AVG-ACC\] \* Acc@1 \([0-9.]*\).*/\1/p' "$output/evaluate.log" | tail -n 1)
 echo
 printf 'Validation accuracy: %.2f%%\n' "$accuracy"
-echo "Next:"
-echo "  open $output/page/index.html"
-echo "  $python predict.py IMAGE --checkpoint $model"
+echo "Next, in $repository:"
+echo "  open $output/page/index.html in a browser"
+echo "  $python predict.py IMAGE --checkpoint $output/model_best.pth.tar"
