@@ -37,7 +37,7 @@ from engine.checkpoint import (
 )
 from engine.checkpoint_file import CheckpointWriter
 from engine.datasets import EMBEDDED, ImageDataset, ImageFolder, open_datasets, preprocessing_of
-from engine.distributed import ProcessGroup, check_same_flags, check_same_parameters
+from engine.distributed import ProcessGroup, StopVote, check_same_flags, check_same_parameters
 from engine.errors import EXIT_STOPPED, SaveError, UsageError, run_script
 from engine.flags import parse_args
 from engine.launcher import launch
@@ -201,7 +201,7 @@ def train_one_epoch(
     global_batch = args.batch_size * args.nodes * args.accum_steps
     throughput = Throughput(int(min(steps - state.step_in_epoch, (args.stop_step_num or math.inf) - state.step)))
     meter = ProgressMeter(f"Epoch: [{state.epoch}]", steps, state.step_in_epoch, counter.read())
-    stopping = False
+    vote, stopping = StopVote(group), False
 
     with logger.progress(steps * global_batch, state.step_in_epoch * global_batch, f"Epoch {state.epoch}"):
         while state.step_in_epoch < steps and not stopping:
@@ -209,9 +209,9 @@ def train_one_epoch(
             throughput.step(global_batch, accelerator.synchronize)
             logger.advance(global_batch)
 
-            # A stop signal on any process stops all of them after the same step.
+            # A stop signal on any process stops all of them after the same step, the next one.
             done = state.step_in_epoch
-            stopping = group.any(runtime.stop) or state.step == args.stop_step_num
+            stopping = vote.cast(runtime.stop) or state.step == args.stop_step_num
             if done == 1 or done % args.print_freq == 0 or done == steps or stopping:
                 totals = counter.read()  # a synchronization, and so is the next line
                 training.scaler.check_finite(state.step)
@@ -222,6 +222,7 @@ def train_one_epoch(
                 save(args, runtime, training)
                 throughput.resume()
 
+    stopping = vote.count() or stopping
     accelerator.synchronize()
     totals = Totals(*group.sum(counter.read()))
     rate = group.broadcast(throughput.images_per_second())  # one value in the logs of all nodes
@@ -278,7 +279,7 @@ def validate(
     group.broadcast_buffers(network)
     counter, steps = AccuracyCounter(accelerator.device), loader.sampler.steps_per_epoch
     meter, start = ProgressMeter("Test: ", steps), time.perf_counter()
-    batches = iter(loader)
+    batches, vote = iter(loader), StopVote(group)
     with torch.no_grad(), logger.progress(loader.sampler.count, 0, "Test"):
         for done in range(1, steps + 1):
             begin = time.perf_counter()
@@ -294,8 +295,11 @@ def validate(
             if done == 1 or done % print_freq == 0 or done == steps:
                 logger.line(meter.line(done, counter.read()))  # a synchronization
             logger.advance(loader.sampler.global_batch)
-            if group.any(runtime.stop):
+            if vote.cast(runtime.stop):
+                vote.count()
                 return None
+    if vote.count():
+        return None
     totals = Totals(*group.sum(counter.read()))
     logger.line(f"[npu id: 0 ] [AVG-ACC] * Acc@1 {totals.acc1:.3f} Acc@5 {totals.acc5:.3f}")
     seconds = time.perf_counter() - start

@@ -149,6 +149,34 @@ class ProcessGroup:
 OUT_OF_MEMORY = getattr(torch.cuda, "OutOfMemoryError", ())  # a RuntimeError of its own since torch 1.13
 
 
+class StopVote:
+    """The agreement to stop, which no step waits for: votes are counted one step later, on every process after the same.
+
+    Stopping needs a vote per step, because the processes receive a signal at different moments.
+    """
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
+        self.pending: tuple[Any, torch.Tensor] | None = None  # the all-reduce in flight, and its result
+
+    def cast(self, stop: Any) -> bool:
+        """Vote in this step; return whether any process voted to stop in the step before."""
+        if self.group.world_size == 1:
+            return bool(stop)
+        stopping = self.count()
+        votes = torch.tensor([int(bool(stop))])
+        self.pending = dist.all_reduce(votes, group=self.group.control, async_op=True), votes
+        return stopping
+
+    def count(self) -> bool:
+        """Return whether any process voted to stop in the vote that is not counted yet."""
+        if self.pending is None:
+            return False
+        (work, votes), self.pending = self.pending, None
+        work.wait()
+        return bool(votes.item())
+
+
 class _TensorPickler(pickle.Pickler):
     """Pickles all but the tensors, which it collects."""
 

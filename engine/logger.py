@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from typing import IO, Any, Iterable, Iterator
 
@@ -74,6 +75,8 @@ class Logger:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.tensorboard = SummaryWriter(os.path.join(folder, "tensorboard"))
+                if hasattr(threading, "excepthook"):  # since Python 3.8
+                    threading.excepthook = self._warn_of_thread_error  # TensorBoard writes in a thread of its own
 
     def line(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""
@@ -95,10 +98,19 @@ class Logger:
         try:
             yield
         except OSError as error:
-            if not self.warned:
-                self.warned = True
-                with contextlib.suppress(OSError):
-                    self.warning(f"log output is being lost ({error})")
+            self._warn_of_lost_output(error)
+
+    def _warn_of_lost_output(self, error: OSError) -> None:
+        if not self.warned:
+            self.warned = True
+            with contextlib.suppress(OSError):
+                self.warning(f"log output is being lost ({error})")
+
+    def _warn_of_thread_error(self, failure: Any) -> None:
+        if isinstance(failure.exc_value, OSError):
+            self._warn_of_lost_output(failure.exc_value)
+        else:
+            threading.__excepthook__(failure)  # type: ignore[attr-defined]
 
     @contextlib.contextmanager
     def progress(self, total: int, done: int, label: str) -> Iterator[None]:

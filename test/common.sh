@@ -40,6 +40,7 @@ USAGE
   --local_addr=IP        address of this node
   --master_addr=IP       address of node 0                        (127.0.0.1)
   --master_port=N        port of node 0                           (59629)
+  --rendezvous_timeout=S seconds to wait for other nodes          (600)
   --launcher=NAME        spawn, or torchrun, which restarts       (spawn)
 USAGE
     fi
@@ -50,7 +51,7 @@ absolute() { # path, relative to the caller's folder
 }
 
 data_path='' workers='' device='' device_id=${ASCEND_DEVICE_ID:-0} device_list='' opt_level='' resume=''
-output='' nnodes=1 node_rank=0 local_addr='' master_addr=127.0.0.1 master_port=59629 launcher=spawn
+output='' nnodes=1 node_rank=0 local_addr='' master_addr=127.0.0.1 master_port=59629 rendezvous_timeout=600 launcher=spawn
 
 parse_options() { # the script's arguments
     local option name value
@@ -70,7 +71,8 @@ parse_options() { # the script's arguments
             --resume=*) resume=$value ;;
             --output=*) output=$value ;;
             -h | --help) usage; exit 0 ;;
-            --nnodes=* | --node_rank=* | --local_addr=* | --master_addr=* | --master_port=* | --launcher=*)
+            --nnodes=* | --node_rank=* | --local_addr=* | --master_addr=* | --master_port=* | \
+                --rendezvous_timeout=* | --launcher=*)
                 [ "$nodes" = many ] || fail "$option requires a multi-node script; --help lists the options of this one"
                 printf -v "${name#--}" '%s' "$value" ;;
             *) fail "unknown option $option; --help lists the options" ;;
@@ -201,7 +203,9 @@ build_command() {
         use_torchrun
     else
         flags+=(--multiprocessing-distributed --world-size "$nnodes" --rank "$node_rank")
-        if [ "$nnodes" -gt 1 ]; then flags+=(--dist-url "tcp://$master_addr:$master_port"); fi
+        if [ "$nnodes" -gt 1 ]; then
+            flags+=(--dist-url "tcp://$master_addr:$master_port" --rendezvous-timeout "$rendezvous_timeout")
+        fi
     fi
 }
 

@@ -239,7 +239,7 @@ try_torchrun() {
 try_faults() {
     local begin=$SECONDS node
     run_on_node alone 2 train_full_multinodes --device_list=0 --batch_size=2 --nnodes=2 --node_rank=1 \
-        --local_addr="${addresses[2]}" --master_addr=10.77.0.99 &
+        --local_addr="${addresses[2]}" --master_addr=10.77.0.99 --rendezvous_timeout=20 &
     start_job cut 2 train_full_multinodes --batch_size=2
     wait_for 90 [ -f "$scratch/alone/code.2" ] || true
     check "no node 0: exit code 2 and one line, after $((SECONDS - begin)) s" refused_in_time "$((SECONDS - begin))"

@@ -30,9 +30,7 @@ def jpeg(width: int, height: int, seed: int, mode: str = "RGB", **options: Any) 
     return content.getvalue()
 
 
-def make_folder(
-    root: Any, classes: int = 3, train: int = 8, val: int = 5, size: tuple[int, int] = (96, 72)
-) -> str:
+def make_folder(root: Any, classes: int = 3, train: int = 8, val: int = 5, size: tuple[int, int] = (96, 72)) -> str:
     """ROOT/train and ROOT/val with JPEGs. Each class has a color of its own, so that it can be learned."""
     for split, count in (("train", train), ("val", val)):
         for label in range(classes):

@@ -49,7 +49,8 @@ def test_a_signal_before_training_exits_at_once_with_75():
 
 def test_a_second_signal_exits_at_once_but_not_within_two_seconds():
     """The main thread hangs in C, where Python runs no signal handler."""
-    hang = "stop.first -= {seconds}; print('hanging', flush=True); import ctypes; [ctypes.CDLL(None).sleep(60) for _ in range(9)]"
+    hang = "stop.first -= {seconds}; print('hanging', flush=True); import ctypes; "
+    hang += "[ctypes.CDLL(None).sleep(60) for _ in range(9)]"
     process = start(training=True, then=hang.format(seconds=0))
     process.send_signal(signal.SIGTERM)
     assert [process.stdout.readline() for _ in range(2)] == ["stopping\n", "hanging\n"]
