@@ -3,10 +3,10 @@
 
     python bench/control_plane.py --processes 1 2 8 32 64
 
-Tiny processes on this host, joined by gloo; a step is a sleep. Three kinds of steps in turn, A B C A B C …: without a vote,
-with a vote that is waited for, and with main.py's vote, which is counted one step later. Medians over the turns, on rank 0.
-With more processes than cores, the figures hold the waiting for a core, too: compare the columns. At the end one process
-is killed, and all others must end. The last line is JSON. Requires Linux.
+Tiny processes on this host, joined by gloo; a step is a sleep. Three kinds of steps in turn, A B C A B C …: without a
+vote, with a vote that is waited for, and with main.py's vote, which is counted one step later. Medians over the turns,
+on rank 0. With more processes than cores, the times include the waiting for a core: compare the columns. Then one
+process is killed, and all others must end. The last line is JSON. Requires Linux.
 """
 
 from __future__ import annotations

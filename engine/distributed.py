@@ -150,9 +150,9 @@ OUT_OF_MEMORY = getattr(torch.cuda, "OutOfMemoryError", ())  # a RuntimeError of
 
 
 class StopVote:
-    """The agreement to stop, which no step waits for: votes are counted one step later, on every process after the same.
+    """The agreement to stop. No step waits for it: a step's vote is counted one step later, on every process alike.
 
-    Stopping needs a vote per step, because the processes receive a signal at different moments.
+    It takes a vote per step, because the processes receive a signal at different moments.
     """
 
     def __init__(self, group: ProcessGroup) -> None:

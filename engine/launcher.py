@@ -8,6 +8,7 @@ import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import random
 import re
 import signal
 import socket
@@ -87,9 +88,12 @@ def _rendezvous_url(dist_url: str | None, addr: str, nodes: int) -> str:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a port that is free now, below those that the kernel gives to connections: it is bound a second later."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 # --- starting the processes -------------------------------------------------------------------------------------------

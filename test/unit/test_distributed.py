@@ -30,7 +30,7 @@ def run_group(code: str, tmp_path, world_size: int = 2) -> list[str]:
     script.write_text(
         PREAMBLE
         + textwrap.dedent(code)
-        + "\ngroup = ProcessGroup('gloo', sys.argv[1])\ncheck(group)\ngroup.close()\nexit_process(0)\n"
+        + "\ngroup = ProcessGroup('gloo', sys.argv[1], timeout=60)\ncheck(group)\ngroup.close()\nexit_process(0)\n"
     )
     url = f"tcp://127.0.0.1:{free_port()}"
     children = []

@@ -6,13 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 
 from engine.accelerator import Accelerator
 from engine.datasets import ImageFolder
-from engine.errors import ImageError, LoaderWorkerError
+from engine.errors import EXIT_FAILURE, ImageError, LoaderWorkerError
 from engine.loader import BatchDataset, BatchLoader, watch_workers
 from engine.sampler import ResumableBatchSampler, seed_augmentation
-from helpers.program import environment, is_alive
+from helpers.program import environment, is_alive, run
 
 import numpy as np
 import pytest
@@ -20,6 +21,10 @@ import torch
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells workers that their parent has died")
 SECONDS = 20  # for a process to exit
+
+
+def root_of(dataset):
+    return os.path.dirname(os.path.dirname(dataset.path(0)))
 
 
 @pytest.fixture(scope="module")
@@ -98,18 +103,20 @@ def test_an_unreadable_image_is_an_error_that_names_it(tmp_path, workers, traini
     (tmp_path / "a" / "x.jpg").write_bytes(b"no image")
     dataset = ImageFolder(str(tmp_path))
     assert isinstance(BatchDataset(dataset, size=48, training=training)[0, np.array([0])], ImageError)
-    with pytest.raises(ImageError, match="x.jpg.*--bad-images skip"):
+    with pytest.raises(ImageError, match="x.jpg.*--bad-images skip") as caught:
         read(make_loader(dataset, 1, workers, training=training))
+    traceback.clear_frames(caught.tb)  # ends the workers now, not in some later garbage collection
 
 
 # --- how workers end --------------------------------------------------------------------------------------------------
 
-# Takes batches from two workers as any program would: the iterator is still there when Python shuts down.
-PROGRAM = """
-import sys
+# Two workers, and an iterator that is still there when Python shuts down, as in any program.
+START = """
+import os, signal, sys
 from engine.accelerator import Accelerator
 from engine.datasets import ImageFolder
-from engine.loader import BatchLoader
+from engine.errors import run_script
+from engine.loader import BatchLoader, watch_workers
 from engine.sampler import ResumableBatchSampler
 
 dataset = ImageFolder(sys.argv[1])
@@ -118,18 +125,30 @@ loader = BatchLoader(dataset, sampler, size=48, training=True, seed=0, options=A
 batches = iter(loader)
 for _ in range(3):
     next(batches)
+"""
+WAIT = """
 print(*(worker.pid for worker in loader.workers), flush=True)
 sys.stdin.readline()
 for _ in range(20):  # more than the workers have made in advance
     next(batches)
 print("done", flush=True)
 """
+KILL = """
+def main():
+    with watch_workers(loader):
+        os.kill(loader.workers[0].pid, signal.SIGKILL)
+        for _ in batches:
+            pass
+    return 0
+
+run_script("program.py", main)
+"""
 
 
 @contextlib.contextmanager
 def program(dataset):
-    """Yield (the process of PROGRAM, its workers) once it waits for a line."""
-    command = [sys.executable, "-c", PROGRAM, os.path.dirname(os.path.dirname(dataset.path(0)))]
+    """Yield (a process, its workers) once it waits for a line."""
+    command = [sys.executable, "-c", START + WAIT, root_of(dataset)]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     process = subprocess.Popen(command, env=environment(), universal_newlines=True, **pipes)
     workers = []
@@ -176,8 +195,40 @@ def test_a_stop_signal_of_another_process_than_its_parent_does_not_end_a_worker(
 
 
 def test_a_worker_that_is_killed_is_an_error_of_one_line(dataset):
-    loader = make_loader(dataset, 2, 2, training=True, epochs=1000)
-    with pytest.raises(LoaderWorkerError, match="a DataLoader worker exited unexpectedly"), watch_workers(loader):
-        for number, _ in enumerate(loader):
-            if number == 1:
-                os.kill(loader.workers[0].pid, signal.SIGKILL)
+    result = run(sys.executable, "-c", START + KILL, root_of(dataset), timeout=60)
+    assert result.code == EXIT_FAILURE, result.err
+    assert "program.py: error: a DataLoader worker exited unexpectedly" in result.err
+    assert "Traceback" not in result.err
+
+
+@pytest.fixture
+def sigchld():
+    """Put torch's signal handler back, which watch_workers removes."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    yield
+    signal.signal(signal.SIGCHLD, handler)
+
+
+@pytest.mark.usefixtures("sigchld")
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed. "),
+        ConnectionResetError(104, "Connection reset by peer"),
+        EOFError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_whatever_a_lost_worker_raises_is_an_error_of_one_line(dataset, monkeypatch, error):
+    """How torch notices a dead worker depends on what it was waiting for: its exit, its socket or its pipe."""
+    loader = make_loader(dataset, 2, 0, training=True)
+    monkeypatch.setattr(loader, "has_lost_a_worker", lambda: True)
+    with pytest.raises(LoaderWorkerError, match="a DataLoader worker exited unexpectedly"), watch_workers(None, loader):
+        raise error
+
+
+@pytest.mark.usefixtures("sigchld")
+def test_other_errors_stay_what_they_are(dataset):
+    loader = make_loader(dataset, 2, 0, training=True)
+    with pytest.raises(RuntimeError, match="out of memory"), watch_workers(None, loader):
+        raise RuntimeError("out of memory")
