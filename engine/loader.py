@@ -16,7 +16,7 @@ from typing import Any, Iterator, Tuple, Union
 from engine.datasets import ImageDataset
 from engine.errors import LoaderWorkerError, UserError
 from engine.sampler import ResumableBatchSampler, seed_augmentation
-from engine.signals import outlast_stop_signals
+from engine.signals import outlast_stop_signals, sigterm_blocked
 
 import numpy as np
 import torch
@@ -115,7 +115,9 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         before = multiprocessing.active_children()
-        batches = iter(self.loader)  # now, not at the first batch: it draws from the generator that dropout uses
+        # Now, not at the first batch: this draws from the generator that dropout uses.
+        with sigterm_blocked():  # in all threads of a worker, so that outlast_stop_signals sees who sends it
+            batches = iter(self.loader)
         # With persistent workers, a second pass keeps those of the first.
         self.workers = [child for child in multiprocessing.active_children() if child not in before] or self.workers
         return _raise_errors(batches)
@@ -169,6 +171,6 @@ def watch_workers(*loaders: Loader | None) -> Iterator[None]:
         deadline = time.monotonic() + 1  # a closed socket may be seen before the exit of the worker that closed it
         while time.monotonic() < deadline:
             if any(isinstance(loader, BatchLoader) and loader.has_lost_a_worker() for loader in loaders):
-                raise worker_error(str(error)) from error
+                raise worker_error(str(error) or type(error).__name__) from error
             time.sleep(0.05)
         raise

@@ -76,7 +76,7 @@ class AccuracyCounter:
 
     def load(self, totals: Sequence[float]) -> None:
         """Continue from earlier totals."""
-        self.counts.copy_(torch.tensor(totals[:3], dtype=torch.int64))
+        self.counts.copy_(torch.tensor([int(total) for total in totals[:3]]))
         self.loss_sum.fill_(totals[3])
 
 

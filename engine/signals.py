@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -10,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+from typing import Iterator
 
 from engine.errors import EXIT_FAILURE, EXIT_STOPPED, exit_process
 
@@ -61,6 +63,16 @@ def die_with_parent(parent: int) -> None:
             exit_process(EXIT_FAILURE)
 
 
+@contextlib.contextmanager
+def sigterm_blocked() -> Iterator[None]:
+    """A context whose child processes start with SIGTERM blocked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def outlast_stop_signals(parent: int) -> None:
     """Make this DataLoader worker end with its parent, and on its parent's SIGTERM, but on no other stop signal.
 
@@ -75,6 +87,8 @@ def outlast_stop_signals(parent: int) -> None:
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_exit_on_sigterm_of, args=(parent,), daemon=True).start()
+    else:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 
 
 def _exit_on_sigterm_of(parent: int) -> None:

@@ -9,12 +9,12 @@ import sys
 import textwrap
 from typing import Any
 
-import pytest
 from engine.accelerator import Accelerator
 from engine.versions import TORCH
-from helpers.program import MAIN, REPOSITORY, TWO, run, run_main, run_python
+from helpers.program import MAIN, REPOSITORY, run, run_main, run_python
 from helpers.step import build, step
 
+import pytest
 import torch
 
 needs_bf16 = pytest.mark.skipif(TORCH < (2, 1), reason="bf16 on a CPU as tested here requires torch 2.1")
@@ -156,16 +156,6 @@ def test_images_have_the_precision_of_the_weights() -> None:
 
 
 # --- traces -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not hasattr(torch, "profiler"), reason="--profile requires torch 1.8.1")
-def test_profile_writes_a_trace_of_ten_steps_on_rank_0(folder: str, tmp_path: Any) -> None:
-    flags = [folder, "--arch", "vgg11", "--image-size", 32, "-b", 6, "--epochs", 4, "--eval-freq", 4, *TWO, "--profile"]
-    result = run_main(*flags, "--output-dir", tmp_path)
-    assert result.code == 0, result.err
-    assert f"=> trace of ten steps written to {tmp_path / 'trace.json'}" in result.out
-    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    assert any("convolution" in event.get("name", "") for event in events)
 
 
 @pytest.mark.skipif(not hasattr(torch, "profiler"), reason="--profile requires torch 1.8.1")

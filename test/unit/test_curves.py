@@ -8,12 +8,12 @@ import json
 import os
 from typing import Any
 
-import pytest
 from engine import curves
 from engine.curves import PANELS, draw_confusion, draw_curves, read_events, save_curves, shorten, text_width
 from helpers.program import run_main
 
 import numpy as np
+import pytest
 
 needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"

@@ -7,7 +7,6 @@ import importlib.util
 import sys
 from typing import Any
 
-import pytest
 from engine import device
 from engine.errors import DeviceUnavailableError
 from engine.flags import parse_args
@@ -15,6 +14,7 @@ from engine.resolve import resolve
 from engine.versions import TORCH
 from helpers.program import run_python
 
+import pytest
 import torch
 
 # Registers an NPU, which lasts as long as the process, and prints what main.py resolves its flags to.

@@ -11,11 +11,12 @@ import subprocess
 import sys
 from typing import Any
 
-import pytest
 from engine import logger as logger_module
 from engine.logger import Logger, ProgressMeter
 from engine.metrics import Totals
 from helpers.program import SMALL_MAIN, environment, events
+
+import pytest
 
 FIELD = r"[ \d.]{6} \([ \d.]{6}\)"
 LINE = re.compile(

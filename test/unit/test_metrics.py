@@ -6,11 +6,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import pytest
 from engine import metrics
 from engine.metrics import AccuracyCounter, Predictions, Throughput, Totals, cross_entropy
 
 import numpy as np
+import pytest
 import torch
 
 CPU = torch.device("cpu")

@@ -7,7 +7,6 @@ import itertools
 import math
 from typing import Any
 
-import pytest
 from engine.checkpoint import load_checkpoint, model_weights
 from engine.errors import DivergedError
 from engine.optimizer import ModelEma
@@ -16,6 +15,7 @@ from helpers.program import TWO, Result, run_main, weights
 from helpers.step import Built, Net, batch, build, parameters, step
 from helpers.trained import FLAGS, PRETRAINED, train_classifier
 
+import pytest
 import torch
 
 NOT_FINITE = [float("nan"), float("inf")]

@@ -7,11 +7,11 @@ import importlib.util
 import re
 from typing import Any
 
-import pytest
 from helpers.images import jpeg
 from helpers.program import TWO, Result, run_main
 from helpers.trained import FLAGS, TorchvisionVGG, train_classifier
 
+import pytest
 import torch
 
 pytestmark = pytest.mark.skipif(

@@ -10,7 +10,6 @@ import shlex
 import shutil
 import sys
 
-import numpy
 import pytest
 import torch
 from PIL import Image
@@ -68,8 +67,8 @@ RUN_BY = {
     "python main.py /data/flowers": "followed",
     "python predict.py": "followed",
     "python export.py": "followed",
-    "python tools/sort_imagenet_val.py": "test_show.test_the_validation_pictures_are_sorted",
-    "python tools/shrink.py": "test_images.test_shrink_makes_smaller_pictures_and_goes_on_after_an_interruption",
+    "python tools/sort_imagenet_val.py": "test_tools.test_the_validation_images_are_sorted",
+    "python tools/shrink.py": "test_tools.test_shrink_makes_images_smaller_and_continues_after_an_interruption",
     "python main.py /data/imagenet --device cpu --multi": "test_main.test_validation_is_exact_for_any_processes_and_batch",
     "python main.py /data/imagenet -e --resume": "test_scripts.test_training_then_evaluation_for_real",
     "python main.py /data/imagenet --resume": "test_main.test_a_run_stopped_in_the_middle_of_an_epoch_continues_bit_for_bit",
@@ -151,30 +150,6 @@ def followed(folder, tmp_path_factory):
         if "--freeze-features" in words:
             shutil.copy(str(root / "flowers" / "model_best.pth.tar"), str(root))
     return root, results
-
-
-def test_the_validation_pictures_are_sorted(tmp_path):
-    for kind in ("csv", "devkit"):
-        flat = tmp_path / kind
-        (flat / "data").mkdir(parents=True)
-        for number in (1, 2):
-            (flat / "ILSVRC2012_val_{:08d}.JPEG".format(number)).write_bytes(b"")
-        labels = flat / "LOC_val_solution.csv"
-        if kind == "csv":
-            labels.write_text(
-                "ImageId,PredictionString\nILSVRC2012_val_00000001,n02 1 2 3 4 n02 5 6 7 8\n"
-                "ILSVRC2012_val_00000002,n01 1 2 3 4\n"
-            )
-        else:
-            scipy_io = pytest.importorskip("scipy.io")
-            record = numpy.array([(1, "n01"), (2, "n02")], [("ILSVRC2012_ID", "O"), ("WNID", "O")])
-            scipy_io.savemat(str(flat / "data" / "meta.mat"), {"synsets": record})
-            (flat / "data" / "ILSVRC2012_validation_ground_truth.txt").write_text("2\n1\n")
-            labels = flat
-        result = run(sys.executable, os.path.join(REPOSITORY, "tools", "sort_imagenet_val.py"), flat, labels)
-        assert result.code == 0 and result.out.startswith("2 pictures moved into 2 classes"), result.err
-        assert (flat / "n02" / "ILSVRC2012_val_00000001.JPEG").exists()
-        assert (flat / "n01" / "ILSVRC2012_val_00000002.JPEG").exists()
 
 
 def result_of(followed, part):

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import pytest
 import vgg
 
+import pytest
 import torch
 import torchvision
 

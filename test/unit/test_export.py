@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""export.py: a checkpoint in, an ONNX file out."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from typing import Any
+
+import export
+import vgg
+from engine.datasets import ImageFolder
+from engine.errors import CheckpointError, UsageError
+from helpers.program import Result
+from helpers.trained import CLASSES, PRETRAINED, expected_predictions, run_script, train_classifier
+
+import numpy as np
+import pytest
+import torch
+
+needs_onnx = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxruntime")),
+    reason="onnx or onnxruntime is not installed",
+)
+
+
+@pytest.fixture(scope="module")
+def root(folder: str, tmp_path_factory: Any) -> Any:
+    """A folder with model_best.pth.tar of three classes and pretrained.pth of five."""
+    root = tmp_path_factory.mktemp("exported")
+    result = train_classifier(folder, root)
+    assert result.code == 0, result.err
+    (root / "names.txt").write_text("\n".join(CLASSES) + "\n", encoding="utf-8")
+    return root
+
+
+@pytest.fixture(scope="module")
+def exported(root: Any) -> tuple[str, Result]:
+    """(ONNX file, result) of model_best.pth.tar."""
+    path = str(root / "model.onnx")
+    result = run_script("export.py", "--checkpoint", root / "model_best.pth.tar", "--output", path)
+    assert result.code == 0, result.err
+    return path, result
+
+
+def session_of(path: str) -> Any:
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+@needs_onnx
+def test_the_file_predicts_what_validation_predicts(exported: Any, root: Any, folder: str) -> None:
+    """From bytes of images, any number of them, with the EMA weights."""
+    dataset = ImageFolder(os.path.join(folder, "val"))
+    images = np.stack([dataset.validation_image(index, 32) for index in (5, 0, 14)])
+    session = session_of(exported[0])
+    logits, probabilities = session.run(["logits", "probabilities"], {"images": images})
+    classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
+    assert classes == dataset.classes
+    for image, row in zip(images, probabilities):
+        expected = dict(expected_predictions(root / "model_best.pth.tar", image))
+        assert dict(zip(classes, row.tolist())) == pytest.approx(expected, abs=1e-4)
+    assert np.array_equal(session.run(["logits"], {"images": images[:1]})[0].shape, (1, 3))
+    assert np.allclose(torch.from_numpy(logits).softmax(1).numpy(), probabilities, atol=1e-6)
+
+
+@needs_onnx
+def test_the_file_says_how_to_prepare_images(exported: Any) -> None:
+    session = session_of(exported[0])
+    (images,) = session.get_inputs()
+    assert (images.name, images.type, images.shape) == ("images", "tensor(uint8)", ["N", 32, 32, 3])
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert (metadata["image_size"], metadata["crop"]) == ("32", "1")
+
+
+@needs_onnx
+def test_the_output_says_how_far_onnxruntime_is_from_torch(exported: Any) -> None:
+    path, result = exported
+    assert result.out.startswith(f"{path}: 3 classes, 32 pixels per side, differs from torch by at most ")
+    assert float(result.out.partition("at most ")[2].split()[0]) <= export.TOLERANCE
+    assert not os.path.exists(f"{path}.tmp")
+
+
+@needs_onnx
+def test_weights_of_torchvision_are_exported_with_given_class_names(root: Any, tmp_path: Any) -> None:
+    flags = ["--checkpoint", root / PRETRAINED, "--classes", root / "names.txt", "--output", tmp_path / "five.onnx"]
+    result = run_script("export.py", *flags)
+    assert result.code == 0, result.err
+    session = session_of(str(tmp_path / "five.onnx"))
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["classes"]) == CLASSES
+    assert metadata["image_size"] == "224"
+
+
+@needs_onnx
+def test_an_output_folder_that_does_not_exist_is_named(root: Any, tmp_path: Any) -> None:
+    path = tmp_path / "nowhere" / "x.onnx"
+    result = run_script("export.py", "--checkpoint", root / "model_best.pth.tar", "--output", path)
+    assert result.code == 2
+    assert result.err.startswith(f"export.py: error: --output {path}: ")
+    assert len(result.err.splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: Any) -> str:
+    """Weights of a whole VGG, for export.py in this process."""
+    path = str(tmp_path_factory.mktemp("weights") / "vgg11.pth")
+    state = {"state_dict": vgg.VGG("vgg11", 3).state_dict(), "preprocessing": {"image_size": 32}}
+    torch.save(state, path)
+    return path
+
+
+def test_onnx_is_asked_for_if_it_is_missing(checkpoint: str, tmp_path: Any, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(UsageError, match="pip install onnx onnxruntime"):
+        export.main(["--checkpoint", checkpoint, "--output", str(tmp_path / "x.onnx")])
+    assert os.listdir(str(tmp_path)) == []
+
+
+@needs_onnx
+def test_a_file_that_differs_from_torch_is_not_kept(checkpoint: str, tmp_path: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(export, "TOLERANCE", -1.0)
+    with pytest.raises(export.ExportMismatchError, match="is not written"):
+        export.main(["--checkpoint", checkpoint, "--output", str(tmp_path / "x.onnx")])
+    assert os.listdir(str(tmp_path)) == []
+
+
+@needs_onnx
+def test_a_corrupt_checkpoint_is_named(tmp_path: Any) -> None:
+    (tmp_path / "x.pth").write_bytes(b"not a checkpoint")
+    with pytest.raises(CheckpointError, match="x.pth"):
+        export.main(["--checkpoint", str(tmp_path / "x.pth"), "--output", str(tmp_path / "x.onnx")])

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""predict.py: images in, predictions out."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+from typing import Any
+
+import predict
+import vgg
+from engine.datasets import ImageFolder, read_digits
+from engine.errors import UsageError
+from helpers.program import Result
+from helpers.trained import CLASSES, PRETRAINED, expected_predictions, run_script, train_classifier
+
+import pytest
+import torch
+from PIL import Image
+
+CPU = ["--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def root(folder: str, tmp_path_factory: Any) -> Any:
+    """A folder with model_best.pth.tar of three classes, pretrained.pth of five, and images."""
+    root = tmp_path_factory.mktemp("predicted")
+    result = train_classifier(folder, root)
+    assert result.code == 0, result.err
+    (root / "names.txt").write_text("\n".join(CLASSES) + "\n", encoding="utf-8")
+    shutil.copytree(os.path.join(folder, "val", "class 1"), str(root / "holiday"))
+    (root / "holiday" / "corrupt.png").write_bytes(b"not an image")
+    (root / "holiday" / "notes.txt").write_bytes(b"not an image, and not taken for one")
+    return root
+
+
+@pytest.fixture(scope="module")
+def holiday(root: Any) -> Result:
+    """The predictions of the pretrained weights for a folder, as CSV."""
+    flags = ["--checkpoint", PRETRAINED, "--classes", "names.txt", "--csv", *CPU]
+    return run_script("predict.py", "holiday", *flags, cwd=str(root))
+
+
+def validation_image(folder: str) -> tuple[str, Any]:
+    """(path, pixels as for validation at 32 pixels) of the first image of class 1."""
+    dataset = ImageFolder(os.path.join(folder, "val"))
+    assert dataset.labels[5] == 1
+    return dataset.path(5), dataset.validation_image(5, 32)
+
+
+def test_predictions_are_those_of_validation_with_the_ema_weights(root: Any, folder: str) -> None:
+    path, image = validation_image(folder)
+    result = run_script("predict.py", path, "--checkpoint", root / "model_best.pth.tar", *CPU)
+    assert result.code == 0, result.err
+    lines = result.out.splitlines()
+    assert lines[0] == path
+    expected = expected_predictions(root / "model_best.pth.tar", image)
+    assert len(lines) == 1 + len(expected) == 4
+    for rank, (line, (name, probability)) in enumerate(zip(lines[1:], expected), 1):
+        match = re.fullmatch(r"  (\d)  ([ \d]{3}\.\d\d)%  (.*)", line)
+        assert match is not None, line
+        assert (int(match[1]), match[3]) == (rank, name)
+        assert float(match[2]) == pytest.approx(100 * probability, abs=0.01)
+
+
+def test_a_corrupt_image_is_one_error_and_the_others_are_predicted(holiday: Result) -> None:
+    assert holiday.code == 2
+    assert holiday.err.startswith("predict.py: error: holiday/corrupt.png: cannot be read as an image")
+    assert len(holiday.err.splitlines()) == 1
+    rows = list(csv.reader(holiday.out.splitlines()))
+    assert rows[0] == ["image", "rank", "class", "probability"]
+    assert [row[0] for row in rows[1::5]] == [f"holiday/图 00{number}.JPEG" for number in range(5)]
+    assert len(rows) == 1 + 5 * 5
+
+
+def test_weights_of_torchvision_predict_with_a_file_of_class_names(holiday: Result) -> None:
+    rows = list(csv.reader(holiday.out.splitlines()))[1:6]
+    assert [row[1] for row in rows] == list("12345")
+    assert {row[2] for row in rows} == set(CLASSES)
+    probabilities = [float(row[3]) for row in rows]
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert sum(probabilities) == pytest.approx(1, abs=1e-4)
+
+
+def test_weights_without_class_names_predict_numbers(root: Any, folder: str) -> None:
+    path, _ = validation_image(folder)
+    result = run_script("predict.py", path, "--checkpoint", root / PRETRAINED, "--json", *CPU)
+    assert result.code == 0, result.err
+    assert {item["class"] for item in json.loads(result.out)["predictions"]} == set("01234")
+
+
+def test_a_heatmap_has_a_row_for_each_image(root: Any, folder: str, tmp_path: Any) -> None:
+    pytest.importorskip("matplotlib")
+    path, _ = validation_image(folder)
+    sizes = []
+    for paths in ([path], [path, path]):
+        flags = ["--checkpoint", root / "model_best.pth.tar", "--heatmap", tmp_path / "map.png", *CPU]
+        result = run_script("predict.py", *paths, *flags)
+        assert result.code == 0, result.err
+        sizes.append(Image.open(str(tmp_path / "map.png")).size)
+    assert sizes[0][0] == sizes[1][0] > 500
+    assert sizes[1][1] == pytest.approx(2 * sizes[0][1], abs=2)
+
+
+def test_wrong_use_is_one_line_and_exit_code_2(root: Any, folder: str, tmp_path: Any, capsys: Any) -> None:
+    path, _ = validation_image(folder)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "latin1").write_bytes(b"caf\xe9\n")
+    torch.save({"fc.weight": torch.zeros(2, 2)}, str(tmp_path / "other.pth"))
+    best = str(root / "model_best.pth.tar")
+    for words, message in (
+        ([str(tmp_path / "empty"), "--checkpoint", best], "no images in it"),
+        ([path, "--checkpoint", str(tmp_path / "other.pth")], "holds weights, but not those of a VGG"),
+        ([path, "--checkpoint", best, "--classes", "/no/such/file"], "--classes /no/such/file: No such file"),
+        ([path, "--checkpoint", best, "--classes", str(tmp_path / "latin1")], "expected UTF-8 text"),
+        ([*[path] * 25, "--checkpoint", best, "--heatmap", "map.png"], "at most 24 images, got 25"),
+    ):
+        with pytest.raises(UsageError, match=message) as refusal:
+            predict.main([*words, *CPU])
+        assert len(str(refusal.value).splitlines()) == 1
+    with pytest.raises(SystemExit) as leaving:
+        predict.main([path, "--checkpoint", best, "--json", "--csv"])
+    assert leaving.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_digits_are_prepared_as_for_validation(tmp_path: Any, capsys: Any) -> None:
+    dataset = read_digits(training=False)
+    network = vgg.VGG("vgg11", 10)
+    checkpoint = {
+        "state_dict": network.state_dict(),
+        "classes": dataset.classes,
+        "preprocessing": {
+            "image_size": 48,
+            "crop": dataset.center_crop,
+            "mean": list(dataset.mean),
+            "std": list(dataset.std),
+        },
+    }
+    torch.save(checkpoint, str(tmp_path / "digits.pth"))
+    Image.fromarray(dataset.images[7]).save(str(tmp_path / "7.png"))
+    words = [str(tmp_path / "7.png"), "--checkpoint", str(tmp_path / "digits.pth"), *CPU]
+    assert predict.main([*words, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    image = torch.from_numpy(dataset.validation_image(7, 48).copy()).permute(2, 0, 1).unsqueeze(0)
+    with torch.no_grad():
+        expected = network.eval()((image.float() / 255 - dataset.mean[0]) / dataset.std[0]).softmax(1)[0]
+    assert record["image"] == words[0]
+    assert len(record["predictions"]) == 5
+    for item in record["predictions"]:
+        assert item["probability"] == pytest.approx(expected[int(item["class"])].item(), abs=1e-5)
+    (tmp_path / "names").write_text("zero\none\n")
+    with pytest.raises(UsageError, match="names has 2 class names, the network has 10 classes"):
+        predict.main([*words, "--classes", str(tmp_path / "names")])
+
+
+def test_the_heatmap_is_grad_cam() -> None:
+    """Against the definition, by finite differences of the logit of the top prediction."""
+    torch.manual_seed(0)
+    network = vgg.VGG("vgg11", 4)
+    network.classifier = torch.nn.Linear(512 * 7 * 7, 4)  # small, for a thousand forward passes
+    network.eval().double()
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    heat, logits = predict.grad_cam(network, images)
+    assert torch.allclose(logits, network(images))
+    assert heat.shape == (2, 4, 4)
+    maps = torch.relu(network.features[:-2](images)).detach()
+
+    def top_logit(maps: torch.Tensor, index: int) -> torch.Tensor:
+        return network.classify(network.features[-2](maps))[index, logits[index].argmax()]
+
+    with torch.no_grad():
+        for index in range(2):
+            gradients = []
+            for channel in range(512):
+                change = torch.zeros_like(maps)
+                change[index, channel] = 1e-6
+                gradients.append((top_logit(maps + change, index) - top_logit(maps, index)) / 1e-6 / 16)
+            expected = torch.relu((torch.stack(gradients).view(-1, 1, 1) * maps[index]).sum(0))
+            assert torch.allclose(heat[index], expected / expected.max(), atol=1e-3)
