@@ -10,8 +10,9 @@ import subprocess
 import sys
 from typing import Any
 
-import torch
 from engine.checkpoint_file import load
+
+import torch
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 MAIN = os.path.join(REPOSITORY, "main.py")
@@ -44,7 +45,7 @@ def run(*command: Any, timeout: float = 300, cwd: Any = None, env: dict[str, str
             [str(word) for word in command],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            universal_newlines=True,
+            text=True,
             timeout=timeout,
             cwd=cwd,
             env=environment(**(env or {})),

@@ -13,6 +13,7 @@ import main
 import vgg
 from engine import accelerator
 from engine.errors import run_script
+
 from torch import nn
 
 vgg.WIDTHS = (8, 8, 16, 16, 16)

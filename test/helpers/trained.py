@@ -43,6 +43,9 @@ class TorchvisionVGG(nn.Module):
         widths = [(16 * 7 * 7, 32), (32, 32), (32, classes)]
         layers = [[nn.Linear(*width), nn.ReLU(), nn.Dropout()] for width in widths]
         self.classifier = nn.Sequential(*[layer for group in layers for layer in group][:-2])
+        for layer in self.modules():  # by default the activations would vanish, and all images look alike
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(layer.weight)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.avgpool(self.features(images)).flatten(1))
@@ -54,7 +57,7 @@ def train_classifier(folder: str, root: Any) -> Result:
     torch.save(TorchvisionVGG(len(CLASSES)).state_dict(), str(root / PRETRAINED))
     return run_main(
         *[folder, *FLAGS, "--pretrained", root / PRETRAINED, "--freeze-features", "--ema-decay", "0.9"],
-        *["--epochs", 2, "--lr", 0.1, "--output-dir", root],
+        *["--epochs", 2, "--lr", 0.02, "--output-dir", root],
     )
 
 
