@@ -43,8 +43,7 @@ def run(*command: Any, timeout: float = 300, cwd: Any = None, env: dict[str, str
     return Result(
         subprocess.run(
             [str(word) for word in command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             text=True,
             timeout=timeout,
             cwd=cwd,
@@ -76,7 +75,7 @@ def wait_for_line(process: subprocess.Popen, start: str) -> None:
 
 
 def run_python(code: str, *args: Any, **env: str) -> list[str]:
-    """Run code in a process of its own, such as one that changes torch for good. Returns its lines; 0 must be its code."""
+    """Run code in a process of its own, for instance because it changes torch for good. Returns its output lines."""
     result = run(sys.executable, "-c", code, *args, timeout=120, env=env)
     assert result.code == 0, result.err
     return result.out.splitlines()

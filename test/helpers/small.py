@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""main.py with a VGG of few channels, whose checkpoints have 0.4 MB instead of 1 GB: for tests of everything around it."""
+"""main.py with a VGG of few channels, whose checkpoints have 0.4 MB instead of 1 GB: to test everything around it."""
 
 from __future__ import annotations
 

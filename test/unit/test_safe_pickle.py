@@ -89,7 +89,7 @@ def test_a_class_with_setstate_is_refused(read, protocol):
         (read_tensors, b"ccollections\nOrderedDict\n", "type"),
         (read_tensors, b"ctorch\nFloatStorage\n", "dtype"),
     ],
-    ids=str,
+    ids=range(7),
 )
 def test_a_pickle_that_sets_the_state_of_a_foreign_object_is_refused(read, target, kind):
     with pytest.raises(CarriesCodeError, match=f"it sets the state of a {kind}"):
