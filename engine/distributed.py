@@ -138,12 +138,14 @@ class ProcessGroup:
             self.heartbeat.announce_failure()
 
     def close(self) -> None:
-        """Wait for all processes, then leave. Only after success."""
+        """Wait for all processes at the end. Only after success.
+
+        torch's groups stay: destroying one whose peers have exited can hang (seen with torch 1.5).
+        """
         if self.world_size > 1:
             self.barrier()
             if self.heartbeat is not None:
                 self.heartbeat.stop()
-            dist.destroy_process_group()
 
 
 OUT_OF_MEMORY = getattr(torch.cuda, "OutOfMemoryError", ())  # a RuntimeError of its own since torch 1.13

@@ -208,14 +208,19 @@ def _child(worker: Worker, args: argparse.Namespace, environment: dict[str, str]
     os.environ.update(environment)
 
     def report_peer(text: str) -> None:
-        pipe.send(Report(f"main.py: error: {text}\n", about_peers=True))
+        _send(pipe, Report(f"main.py: error: {text}\n", about_peers=True))
 
     try:
         code = worker(args, report_peer)
     except UserError as error:
-        pipe.send(Report(f"main.py: error: {error}\n", error.exit_code, isinstance(error, RendezvousError)))
+        _send(pipe, Report(f"main.py: error: {error}\n", error.exit_code, isinstance(error, RendezvousError)))
         exit_process(error.exit_code)
     except Exception:
-        pipe.send(Report(traceback.format_exc()[-30000:]))  # a pipe holds 64 KiB and is read after this process's exit
+        _send(pipe, Report(traceback.format_exc()))
         exit_process(EXIT_FAILURE)
     exit_process(code)
+
+
+def _send(pipe: Any, report: Report) -> None:
+    """Send the end of a report: a pipe holds 64 KiB, and the launcher reads it only after this process has exited."""
+    pipe.send(report._replace(text=report.text[-10000:]))

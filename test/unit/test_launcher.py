@@ -170,3 +170,22 @@ def test_the_cause_of_a_failure_is_reported_and_not_its_consequences(capsys, end
     assert launcher._wait_for(children, [child.receiver for child in children], 0) == code
     err = capsys.readouterr().err
     assert text in err and len(err.splitlines()) == bool(text), err
+
+
+BIG_REPORT = """
+import argparse, sys
+from engine.launcher import Topology, launch
+
+def worker(args, report):
+    raise ValueError("图" * 100000)
+
+if __name__ == "__main__":
+    sys.exit(launch(worker, argparse.Namespace(), Topology(1, 0, 1, "tcp://127.0.0.1:1", spawn=True)))
+"""
+
+
+def test_an_error_longer_than_a_pipe_is_reported(tmp_path):
+    script = tmp_path / "big.py"
+    script.write_text(BIG_REPORT, encoding="utf-8")
+    result = run(sys.executable, script, timeout=60, env={"PYTHONIOENCODING": "utf-8"})
+    assert result.code == 1 and "图图图" in result.err
