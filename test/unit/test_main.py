@@ -20,6 +20,7 @@ from engine.transforms import decoder_name
 from engine.versions import TORCH
 from helpers.images import make_folder, write_cifar10
 from helpers.program import MAIN, TWO, assert_same_weights, events, run, run_main, start_main, wait_for_line, weights
+from helpers.trained import TorchvisionVGG
 
 import pytest
 import torch
@@ -169,8 +170,7 @@ def test_validation_is_exact_for_any_number_of_processes_and_any_batch_size(fold
     from torchvision import transforms
 
     torch.manual_seed(3)
-    network = torchvision.models.vgg11(num_classes=2)
-    torch.nn.init.normal_(network.classifier[6].weight, 0, 0.1)
+    network = TorchvisionVGG(2)
     path = str(tmp_path / "weights.pth")
     torch.save(network.state_dict(), path)
     pipeline = [
@@ -188,10 +188,10 @@ def test_validation_is_exact_for_any_number_of_processes_and_any_batch_size(fold
     only_val = tmp_path / "only val"
     only_val.mkdir()
     shutil.copytree(os.path.join(folder37, "val"), str(only_val / "val"))
-    common = [only_val, "-e", "--arch", "vgg11", "--pretrained", path, "--image-size", 48, "--output-dir", tmp_path]
+    common = [only_val, "-e", "--arch", "vgg11_bn", "--pretrained", path, "--image-size", 48, "--output-dir", tmp_path]
     three = ["--multiprocessing-distributed", "--device-list", "0,1,2"]
     for flags in (["-b", 7], ["-b", 1], ["-b256", "-j", 2], ["-b", 8, *TWO], ["-b", 9, *three]):
-        result = run_main(*common, *flags, program=MAIN)
+        result = run_main(*common, *flags)
         assert result.code == 0, result.err
         assert result.accuracy() == (f"{100 * correct / 37:.3f}", "100.000"), flags
 
