@@ -23,7 +23,13 @@ SCRIPTS = [
     "train_performance_multinodes",
     "train_full_multinodes",
 ]
-STUB = """#!{python}
+# A Python script whose interpreter may have a space in its path, which a #! line cannot: sh starts it.
+SHEBANG = """#!/bin/sh
+''''exec "{python}" "$0" "$@" # '''
+"""
+STUB = (
+    SHEBANG
+    + """
 import os, sys
 if sys.argv[1] == '-c':
     sys.exit({autocast})
@@ -39,6 +45,7 @@ if '--stop-step-num' not in sys.argv:
 output = sys.argv[sys.argv.index('--output-dir') + 1]
 open(os.path.join(output, 'model_best.pth.tar'), 'w').write('weights')
 """
+)
 
 
 @pytest.fixture
@@ -229,10 +236,11 @@ def test_ascend_device_id_picks_the_card(clone, tmp_path):
 
 def test_a_signal_to_the_script_reaches_main_py(clone, tmp_path):
     waiting = tmp_path / "waiting python"
-    waiting.write_text(
-        "#!{}\nimport signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
-        'open({!r}, "w").close()\nwhile True: time.sleep(0.05)\n'.format(sys.executable, str(tmp_path / "up"))
+    code = (
+        "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+        f"open({str(tmp_path / 'up')!r}, 'w').close()\nwhile True: time.sleep(0.05)\n"
     )
+    waiting.write_text(SHEBANG.format(python=sys.executable) + code)
     waiting.chmod(0o755)
     child = subprocess.Popen(
         ["bash", str(clone / "test" / "train_full_1p.sh"), "--data_path=."],
