@@ -25,4 +25,4 @@ echo
 printf 'Validation accuracy: %.2f%%\n' "$accuracy"
 echo "Next, in $repository:"
 echo "  open $output/page/index.html in a browser"
-echo "  $python predict.py IMAGE --checkpoint $output/model_best.pth.tar"
+echo "  ${python#"$repository"/} predict.py IMAGE --checkpoint $output/model_best.pth.tar"
