@@ -236,7 +236,10 @@ def train_one_epoch(
 def train_step(
     args: argparse.Namespace, runtime: Runtime, training: Training, batches: Iterator[Batch], meter: ProgressMeter
 ) -> None:
-    """Make one optimizer step, over args.accum_steps batches. Nothing in it waits for the device, except in fp16."""
+    """Make one optimizer step, over args.accum_steps batches.
+
+    It synchronizes once if the optimizer cannot skip on the device (NPU, MPS, torch before 2.4); see LossScaler.
+    """
     accelerator, model, scaler, state = runtime.accelerator, training.model, training.scaler, training.state
     # Dropout depends on (seed, step, rank) alone, so that a resumed run draws the same masks.
     accelerator.seed(((args.seed * 1000003 + state.step) * 1000003 + runtime.group.rank) % 2**63)
