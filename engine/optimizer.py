@@ -127,7 +127,8 @@ class LossScaler:
         if self.read_longest_skip() >= self.MAX_SKIPPED:
             raise DivergedError(
                 f"the gradients of {self.MAX_SKIPPED} steps in a row were not finite, by step {step}: training has "
-                "diverged; resume from the last checkpoint with a lower --lr or --clip-grad-norm, or more --warmup-epochs"
+                "diverged; resume from the last checkpoint with a lower --lr or --clip-grad-norm, or more "
+                "--warmup-epochs"
             )
 
     def state_dict(self) -> dict[str, Any]:
