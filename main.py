@@ -385,13 +385,14 @@ def run_job(args: argparse.Namespace, runtime: Runtime) -> int:
     described = val_set if val_set is not None else ImageFolder  # synthetic images are treated like a folder's
     args.image_size = args.image_size or described.default_size
     classes = val_set.classes if val_set is not None else [str(number) for number in range(1000)]
-    info = ModelInfo(args.arch, classes, preprocessing_of(described, args.image_size), decoder_name(), group.world_size)
-    info.identity = {
+    preprocessing = preprocessing_of(described, args.image_size)
+    identity = {
         "seed": args.seed,
         "global batch": args.batch_size * args.nodes * args.accum_steps,
         "data": train_set.fingerprint if train_set is not None else "dummy",
         "image size": args.image_size,
     }
+    info = ModelInfo(args.arch, classes, preprocessing, decoder_name(), group.world_size, identity)
     log_run_info(args, group, accelerator, logger, train_set, val_set)
 
     accelerator.seed(args.seed)

@@ -11,7 +11,7 @@ import sys
 from typing import Any, Callable, ContextManager, Iterator, cast
 
 from engine.device import TORCH_DEVICES, available_cores, has_autocast, load_apex
-from engine.errors import DeviceUnavailableError
+from engine.errors import DeviceUnavailableError, first_line
 from engine.optimizer import LossScaler
 from engine.versions import TORCH
 
@@ -167,7 +167,7 @@ class Accelerator:
         try:
             return cast("nn.Module", torch.compile(model, dynamic=False))  # all training batches have one size
         except RuntimeError as error:  # Windows, or a Python newer than this torch knows
-            raise DeviceUnavailableError(f"--compile: {str(error).splitlines()[0]}; leave it out") from error
+            raise DeviceUnavailableError(f"--compile: {first_line(error)}; leave it out") from error
 
     # --- the step ---
 

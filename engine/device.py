@@ -14,7 +14,7 @@ import shutil
 import sysconfig
 from typing import Any
 
-from engine.errors import DeviceUnavailableError
+from engine.errors import DeviceUnavailableError, first_line
 from engine.versions import TORCH
 
 import torch
@@ -45,7 +45,7 @@ def _count_npus() -> int:
             importlib.import_module("torch_npu")
         except (ImportError, OSError, RuntimeError) as error:
             raise DeviceUnavailableError(
-                f"no NPU: torch_npu does not load ({str(error).splitlines()[0]}); {SOURCE_CANN} (where CANN is "
+                f"no NPU: torch_npu does not load ({first_line(error)}); {SOURCE_CANN} (where CANN is "
                 "installed), or choose another --device"
             ) from error
     npu = getattr(torch, "npu", None)

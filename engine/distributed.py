@@ -9,7 +9,7 @@ import pickle
 import sys
 from typing import Any, Callable, Sequence
 
-from engine.errors import DivergedError, RendezvousError, UsageError
+from engine.errors import DivergedError, RendezvousError, UsageError, first_line
 from engine.heartbeat import Heartbeat
 from engine.rendezvous import MeetingPoint, Member, meet
 from engine.versions import TORCH
@@ -17,6 +17,8 @@ from engine.versions import TORCH
 import torch
 import torch.distributed as dist
 from torch import nn
+
+OUT_OF_MEMORY = getattr(torch.cuda, "OutOfMemoryError", ())  # a RuntimeError of its own since torch 1.13
 
 
 def print_error(text: str) -> None:
@@ -60,10 +62,9 @@ class ProcessGroup:
             self.control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
             self.barrier()
         except (RuntimeError, ValueError, OSError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise RendezvousError(
-                f"rank {self.rank} of {self.world_size} cannot connect to the others ({reason}); check that the nodes "
-                "reach each other"
+                f"rank {self.rank} of {self.world_size} cannot connect to the others ({first_line(error)}); check that "
+                "the nodes reach each other"
             ) from error
 
     # --- collectives ---
@@ -146,9 +147,6 @@ class ProcessGroup:
             self.barrier()
             if self.heartbeat is not None:
                 self.heartbeat.stop()
-
-
-OUT_OF_MEMORY = getattr(torch.cuda, "OutOfMemoryError", ())  # a RuntimeError of its own since torch 1.13
 
 
 class StopVote:

@@ -62,6 +62,11 @@ class LoaderWorkerError(UserError):
     exit_code = EXIT_FAILURE
 
 
+def first_line(error: Exception) -> str:
+    """Return what an error says, on one line; its type if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def exit_process(code: int) -> NoReturn:
     """End this process at once. The only call of os._exit in the program.
 

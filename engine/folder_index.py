@@ -195,7 +195,7 @@ def _find_unreadable(root: str, names: list[bytes], check: Check) -> dict[int, s
         return reasons
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes without Python's lock
-        reasons = (reason for chunk in threads.map(read, range(0, len(names), chunk)) for reason in chunk)
+        reasons = (reason for part in threads.map(read, range(0, len(names), chunk)) for reason in part)
         return {position: reason for position, reason in enumerate(check(reasons, len(names))) if reason is not None}
 
 

@@ -80,9 +80,8 @@ class Heartbeat:
                         seen[other] = count, time.monotonic()
                     elif time.monotonic() - seen[other][1] > self.patience:
                         self._publish(other)
-                        self.stopped.wait(
-                            2 * self.INTERVAL
-                        )  # this process may hold the store: the others read it first
+                        # This process may hold the store: the others read it first.
+                        self.stopped.wait(2 * self.INTERVAL)
                         self._end(other)
                 unreachable = self.store.add("missing", 0)  # rank + 1; 0 if there is none
                 if unreachable:

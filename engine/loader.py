@@ -14,7 +14,7 @@ import warnings
 from typing import Any, Iterator, Tuple, Union
 
 from engine.datasets import ImageDataset
-from engine.errors import LoaderWorkerError, UserError
+from engine.errors import LoaderWorkerError, UserError, first_line
 from engine.sampler import ResumableBatchSampler, seed_augmentation
 from engine.signals import outlast_stop_signals, sigterm_blocked
 
@@ -75,12 +75,12 @@ def _share(tensor: torch.Tensor) -> torch.Tensor:
     try:
         return tensor.share_memory_()
     except (RuntimeError, OSError) as error:
-        raise worker_error(str(error)) from error
+        raise worker_error(error) from error
 
 
-def worker_error(reason: str) -> LoaderWorkerError:
+def worker_error(error: Exception) -> LoaderWorkerError:
     return LoaderWorkerError(
-        f"a DataLoader worker exited unexpectedly ({reason.strip().splitlines()[-1]}): killed, out of memory, or "
+        f"a DataLoader worker exited unexpectedly ({first_line(error)}): killed, out of memory, or "
         "/dev/shm is too small (docker run --shm-size=8g; --workers 0 needs none); the last checkpoint is intact"
     )
 
@@ -171,6 +171,6 @@ def watch_workers(*loaders: Loader | None) -> Iterator[None]:
         deadline = time.monotonic() + 1  # a closed socket may be seen before the exit of the worker that closed it
         while time.monotonic() < deadline:
             if any(isinstance(loader, BatchLoader) and loader.has_lost_a_worker() for loader in loaders):
-                raise worker_error(str(error) or type(error).__name__) from error
+                raise worker_error(error) from error
             time.sleep(0.05)
         raise

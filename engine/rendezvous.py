@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, Callable
 
-from engine.errors import RendezvousError
+from engine.errors import RendezvousError, first_line
 
 import torch.distributed as dist
 
@@ -62,11 +62,11 @@ def meet(url: str, me: Member) -> MeetingPoint:
     agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     job = f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT'] if agent_store else 0}"
     waiting = _Waiting(address, me)
+    master: tuple[str, int] | None = None
     while True:
         try:
             if not address.startswith("tcp://"):
                 store, _, _ = next(dist.rendezvous(url, me.rank, me.world_size, timeout=_seconds(me.timeout)))
-                master = None
             else:
                 host, _, port = address[len("tcp://") :].rstrip("/").rpartition(":")
                 master = host.strip("[]"), int(port)
@@ -84,10 +84,9 @@ def meet(url: str, me: Member) -> MeetingPoint:
             if isinstance(error, RuntimeError) and me.rank != 0 and master is not None and not waiting.is_over():
                 time.sleep(POLL_SECONDS)  # rank 0 was restarted while others were missing: meet it again
                 continue
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise RendezvousError(
-                f"{address}: rendezvous failed for rank {me.rank} of {me.world_size} ({reason}); check --addr, "
-                "--dist-url, --rank and --world-size"
+                f"{address}: rendezvous failed for rank {me.rank} of {me.world_size} ({first_line(error)}); check "
+                "--addr, --dist-url, --rank and --world-size"
             ) from error
 
 

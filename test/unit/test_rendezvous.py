@@ -154,3 +154,10 @@ def test_an_address_of_another_host_is_named_at_once(tmp_path):
 def test_a_negative_timeout_is_refused(tmp_path):
     result = run_main("--rendezvous-timeout", "-5", "--output-dir", tmp_path)
     assert result.code == 2 and "--rendezvous-timeout must be at least 1, got -5" in result.err
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_file_url_that_cannot_be_opened_is_one_line(tmp_path, rank):
+    flags = ["--world-size", 2, "--rank", rank, "--dist-url", f"file://{tmp_path}", "--output-dir", tmp_path / "o"]
+    result = run_main(*flags, timeout=60)
+    assert result.code == 2 and "rendezvous failed" in result.err and len(result.err.splitlines()) == 1, result.err
