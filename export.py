@@ -19,7 +19,7 @@ from typing import Any, Sequence
 from engine.accelerator import onnx_export_options
 from engine.errors import EXIT_FAILURE, UsageError, UserError, run_script
 from engine.flags import OneLineParser
-from predict import CLASSES_HELP, load_model
+from engine.inference import CLASSES_HELP, load_model
 
 import torch
 

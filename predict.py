@@ -23,11 +23,10 @@ from typing import Any, NamedTuple, Sequence
 import vgg
 from engine import device
 from engine.accelerator import Accelerator
-from engine.checkpoint import load_checkpoint, load_weights, model_weights
-from engine.datasets import IMAGENET_MEAN, IMAGENET_STD
 from engine.errors import EXIT_USAGE, ImageError, UsageError, run_script
 from engine.flags import DEVICE_HELP, DEVICES, OneLineParser
 from engine.folder_index import EXTENSIONS
+from engine.inference import CLASSES_HELP, Model, load_model
 from engine.logger import Logger
 from engine.transforms import printable, read_rgb, reason_of, resize, resize_center_crop
 
@@ -38,7 +37,6 @@ import torch.nn.functional as F
 BATCH = 32  # images
 TOP_K = 5
 MAX_HEATMAPS = 24
-CLASSES_HELP = "names of the classes, one per line, in order (default: those in the checkpoint, else numbers)"
 CJK_FONTS = [
     "Noto Sans CJK SC",
     "Source Han Sans SC",
@@ -47,17 +45,6 @@ CJK_FONTS = [
     "PingFang SC",
     "SimHei",
 ]
-
-
-class Model(NamedTuple):
-    """A trained network and what belongs to it."""
-
-    network: vgg.VGG
-    classes: list[str]
-    image_size: int  # pixels per side
-    center_crop: bool  # resize and crop the center, else resize the whole image
-    mean: tuple[float, ...]  # of each channel, for pixels in [0, 1]
-    std: tuple[float, ...]
 
 
 class Prediction(NamedTuple):
@@ -76,47 +63,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--heatmap", metavar="OUT.png", help="draw what each top prediction is based on (Grad-CAM)")
     parser.add_argument("--device", default="auto", choices=DEVICES, help=DEVICE_HELP)
     return parser.parse_args(argv)
-
-
-def load_model(path: str, classes_file: str | None = None) -> Model:
-    """Load the model of a checkpoint. Preprocessing is ImageNet's if the file does not say.
-
-    Raises CheckpointError, or UsageError if it is not a VGG or the class names do not fit.
-    """
-    checkpoint = load_checkpoint(path)
-    weights = model_weights(checkpoint, path)
-    last_layer = weights.get(f"{vgg.LAST_LAYER}.weight")
-    arch = vgg.architecture_of(weights)
-    if arch is None or last_layer is None:
-        raise UsageError(f"{path}: holds weights, but not those of a VGG")
-    if classes_file:
-        classes = read_classes(classes_file)
-    else:
-        classes = [str(name) for name in checkpoint.get("classes") or range(len(last_layer))]
-    if len(classes) != len(last_layer):
-        names = f"{classes_file or path} has {len(classes)} class names"
-        raise UsageError(f"{names}, the network has {len(last_layer)} classes")
-    network = vgg.VGG(arch, len(last_layer))
-    load_weights(network, weights, path)
-    values = checkpoint.get("preprocessing") or {}
-    return Model(
-        network.eval(),
-        classes,
-        image_size=int(values.get("image_size", 224)),
-        center_crop=bool(values.get("crop", True)),
-        mean=values.get("mean", IMAGENET_MEAN),
-        std=values.get("std", IMAGENET_STD),
-    )
-
-
-def read_classes(path: str) -> list[str]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read().splitlines()
-    except OSError as error:
-        raise UsageError(f"--classes {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"--classes {path}: expected UTF-8 text") from error
 
 
 def find_images(paths: Sequence[str]) -> list[str]:

@@ -20,6 +20,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import predict
 from engine.curves import read_events
 from engine.datasets import read_digits
+from engine.inference import load_model
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ def draw_quickstart(folder: str, path: str) -> None:
     from matplotlib.figure import Figure
 
     dataset = read_digits(training=False)
-    model = predict.load_model(os.path.join(folder, "model_best.pth.tar"))
+    model = load_model(os.path.join(folder, "model_best.pth.tar"))
     images = torch.from_numpy(dataset.images[: ROWS * COLUMNS]).permute(0, 3, 1, 2).float() / 255
     with torch.no_grad():
         logits = model.network((images - model.mean[0]) / model.std[0])
