@@ -182,16 +182,17 @@ def _wait_for(children: list[Any], receivers: list[Any], first_rank: int) -> int
                 receiver = receivers[children.index(child)]
                 if receiver.poll():
                     reports.append(receiver.recv())
-            if child.exitcode not in (0, EXIT_STOPPED) and deadline is None and code in (0, EXIT_STOPPED):
+            if child.exitcode not in (0, EXIT_STOPPED) and code in (0, EXIT_STOPPED) and not killed:
                 code = child.exitcode
                 if code < 0:
                     rank, number, code = first_rank + children.index(child), -code, 128 - code
                     reports.insert(
                         0, Report(f"main.py: error: the process of rank {rank} was killed by signal {number}\n")
                     )
-                deadline = time.monotonic() + GRACE_SECONDS
             elif child.exitcode == EXIT_STOPPED and code == 0:
-                code, deadline = EXIT_STOPPED, time.monotonic() + GRACE_SECONDS
+                code = EXIT_STOPPED
+            if child.exitcode != 0 and deadline is None:
+                deadline = time.monotonic() + GRACE_SECONDS
     causes = [report for report in reports if not report.about_peers]
     if not causes and any(child.exitcode == EXIT_STOPPED for child in children):
         return EXIT_STOPPED  # a process that stopped before training had begun; the others lost it

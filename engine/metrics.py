@@ -108,7 +108,7 @@ class Throughput:
         self.steps = self.images = 0
         self.begin = self.warm_begin = time.perf_counter()
         self.warm_images = 0  # counted before warm_begin
-        self.paused = self.pauses = 0.0  # seconds
+        self.pause_begin = self.pauses = self.warm_up_pauses = 0.0  # seconds
 
     def step(self, images: int, synchronize: Callable[[], None]) -> None:
         """Count a step. images: of all processes."""
@@ -117,19 +117,21 @@ class Throughput:
         if self.steps == self.skip:
             synchronize()  # once per epoch
             self.warm_begin, self.warm_images = time.perf_counter(), self.images
+            self.warm_up_pauses, self.pauses = self.pauses, 0.0
 
     def pause(self) -> None:
         """Stop the clock, for instance during a checkpoint."""
-        self.paused = time.perf_counter()
+        self.pause_begin = time.perf_counter()
 
     def resume(self) -> None:
-        self.pauses += time.perf_counter() - self.paused
+        self.pauses += time.perf_counter() - self.pause_begin
 
     def seconds(self) -> float:
+        """Return the time that images_per_second is about."""
+        if self.steps <= self.skip:  # stopped within the warm-up: count it
+            return max(time.perf_counter() - self.begin - self.warm_up_pauses - self.pauses, 1e-9)
         return max(time.perf_counter() - self.warm_begin - self.pauses, 1e-9)
 
     def images_per_second(self) -> float:
         """Return the rate; over the warm-up steps if the run was stopped within them."""
-        if self.steps <= self.skip:
-            self.warm_begin, self.warm_images = self.begin, 0
-        return (self.images - self.warm_images) / self.seconds()
+        return (self.images - (self.warm_images if self.steps > self.skip else 0)) / self.seconds()

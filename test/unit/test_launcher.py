@@ -157,6 +157,9 @@ CRASH = Report("Traceback …\n")
         ([(1, CRASH), (2, USER)], 2, USER.text),
         ([(1, CRASH), (2, PEER)], 1, CRASH.text),
         ([(75, None), (2, USER)], 2, USER.text),
+        # A process that has stopped does not hide the failure of another.
+        ([(75, None), (1, CRASH)], 1, CRASH.text),
+        ([(75, None), (-9, None)], 137, "the process of rank 1 was killed by signal 9"),
         ([(0, None), (0, None)], 0, ""),
         (
             [(-9, None), (1, Report(PEER.text, None, about_peers=True))],

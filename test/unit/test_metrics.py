@@ -143,3 +143,17 @@ def test_throughput_of_a_run_stopped_within_its_warm_up_counts_all_steps(clock: 
         clock[0] += 0.5
         throughput.step(8, lambda: None)
     assert throughput.images_per_second() == pytest.approx(16.0)
+
+
+@pytest.mark.parametrize("stop, rate", [(20, 80.0), (5, 80.0)], ids=["long epoch", "stopped within the warm-up"])
+def test_throughput_excludes_checkpoints_of_the_warm_up_too(clock: list[float], stop: int, rate: float) -> None:
+    throughput = Throughput(20)
+    for number in range(stop):
+        clock[0] += 0.1
+        throughput.step(8, lambda: None)
+        if number in (1, 3):
+            throughput.pause()
+            clock[0] += 30
+            throughput.resume()
+    assert throughput.images_per_second() == pytest.approx(rate)
+    assert throughput.images_per_second() == pytest.approx(rate)  # reading it changes nothing
