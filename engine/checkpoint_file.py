@@ -65,11 +65,11 @@ class CheckpointWriter:
                 _write(content, path)
             if also is not None:
                 link(path, also)
-        except (OSError, MemoryError) as error:
+        except Exception as error:  # in a thread: only wait() can tell
             self._error = error
 
     def wait(self) -> Exception | None:
-        """Wait until the last save is on the disk. Returns None, or its OSError (disk full, …) or MemoryError."""
+        """Wait until the last save is on the disk. Returns None, or what it raised (OSError: disk full, …)."""
         if self._thread is not None:
             self._thread.join()
         error, self._thread, self._error = self._error, None, None
@@ -188,7 +188,10 @@ def _read_zip(file: IO[bytes], size: int) -> Any:
 
     def fill(key: str, flat: torch.Tensor) -> None:
         content = np.frombuffer(archive.read(members[f"data/{key}"]), np.uint8)
-        _bytes_of(flat)[...] = content[: flat.numel() * flat.element_size()]
+        expected = flat.numel() * flat.element_size()
+        if len(content) < expected:
+            raise ValueError(f"storage {key}: expected {expected} bytes, got {len(content)}")
+        _bytes_of(flat)[...] = content[:expected]
 
     return load_tensors(io.BytesIO(archive.read(members["data.pkl"])), Storages(size, fill))
 

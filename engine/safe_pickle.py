@@ -134,10 +134,15 @@ class Storages:
 
 
 def rebuild_tensor(flat: torch.Tensor, offset: int, size: Any, stride: Any, *_: Any) -> torch.Tensor:
-    """A view of a storage. Raises ValueError if it reaches outside."""
+    """Return a view of a storage. Raises ValueError if it reaches outside, or has more elements (by a stride of 0)."""
     last = offset + sum((length - 1) * step for length, step in zip(size, stride))
     if offset < 0 or min((*size, *stride, 0)) < 0 or (0 not in size and last >= flat.numel()):
         raise ValueError("a tensor reaches outside its storage")
+    elements = 1
+    for length in size:
+        elements *= length
+    if elements > flat.numel():
+        raise ValueError("it claims more data than it holds")
     return flat.as_strided(tuple(size), tuple(stride), offset)
 
 

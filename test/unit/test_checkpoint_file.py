@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 import tarfile
+import zipfile
 from collections import OrderedDict
 
 from engine.checkpoint_file import CheckpointWriter, link, load
@@ -309,3 +310,15 @@ def test_a_kill_at_any_system_call_of_a_save_leaves_an_intact_checkpoint(tmp_pat
         else:
             raise AssertionError(f"{call}: {result.err}")
     assert set(found.values()) == {1, 2} and len(found) >= 10, found
+
+
+def test_a_truncated_storage_in_a_foreign_archive_is_refused(tmp_path):
+    """One byte would otherwise fill the whole tensor."""
+    path, changed = str(tmp_path / "x.pth"), str(tmp_path / "changed.pth")
+    torch.save({"weights": torch.ones(8)}, path, _use_new_zipfile_serialization=True)
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(changed, "w") as copy:
+        for name in archive.namelist():
+            content = archive.read(name)
+            copy.writestr(name, content[:1] if "/data/" in name else content)
+    with pytest.raises(CheckpointError, match="expected 32 bytes, got 1"):
+        load(changed)

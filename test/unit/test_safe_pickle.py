@@ -170,3 +170,12 @@ def test_storages_are_never_larger_than_the_file():
             Storages(1000 - 800, lambda key, flat: None).get(torch.float32, "1", count)
     with pytest.raises(ValueError, match="more data"):
         storages.get(torch.float32, "1", 51)
+
+
+def test_a_tensor_that_repeats_its_storage_beyond_its_size_is_refused():
+    """A stride of 0 would let a small file claim terabytes."""
+    flat = torch.arange(4.0)
+    assert rebuild_tensor(flat, 0, (2, 2), (0, 1)).tolist() == [[0.0, 1.0], [0.0, 1.0]]
+    for size in ((10**12,), (5, 1)):
+        with pytest.raises(ValueError, match="more data"):
+            rebuild_tensor(flat, 0, size, (0,) * len(size))
