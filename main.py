@@ -209,7 +209,7 @@ def train_one_epoch(
             throughput.step(global_batch, accelerator.synchronize)
             logger.advance(global_batch)
 
-            # A stop signal on any process stops all of them after the same step, the next one.
+            # A stop signal on any process stops all of them after the next step.
             done = state.step_in_epoch
             stopping = vote.cast(runtime.stop) or state.step == args.stop_step_num
             if done == 1 or done % args.print_freq == 0 or done == steps or stopping:
@@ -349,8 +349,8 @@ def save(
     """Save a checkpoint on rank 0, and link it to model_best.pth.tar if it is the best.
 
     Training continues while the file is written. If a save fails, the old file stays and a warning says so; the final
-    save is waited for, and its failure raises SaveError. Weights with non-finite gradients may be ruined: they replace
-    no checkpoint.
+    save is waited for, and its failure raises SaveError. If the last step was skipped, its weights may be ruined: no
+    checkpoint is written, except the best and the final one.
     """
     begin, state, logger = time.perf_counter(), training.state, runtime.logger
     training.scaler.check_finite(state.step)

@@ -53,7 +53,7 @@ class Accelerator:
         self.device = torch.device(torch_device) if device in ("cpu", "mps") else torch.device(torch_device, index)
         self._runtime = cast("Any", getattr(torch, torch_device, None))  # torch.cuda, torch.npu, …
         self.apex = load_apex() if self.half is not None and not has_autocast(self._runtime) else None
-        # Convolutions prefer channels last, but NPU kernels do not know it and torch before 1.7 only half of it.
+        # Convolutions prefer channels_last. NPUs do not support it, and torch before 1.7 does only partly.
         self.memory_format = torch.contiguous_format if device == "npu" or TORCH < (1, 7) else torch.channels_last
         if device == "cpu":
             keep_freed_memory()
@@ -118,7 +118,9 @@ class Accelerator:
                 model, optimizer, opt_level=self.opt_level, loss_scale=scale, verbosity=0, **options
             )
             masters, scale = list(self.apex.master_params(optimizer)), 1.0
-            for master, weight in zip(masters, exact):  # apex makes its masters from weights that are half already
+            for master, weight in zip(
+                masters, exact
+            ):  # apex copied its masters from weights that were already half precision
                 master.data.copy_(weight)
         scaler = LossScaler(model, masters, optimizer, loss_scale=scale, clip_grad_norm=clip_grad_norm, apex=self.apex)
         return model, scaler
@@ -217,7 +219,7 @@ class Accelerator:
             self._runtime.manual_seed(seed)
 
     def synchronize(self) -> None:
-        """Wait until the device has done all that was asked of it."""
+        """Wait for all work queued on the device."""
         if self.type != "cpu":
             self._runtime.synchronize()
 

@@ -22,11 +22,11 @@ LATEST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
 
 @dataclass
 class TrainState:
-    """How far training has come."""
+    """Training progress."""
 
     epoch: int = 0  # epochs completed
     step_in_epoch: int = 0  # optimizer steps of the current epoch
-    step: int = 0  # optimizer steps in all
+    step: int = 0  # total optimizer steps
     best_acc1: float = 0.0  # percent
 
     def position(self) -> dict[str, int]:

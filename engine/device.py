@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Which device, which of its cards, and which precision: settled once, before any process starts.
+"""Resolves device, device numbers, backend and precision once, before any process starts.
 
 Each function takes the flags it needs and raises DeviceUnavailableError if the machine or the installed torch cannot
 do what they ask for.
@@ -131,8 +131,8 @@ def resolve_backend(given: str | None, device: str) -> str:
 def resolve_precision(device: str, *, amp: bool, opt_level: str, amp_dtype: str) -> str:
     """Return the number format of the step: fp32, fp16 or bf16.
 
-    bf16 where the device is good at it (NPUs from the A2 on, Ampere and later, CPUs with bf16 instructions), else fp16;
-    amp_dtype fp16 or bf16 insists.
+    bf16 if the device supports it natively (NPUs from the A2 on, Ampere and later, CPUs with bf16 instructions), else
+    fp16. amp_dtype fp16 or bf16 forces it.
     """
     if not amp or opt_level == "O0":
         return "fp32"

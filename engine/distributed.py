@@ -26,7 +26,8 @@ def print_error(text: str) -> None:
 
 
 class ProcessGroup:
-    """This process among the others of its job; all methods are collective: every process must call them.
+    """This process among the others of its job; all methods except fail are collective: every process
+    must call them.
 
     RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE come from the launcher (ours, torchrun, Slurm). Control goes over
     gloo, whatever backend the gradients use, so that a decision never waits for a device.
@@ -94,7 +95,7 @@ class ProcessGroup:
             dist.all_reduce(torch.from_numpy(array), op=dist.ReduceOp.MAX, group=self.control)
 
     def broadcast(self, state: Any) -> Any:
-        """Return rank 0's nested dicts, lists and CPU tensors on every process."""
+        """Return rank 0's nested dicts, lists and CPU tensors on every process; tensors arrive as float32 or int64."""
         if self.world_size == 1:
             return state
         pickler = _TensorPickler()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Who is alive: ends this process within a minute if another one of the job dies, stalls or is cut off."""
+"""Detects lost processes: exits this process within a minute if another one exits, stalls or is disconnected."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import torch.distributed as dist
 class Heartbeat:
     """A thread that counts a beat in the job's key-value store, and reads those of the others.
 
-    A slow step, a compilation or an index scan does not hold the thread up, so it is not taken for a death. Rank 0
-    watches all beats and publishes who is unreachable; the others watch that and rank 0. A second thread watches the
-    first, which hangs if the node of rank 0, which holds the store, is the one that is gone.
+    A slow step, a compilation or an index scan does not hold the thread up, so none is mistaken for a lost process.
+    Rank 0 watches all beats and publishes which rank is unreachable; the others watch that and rank 0. A second thread
+    watches the first, which hangs if the node of the store (rank 0) is lost.
 
     Args:
         host, port: the store.
@@ -38,7 +38,7 @@ class Heartbeat:
         self.rank, self.world_size, self.report = rank, world_size, report
         self.patience = self.PATIENCE
         self.last_answer = time.monotonic()  # of the store
-        self.failed = False  # whether this process itself has
+        self.failed = False  # whether this process itself has failed
         self.stopped, self.urgent = threading.Event(), threading.Event()
         self.threads = [threading.Thread(target=target, daemon=True) for target in (self._beat, self._watch_store)]
         for thread in self.threads:
@@ -54,7 +54,7 @@ class Heartbeat:
         self.threads[0].join(timeout=self.PATIENCE + 10)
 
     def announce_failure(self) -> None:
-        """Tell the others at once that this process has failed, so that they need not wait to miss its beats."""
+        """Tell the others now that this process has failed, instead of letting the heartbeat time out."""
         self.failed = True
         self.urgent.set()
         self.threads[0].join(timeout=1)
@@ -95,7 +95,7 @@ class Heartbeat:
             self._end(0)
 
     def _publish(self, rank: int) -> None:
-        if self.store.add("claims", 1) == 1:  # the first to go is the cause
+        if self.store.add("claims", 1) == 1:  # publish only the first failure: it is the cause
             self.store.add("missing", rank + 1)
 
     def _watch_store(self) -> None:

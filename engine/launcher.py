@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Who runs where, and starting one process per device. Under torchrun and Slurm the processes are theirs."""
+"""Nodes and ranks of a job, and starting one process per device. torchrun and Slurm start the processes themselves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from engine.signals import STOP_SIGNALS, die_with_parent
 
 MULTI_NODE_PORT = 59629
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-GRACE_SECONDS = 10  # that the others have to exit by themselves after one process has failed
+GRACE_SECONDS = 10  # before the others are killed, once one process has failed or stopped
 
 Worker = Callable[[argparse.Namespace, Callable[[str], None]], int]
 
@@ -120,7 +120,7 @@ class Report(NamedTuple):
 
     text: str
     code: int | None = None  # the exit code of a UserError
-    about_peers: bool = False  # it only says that others are gone: a consequence, not the cause
+    about_peers: bool = False  # it reports a lost peer: a consequence, not the cause
 
 
 def _spawn(worker: Worker, args: argparse.Namespace, topology: Topology) -> int:

@@ -30,7 +30,7 @@ KEPT_BUFFERS = 3  # DataLoader asks a worker for batch n as it hands out n - 2, 
 class BatchDataset:
     """Whole batches of a dataset: `batches[epoch, indices]` is a Batch.
 
-    Errors are returned in place of the batch, as DataLoader would deliver an exception as text.
+    Errors are returned in place of the batch, because DataLoader raises an exception again as text.
     """
 
     def __init__(self, dataset: ImageDataset, *, size: int, training: bool, seed: int = 0) -> None:

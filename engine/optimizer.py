@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""From gradients to weights: loss scale, master weights, clipping, skipped steps, the EMA, and their states."""
+"""From gradients to weights: loss scale, master weights, clipping, skipped steps, the EMA, and their states.
+
+The learning-rate schedule is learning_rate in main.py.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ from torch import nn
 class LossScaler:
     """Scales the loss, then applies the gradients, or skips the step if one of them is not finite.
 
-    Everything stays on the device: the flag that skips, the dynamic scale, the count of skips. One pass over the
+    Everything stays on the device: found_inf, the dynamic scale, the count of skips. One pass over the
     gradients gives their norm, which serves the check and the clipping. After an all-reduce the norm is the same on
-    every process, so all of them skip alike. If the optimizer takes no flag (torch before 2.4, NPU, MPS), the host
-    reads the flag: one synchronization per step.
+    every process, so all of them skip alike. If the optimizer does not accept found_inf (torch before 2.4, NPU,
+    MPS), the host reads it: one synchronization per step.
 
     Args:
         model: holds the weights that backward fills with gradients.
@@ -55,11 +58,11 @@ class LossScaler:
         device = master_weights[0].device
         self.scale = torch.full((), 65536.0 if self.dynamic else float(loss_scale), device=device)
         self.good_steps = torch.zeros((), dtype=torch.int32, device=device)
-        self.skipped = torch.zeros((), dtype=torch.bool, device=device)  # whether the last step was
+        self.skipped = torch.zeros((), dtype=torch.bool, device=device)  # whether the last step was skipped
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int32, device=device)
         self.longest_skip = torch.zeros((), dtype=torch.int32, device=device)  # since it was last read
         self.skips_on_device = getattr(optimizer, "_step_supports_amp_scaling", False)
-        # A skipped forward pass has spoilt the running statistics of batch norm: these are put back.
+        # A skipped step has already updated batch norm's running statistics; these copies restore them.
         self.good_buffers = [buffer.clone() for buffer in model.buffers()]
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -105,7 +108,7 @@ class LossScaler:
                 buffer.copy_(torch.where(skipped, good, buffer))
                 good.copy_(buffer)
         zero = torch.zeros_like(self.good_steps)
-        # Overflows of a dynamic scale that is still coming down are no sign of divergence.
+        # An overflow while the dynamic scale is above 1 only halves it. It does not count toward MAX_SKIPPED.
         counted = skipped & (self.scale <= 1) if self.dynamic else skipped
         self.skipped_in_a_row = torch.where(counted, self.skipped_in_a_row + 1, zero)
         self.longest_skip = torch.max(self.longest_skip, self.skipped_in_a_row)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """How the processes of a job find each other: in any order, waiting for late nodes and naming them.
 
-What cannot work is said at once: a rank taken twice, different world sizes, a port in use, an address of another host.
+What cannot work fails immediately: a duplicate rank, different world sizes, a port in use, an address of another host.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from engine.errors import RendezvousError, first_line
 
 import torch.distributed as dist
 
-REPORT_SECONDS = 15  # between two lines that say who is missing
+REPORT_SECONDS = 15  # between two log lines that name the missing nodes
 POLL_SECONDS = 0.5
-STORE_SECONDS = 45  # for one operation on the store, once everybody is there
+STORE_SECONDS = 45  # timeout of one operation on the store
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Member:
 class MeetingPoint:
     """Where the processes have met."""
 
-    store: Any  # of torch.distributed; it ends with this object, and on rank 0 for everybody
+    store: Any  # of torch.distributed; closes with this object, and rank 0's serves all processes
     master: tuple[str, int] | None  # host and port of the store
     job: str  # prefix of this attempt's keys
 
@@ -75,7 +75,7 @@ def meet(url: str, me: Member) -> MeetingPoint:
                     _check_own_address(master, address, resolve_host=url != "env://")
                 else:
                     _await_store(master, waiting)
-                # A world size of 1, because TCPStore itself would wait for the others, without a word.
+                # World size 1: otherwise TCPStore blocks until all have joined, and logs nothing.
                 store = dist.TCPStore(*master, 1, is_host, _seconds(STORE_SECONDS))
             store = dist.PrefixStore(job, store)
             _check_in(store, address, me, waiting)
@@ -126,7 +126,7 @@ def _seconds(seconds: float) -> datetime.timedelta:
 
 
 def _check_own_address(master: tuple[str, int], address: str, *, resolve_host: bool) -> None:
-    """Raise RendezvousError if rank 0 cannot listen there. torch would say that in words only, or wait."""
+    """Raise RendezvousError if rank 0 cannot listen there. torch would raise an untyped RuntimeError, or hang."""
     host, port = master
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

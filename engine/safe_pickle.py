@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The one reader of pickles: it builds plain values, arrays and tensors, and imports nothing that a pickle names."""
+"""A restricted unpickler: it builds plain values, arrays and tensors, and imports nothing that a pickle names."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Which image comes when: an order that depends on nothing but (seed, epoch), so that any run can continue anywhere."""
+"""The order of images. It depends only on (seed, epoch), so a run can resume anywhere, on any number of processes."""
 
 from __future__ import annotations
 

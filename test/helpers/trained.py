@@ -52,13 +52,19 @@ class TorchvisionVGG(nn.Module):
 
 
 def train_classifier(folder: str, root: Any) -> Result:
-    """Write ROOT/pretrained.pth and train its classifier for two epochs, with an EMA, into ROOT/model_best.pth.tar."""
+    """Train the classifier of ROOT/pretrained.pth for two epochs, with an EMA, into ROOT/model_best.pth.tar.
+
+    ROOT/names.txt gets the names of the five classes.
+    """
     torch.manual_seed(0)
     torch.save(TorchvisionVGG(len(CLASSES)).state_dict(), str(root / PRETRAINED))
-    return run_main(
+    result = run_main(
         *[folder, *FLAGS, "--pretrained", root / PRETRAINED, "--freeze-features", "--ema-decay", "0.9"],
         *["--epochs", 2, "--lr", 0.02, "--output-dir", root],
     )
+    assert result.code == 0, result.err
+    (root / "names.txt").write_text("\n".join(CLASSES) + "\n", encoding="utf-8")
+    return result
 
 
 def expected_predictions(checkpoint_path: Any, image: np.ndarray) -> list[tuple[str, float]]:

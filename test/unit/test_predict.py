@@ -28,9 +28,7 @@ CPU = ["--device", "cpu"]
 def root(folder: str, tmp_path_factory: Any) -> Any:
     """A folder with model_best.pth.tar of three classes, pretrained.pth of five, and images."""
     root = tmp_path_factory.mktemp("predicted")
-    result = train_classifier(folder, root)
-    assert result.code == 0, result.err
-    (root / "names.txt").write_text("\n".join(CLASSES) + "\n", encoding="utf-8")
+    train_classifier(folder, root)
     shutil.copytree(os.path.join(folder, "val", "class 1"), str(root / "holiday"))
     (root / "holiday" / "corrupt.png").write_bytes(b"not an image")
     (root / "holiday" / "notes.txt").write_bytes(b"not an image, and not taken for one")
