@@ -17,8 +17,8 @@ import warnings
 from typing import Any, Sequence
 
 from engine.accelerator import onnx_export_options
+from engine.cli import OneLineParser
 from engine.errors import EXIT_FAILURE, UsageError, UserError, run_script
-from engine.flags import OneLineParser
 from engine.inference import CLASSES_HELP, load_model
 
 import torch
@@ -124,4 +124,4 @@ def largest_difference(session: Any, model: torch.nn.Module, images: torch.Tenso
 
 
 if __name__ == "__main__":
-    run_script("export.py", main)
+    run_script(main)

@@ -43,7 +43,7 @@ from engine.flags import parse_args
 from engine.launcher import launch
 from engine.loader import Batch, BatchLoader, Loader, SyntheticLoader, watch_workers
 from engine.logger import Logger, ProgressMeter
-from engine.metrics import AccuracyCounter, Predictions, Throughput, Totals, cross_entropy
+from engine.metrics import AccuracyCounter, Predictions, Throughput, Totals, cross_entropy, zero_unless_finite
 from engine.optimizer import LossScaler, ModelEma
 from engine.resolve import make_output_folder, resolve
 from engine.run_info import log_run_info, versions
@@ -156,7 +156,7 @@ def build_training(
 ) -> Training:
     """Move a network to the device; build its optimizer, EMA, DDP and compiled form, as the flags say."""
     accelerator = runtime.accelerator
-    _, scaler = accelerator.prepare_training(
+    scaler = accelerator.prepare_training(
         network,
         lr=args.lr,
         momentum=args.momentum,
@@ -211,7 +211,7 @@ def train_one_epoch(
 
             # A stop signal on any process stops all of them after the next step.
             done = state.step_in_epoch
-            stopping = vote.cast(runtime.stop) or state.step == args.stop_step_num
+            stopping = vote.vote(runtime.stop) or state.step == args.stop_step_num
             if done == 1 or done % args.print_freq == 0 or done == steps or stopping:
                 totals = counter.read()  # a synchronization, and so is the next line
                 training.scaler.check_finite(state.step)
@@ -222,7 +222,7 @@ def train_one_epoch(
                 save(args, runtime, training)
                 throughput.resume()
 
-    stopping = vote.count() or stopping
+    stopping = vote.result() or stopping
     accelerator.synchronize()
     totals = Totals(*group.sum(counter.read()))
     rate = group.broadcast(throughput.images_per_second())  # one value in the logs of all nodes
@@ -253,7 +253,7 @@ def train_step(
                 logits = model(images)
                 loss = cross_entropy(logits, target, args.label_smoothing)
             scaler.backward(loss / args.accum_steps)
-        training.counter.update(loss * len(target), logits, target)
+        training.counter.update(zero_unless_finite(loss.detach()) * len(target), logits, target)
     scaler.step()
     state.step += 1
     state.step_in_epoch += 1
@@ -298,10 +298,10 @@ def validate(
             if done == 1 or done % print_freq == 0 or done == steps:
                 logger.line(meter.line(done, counter.read()))  # a synchronization
             logger.advance(loader.sampler.global_batch)
-            if vote.cast(runtime.stop):
-                vote.count()
+            if vote.vote(runtime.stop):
+                vote.result()
                 return None
-    if vote.count():
+    if vote.result():
         return None
     totals = Totals(*group.sum(counter.read()))
     logger.line(f"[npu id: 0 ] [AVG-ACC] * Acc@1 {totals.acc1:.3f} Acc@5 {totals.acc5:.3f}")
@@ -326,7 +326,8 @@ def train(
         if group.world_size > 1:
             check_same_parameters(group, training.network)
         best, last = False, state.epoch + 1 == args.epochs
-        if val_loader is not None and (last or (state.epoch + 1) % args.eval_freq == 0):
+        validates = val_loader is not None and (last or (state.epoch + 1) % args.eval_freq == 0)
+        if val_loader is not None and validates:
             with training.ema.swapped_in() if training.ema is not None else contextlib.nullcontext():
                 totals = validate(
                     runtime, training.network, training.normalize, val_loader, state=state, print_freq=args.print_freq
@@ -336,10 +337,11 @@ def train(
                 return EXIT_STOPPED
             best = totals.acc1 >= state.best_acc1
             state.best_acc1 = max(totals.acc1, state.best_acc1)
-            runtime.logger.curves()
         state.epoch, state.step_in_epoch = state.epoch + 1, 0
         training.counter = AccuracyCounter(runtime.accelerator.device)
         save(args, runtime, training, best=best, final=last)
+        if validates:
+            runtime.logger.curves()
     return 0
 
 
@@ -382,10 +384,10 @@ def run_job(args: argparse.Namespace, runtime: Runtime) -> int:
     flags = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in PER_NODE}
     check_same_flags(group, {**flags, "the JPEG decoder": decoder_name()})
     train_set, val_set = build_datasets(args, runtime)
-    described = val_set if val_set is not None else ImageFolder  # synthetic images are treated like a folder's
-    args.image_size = args.image_size or described.default_size
+    dataset_kind = val_set if val_set is not None else ImageFolder  # synthetic images are treated like a folder's
+    args.image_size = args.image_size or dataset_kind.default_size
     classes = val_set.classes if val_set is not None else [str(number) for number in range(1000)]
-    preprocessing = preprocessing_of(described, args.image_size)
+    preprocessing = preprocessing_of(dataset_kind, args.image_size)
     identity = {
         "seed": args.seed,
         "global batch": args.batch_size * args.nodes * args.accum_steps,
@@ -397,8 +399,8 @@ def run_job(args: argparse.Namespace, runtime: Runtime) -> int:
 
     accelerator.seed(args.seed)
     network = vgg.VGG(args.arch, len(classes))
-    found = find_checkpoint(args.resume, args.auto_resume, args.output_dir, logger) if group.rank == 0 else None
-    checkpoint = group.broadcast(found)
+    loaded = find_checkpoint(args.resume, args.auto_resume, args.output_dir, logger) if group.rank == 0 else None
+    checkpoint = group.broadcast(loaded)
     if checkpoint is not None:
         check_resumable(checkpoint, info, evaluate=args.evaluate)
         load_weights(network, model_weights(checkpoint, "--resume", ema=args.evaluate), "--resume")
@@ -407,7 +409,7 @@ def run_job(args: argparse.Namespace, runtime: Runtime) -> int:
         load_pretrained(network, pretrained, args.pretrained, logger)
     if args.freeze_features:
         network.features.requires_grad_(False)
-    normalize = accelerator.normalizer(described.mean, described.std)
+    normalize = accelerator.normalizer(dataset_kind.mean, dataset_kind.std)
     val_loader = None if val_set is None else build_loader(val_set, args, runtime, training=False)
     if args.evaluate:
         assert val_set is not None and val_loader is not None, "--dummy excludes --evaluate"
@@ -416,7 +418,7 @@ def run_job(args: argparse.Namespace, runtime: Runtime) -> int:
     training = build_training(network, info, normalize, args, runtime)
     if checkpoint is not None:
         restore(checkpoint, training.state, training.counter, info, training.scaler, training.ema, logger, group.rank)
-        del checkpoint, found  # a gigabyte
+        del checkpoint, loaded  # a gigabyte
     start = training.state.epoch, training.state.step_in_epoch
     loader = build_loader(train_set, args, runtime, training=True, start=start)
     logger.event("start", **training.state.position())
@@ -483,16 +485,16 @@ def main_worker(args: argparse.Namespace, report: Callable[[str], None]) -> int:
     """Run one process of the job. Returns its exit code; raises UserError."""
     stop = StopSignals()
     group = ProcessGroup(args.dist_backend, args.dist_url, args.rendezvous_timeout, report)
-    accelerator = Accelerator(
-        args.device,
-        args.device_list[group.local_rank % len(args.device_list)],
-        precision=args.precision,
-        opt_level=args.opt_level,
-        local_world_size=group.local_world_size,
-        deterministic=args.deterministic,
-    )
-    logger = Logger(args.output_dir, prints=group.local_rank == 0, writes=group.rank == 0)
     try:
+        accelerator = Accelerator(
+            args.device,
+            args.device_list[group.local_rank % len(args.device_list)],
+            precision=args.precision,
+            opt_level=args.opt_level,
+            local_world_size=group.local_world_size,
+            deterministic=args.deterministic,
+        )
+        logger = Logger(args.output_dir, prints=group.local_rank == 0, writes=group.rank == 0)
         code = run_job(args, Runtime(group, accelerator, logger, stop))
     except Exception as error:
         group.fail(error)
@@ -513,4 +515,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_script("main.py", main)
+    run_script(main)

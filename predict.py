@@ -23,8 +23,9 @@ from typing import Any, NamedTuple, Sequence
 import vgg
 from engine import device
 from engine.accelerator import Accelerator
+from engine.cli import OneLineParser
 from engine.errors import EXIT_USAGE, ImageError, UsageError, run_script
-from engine.flags import DEVICE_HELP, DEVICES, OneLineParser
+from engine.flags import DEVICE_HELP, DEVICES
 from engine.folder_index import EXTENSIONS
 from engine.inference import CLASSES_HELP, Model, load_model
 from engine.logger import Logger
@@ -210,4 +211,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # paths are bytes, perhaps not UTF-8
-    run_script("predict.py", main)
+    run_script(main)

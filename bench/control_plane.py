@@ -40,8 +40,8 @@ def run_steps(group: ProcessGroup, kind: str, steps: int, seconds: float) -> flo
         if kind == "vote waited for":
             group.any(False)
         elif kind == "vote one step later":
-            vote.cast(False)
-    vote.count()
+            vote.vote(False)
+    vote.result()
     return 1e3 * (time.perf_counter() - begin) / steps
 
 
@@ -49,7 +49,7 @@ def work(url: str, args: argparse.Namespace) -> None:
     """Be one process of the job; rank 0 prints its result as JSON, then all wait to be ended."""
     torch.set_num_threads(1)
     begin = time.perf_counter()
-    group = ProcessGroup("gloo", url, report=lambda text: None)
+    group = ProcessGroup("gloo", url, timeout=600, report=lambda text: None)
     met = time.perf_counter() - begin
     times: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for turn in range(args.turns + 1):

@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5, help="saves that count")
     args = parser.parse_args()
     accelerator = Accelerator(resolve_device(args.device)[0])
-    _, scaler = accelerator.prepare_training(vgg.VGG("vgg16", 1000), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    scaler = accelerator.prepare_training(vgg.VGG("vgg16", 1000), lr=0.01, momentum=0.9, weight_decay=1e-4)
     writer = CheckpointWriter()
     stalls, saves = [], []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:

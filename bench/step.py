@@ -28,6 +28,7 @@ from engine.accelerator import Accelerator, keep_freed_memory
 from engine.datasets import IMAGENET_MEAN, IMAGENET_STD
 from engine.loader import SyntheticLoader
 from engine.metrics import AccuracyCounter, cross_entropy
+from engine.precision import resolve_precision
 from engine.sampler import ResumableBatchSampler
 
 import torch
@@ -76,10 +77,11 @@ def examples(device_name: str, batch_size: int) -> Step:
 def ours(device_name: str, batch_size: int, flags: list[str]) -> Step:
     """What main.py's train_step does, from the same parts. flags: of main.py."""
     opt_level = flags[flags.index("--opt-level") + 1] if "--opt-level" in flags else "O1"
-    precision = devices.resolve_precision(device_name, amp="--amp" in flags, opt_level=opt_level, amp_dtype="auto")
+    precision = resolve_precision(device_name, amp="--amp" in flags, opt_level=opt_level, amp_dtype="auto")
     accelerator = Accelerator(device_name, precision=precision, opt_level=opt_level)
     accelerator.seed(49)
-    model, scaler = accelerator.prepare_training(vgg.VGG("vgg16", 1000), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    model: torch.nn.Module = vgg.VGG("vgg16", 1000)
+    scaler = accelerator.prepare_training(model, lr=0.01, momentum=0.9, weight_decay=1e-4)
     if "--compile" in flags:
         model = accelerator.compile(model)
     normalize = accelerator.normalizer(IMAGENET_MEAN, IMAGENET_STD)

@@ -10,9 +10,10 @@ import os
 import sys
 from typing import Any, Callable, ContextManager, Iterator, cast
 
-from engine.device import TORCH_DEVICES, available_cores, has_autocast, load_apex
+from engine.device import TORCH_DEVICES, available_cores
 from engine.errors import DeviceUnavailableError, first_line
 from engine.optimizer import LossScaler
+from engine.precision import has_autocast, load_apex
 from engine.versions import TORCH
 
 import torch
@@ -71,17 +72,17 @@ class Accelerator:
 
     # --- the model and what steps it ---
 
-    def place(self, model: nn.Module) -> tuple[nn.Module, list[torch.Tensor]]:
+    def place(self, model: nn.Module) -> list[torch.Tensor]:
         """Move an fp32 model to the device and give its weights the precision of the step.
 
-        Returns (model, the parameters that the optimizer steps: fp32 master weights at O2, else the model's own).
+        Returns the parameters that the optimizer steps: fp32 master weights at O2, else the model's own.
         """
-        model = model.to(self.device)
+        model.to(self.device)
         if self.memory_format != torch.contiguous_format:
-            model = model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+            model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         weights: list[torch.Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not self.half_weights or self.apex is not None:
-            return model, weights
+            return weights
         if self.master_weights:
             weights = [weight.detach().clone().requires_grad_() for weight in weights]
         for layer in model.modules():
@@ -92,7 +93,7 @@ class Accelerator:
             for name, buffer in layer.named_buffers(recurse=False):
                 if buffer.is_floating_point():
                     setattr(layer, name, buffer.to(self.half))
-        return model, weights
+        return weights
 
     def prepare_training(
         self,
@@ -103,12 +104,12 @@ class Accelerator:
         weight_decay: float,
         loss_scale: float | str | None = None,
         clip_grad_norm: float | None = None,
-    ) -> tuple[nn.Module, LossScaler]:
-        """Place a model and build its optimizer. Returns (model, the LossScaler that steps it).
+    ) -> LossScaler:
+        """Place a model and build its optimizer. Returns the LossScaler that steps it.
 
         loss_scale: a number or `dynamic`, used in fp16 only.
         """
-        model, masters = self.place(model)
+        masters = self.place(model)
         optimizer = self._build_sgd(masters, lr=lr, momentum=momentum, weight_decay=weight_decay)
         scale = (loss_scale or DEFAULT_LOSS_SCALE) if self.precision == "fp16" else 1.0
         if self.apex is not None:
@@ -118,12 +119,10 @@ class Accelerator:
                 model, optimizer, opt_level=self.opt_level, loss_scale=scale, verbosity=0, **options
             )
             masters, scale = list(self.apex.master_params(optimizer)), 1.0
-            for master, weight in zip(
-                masters, exact
-            ):  # apex copied its masters from weights that were already half precision
+            # apex copied its masters from weights that were already half precision.
+            for master, weight in zip(masters, exact):
                 master.data.copy_(weight)
-        scaler = LossScaler(model, masters, optimizer, loss_scale=scale, clip_grad_norm=clip_grad_norm, apex=self.apex)
-        return model, scaler
+        return LossScaler(model, masters, optimizer, loss_scale=scale, clip_grad_norm=clip_grad_norm, apex=self.apex)
 
     def _build_sgd(
         self, params: list[torch.Tensor], *, lr: float, momentum: float, weight_decay: float

@@ -29,7 +29,6 @@ import numpy as np
 import torch
 
 CHECKSUM_MARK = b"sha256:"
-COMMENT_SIZE = len(CHECKSUM_MARK) + 64
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle in a file written by torch < 1.6
 
 
@@ -155,16 +154,18 @@ def load(path: str) -> Any:
 
 
 def _verify_checksum(file: IO[bytes], size: int) -> None:
-    file.seek(max(0, size - COMMENT_SIZE))
-    comment = file.read()
+    comment = zipfile.ZipFile(file).comment
+    file.seek(size - len(comment) - 2)
+    if struct.unpack("<H", file.read(2)) != (len(comment),):  # the end of a zip: the comment's length, the comment
+        raise ValueError("it is truncated")
     if not comment.startswith(CHECKSUM_MARK):
-        if not comment.endswith(b"\0\0") and zipfile.ZipFile(file).comment != comment[-COMMENT_SIZE:]:
-            raise ValueError("it is truncated")  # a zip without a comment ends with the comment's length, 0
         return  # not our file: zipfile verifies the CRC of each part that is read
-    checksum, left = hashlib.sha256(), size - COMMENT_SIZE - 2
+    checksum, left = hashlib.sha256(), size - len(comment) - 2
     file.seek(0)
     while left:
         block = file.read(min(left, 1 << 22))
+        if not block:
+            raise ValueError("it became shorter while it was read")
         checksum.update(block)
         left -= len(block)
     checksum.update(b"\0\0")

@@ -135,7 +135,7 @@ def open_datasets(
     check: leaves unreadable images of a folder out. Raises DataError, or UsageError if the classes of the two differ.
     """
     if root is None:
-        return read_digits(training=True), read_digits(training=False)
+        return None if evaluate else read_digits(training=True), read_digits(training=False)
     if find_cifar10(root):
         return None if evaluate else read_cifar10(root, training=True), read_cifar10(root, training=False)
     training = None if evaluate else ImageFolder(os.path.join(root, "train"), check)

@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Resolves device, device numbers, backend and precision once, before any process starts.
+"""Which device, which of them, which backend: resolved once, before any process starts.
 
-Each function takes the flags it needs and raises DeviceUnavailableError if the machine or the installed torch cannot
-do what they ask for.
+Each function raises DeviceUnavailableError if the machine or the installed torch lacks what the flags ask for.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import shutil
 import sysconfig
-from typing import Any
 
 from engine.errors import DeviceUnavailableError, first_line
 from engine.versions import TORCH
@@ -123,88 +120,6 @@ def resolve_backend(given: str | None, device: str) -> str:
             f"--dist-backend {backend} does not support {device}: leave it out for {BACKENDS[device]}"
         )
     return backend
-
-
-# --- which precision --------------------------------------------------------------------------------------------------
-
-
-def resolve_precision(device: str, *, amp: bool, opt_level: str, amp_dtype: str) -> str:
-    """Return the number format of the step: fp32, fp16 or bf16.
-
-    bf16 if the device supports it natively (NPUs from the A2 on, Ampere and later, CPUs with bf16 instructions), else
-    fp16. amp_dtype fp16 or bf16 forces it.
-    """
-    if not amp or opt_level == "O0":
-        return "fp32"
-    if device == "cpu":
-        return _cpu_precision(amp_dtype)
-    if device == "mps" and TORCH < (2, 5):
-        raise DeviceUnavailableError(f"--amp on MPS requires torch 2.5 or later, this is {torch.__version__}")
-    runtime = getattr(torch, TORCH_DEVICES[device])
-    if not has_autocast(runtime):
-        load_apex()
-        if amp_dtype == "bf16":
-            raise DeviceUnavailableError(
-                f"--amp-dtype bf16 requires torch 1.10 or later, this is {torch.__version__}; use fp16"
-            )
-        return "fp16"
-    has_bf16 = TORCH >= (1, 10) and getattr(runtime, "is_bf16_supported", lambda: False)()
-    if device == "gpu" and has_bf16:  # torch also counts GPUs that emulate it
-        has_bf16 = torch.cuda.get_device_capability()[0] >= 8  # Ampere
-    if amp_dtype == "bf16" and not has_bf16:
-        raise DeviceUnavailableError(f"--amp-dtype bf16: this {device} has no bf16; use --amp-dtype fp16")
-    if amp_dtype != "auto":
-        return amp_dtype
-    return "bf16" if has_bf16 else "fp16"
-
-
-def _cpu_precision(amp_dtype: str) -> str:
-    if TORCH < (1, 10):
-        raise DeviceUnavailableError(
-            f"--amp on a CPU requires torch 1.10 or later, this is {torch.__version__}; leave --amp out or use "
-            "--opt-level O0"
-        )
-    if amp_dtype == "fp16":
-        raise DeviceUnavailableError(
-            "--amp-dtype fp16 is not supported on a CPU, where it is 15 times slower than bf16; use --amp-dtype bf16"
-        )
-    if amp_dtype == "auto" and not _cpu_has_bf16():
-        notice(
-            "this CPU has no bf16 instructions, and without them bf16 is slower than fp32: --amp changes nothing here "
-            "(--amp-dtype bf16 insists)"
-        )
-        return "fp32"
-    return "bf16"
-
-
-def _cpu_has_bf16() -> bool:
-    """Whether the processor has instructions to multiply bf16 (x86: avx512_bf16, amx_bf16; Arm: bf16)."""
-    if not os.path.exists("/proc/cpuinfo"):
-        return False
-    with open("/proc/cpuinfo") as file:
-        pattern = r"^(flags|Features)\s*:.*\b(avx512_bf16|amx_bf16|bf16)\b"
-        return re.search(pattern, file.read(), re.MULTILINE) is not None
-
-
-def has_autocast(runtime: Any) -> bool:
-    """Whether torch itself has mixed precision for a device. runtime: torch.cuda, torch.npu, …"""
-    return TORCH >= (1, 10) or hasattr(getattr(runtime, "amp", None), "autocast")
-
-
-def load_apex() -> Any:
-    """Return apex.amp: mixed precision before torch 1.6, and on NPUs with torch 1.8 too (Ascend's apex).
-
-    The `apex` on PyPI is another project, and NVIDIA's has had no amp since 2025.
-    """
-    try:
-        from apex import amp
-
-        return amp
-    except ImportError as error:
-        raise DeviceUnavailableError(
-            f"--amp with torch {torch.__version__} on this device requires Ascend's or NVIDIA's apex with apex.amp "
-            f"({error}); install it or leave --amp out"
-        ) from error
 
 
 # --- options of newer torch versions ----------------------------------------------------------------------------------

@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import os
 import pickle
-import sys
 from typing import Any, Callable, Sequence
 
 from engine.errors import DivergedError, RendezvousError, UsageError, first_line
 from engine.heartbeat import Heartbeat
-from engine.rendezvous import MeetingPoint, Member, meet
+from engine.rendezvous import Member, Rendezvous, rendezvous
 from engine.versions import TORCH
 
 import torch
@@ -19,10 +19,6 @@ import torch.distributed as dist
 from torch import nn
 
 OUT_OF_MEMORY = getattr(torch.cuda, "OutOfMemoryError", ())  # a RuntimeError of its own since torch 1.13
-
-
-def print_error(text: str) -> None:
-    print(f"main.py: error: {text}", file=sys.stderr, flush=True)
 
 
 class ProcessGroup:
@@ -42,9 +38,7 @@ class ProcessGroup:
         RendezvousError: if the others cannot be reached in time.
     """
 
-    def __init__(
-        self, backend: str, url: str, timeout: float = 600, report: Callable[[str], None] = print_error
-    ) -> None:
+    def __init__(self, backend: str, url: str, timeout: float, report: Callable[[str], None]) -> None:
         self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -52,15 +46,19 @@ class ProcessGroup:
         self.heartbeat: Heartbeat | None = None
         if self.world_size > 1:
             member = Member(self.rank, self.world_size, self.local_rank, self.local_world_size, timeout)
-            self._connect(backend, meet(url, member), report)
+            self._connect(backend, rendezvous(url, member), report)
 
-    def _connect(self, backend: str, point: MeetingPoint, report: Callable[[str], None]) -> None:
+    def _connect(self, backend: str, met: Rendezvous, report: Callable[[str], None]) -> None:
         """Create torch's groups. A rank that dies now is found by the heartbeat; torch would wait for half an hour."""
         try:
-            if point.master is not None:
-                self.heartbeat = Heartbeat(*point.master, self.rank, self.world_size, point.job, report)
-            dist.init_process_group(backend, store=point.store, rank=self.rank, world_size=self.world_size)
-            self.control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
+            if met.master is not None:
+                self.heartbeat = Heartbeat(*met.master, self.rank, self.world_size, met.job, report)
+            # The processes of a node may wait for hours while one of them checks a million images.
+            patience = datetime.timedelta(days=1)
+            options: dict[str, Any] = {"timeout": patience} if backend == "gloo" else {}
+            dist.init_process_group(backend, store=met.store, rank=self.rank, world_size=self.world_size, **options)
+            gloo = backend == "gloo"
+            self.control = dist.group.WORLD if gloo else dist.new_group(backend="gloo", timeout=patience)
             self.barrier()
         except (RuntimeError, ValueError, OSError) as error:
             raise RendezvousError(
@@ -151,7 +149,7 @@ class ProcessGroup:
 
 
 class StopVote:
-    """The agreement to stop. No step waits for it: a step's vote is counted one step later, on every process alike.
+    """The agreement to stop. No step waits for it: every process reads a step's result one step later.
 
     It takes a vote per step, because the processes receive a signal at different moments.
     """
@@ -160,17 +158,17 @@ class StopVote:
         self.group = group
         self.pending: tuple[Any, torch.Tensor] | None = None  # the all-reduce in flight, and its result
 
-    def cast(self, stop: Any) -> bool:
+    def vote(self, stop: Any) -> bool:
         """Vote in this step; return whether any process voted to stop in the step before."""
         if self.group.world_size == 1:
             return bool(stop)
-        stopping = self.count()
+        stopping = self.result()
         votes = torch.tensor([int(bool(stop))])
         self.pending = dist.all_reduce(votes, group=self.group.control, async_op=True), votes
         return stopping
 
-    def count(self) -> bool:
-        """Return whether any process voted to stop in the vote that is not counted yet."""
+    def result(self) -> bool:
+        """Return whether any process voted to stop in the vote whose result was not read yet."""
         if self.pending is None:
             return False
         (work, votes), self.pending = self.pending, None

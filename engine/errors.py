@@ -67,6 +67,11 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def print_message(kind: str, text: str) -> None:
+    """Print one line on stderr as the script that runs: `main.py: error: …`. kind: error or warning."""
+    print(f"{os.path.basename(sys.argv[0])}: {kind}: {text}", file=sys.stderr, flush=True)
+
+
 def exit_process(code: int) -> NoReturn:
     """End this process at once. The only call of os._exit in the program.
 
@@ -79,12 +84,12 @@ def exit_process(code: int) -> NoReturn:
     os._exit(code)
 
 
-def run_script(name: str, main: Callable[[], int]) -> NoReturn:
+def run_script(main: Callable[[], int]) -> NoReturn:
     """Run a script's `main` and exit with the code it returns; show a UserError as one line."""
     try:
         code = main()
     except UserError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        print_message("error", str(error))
         # Inside the handler: letting go of the traceback would shut down DataLoader workers that may hang.
         exit_process(error.exit_code)
     except Exception:

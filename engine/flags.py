@@ -1,90 +1,20 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The flags of main.py, and the parser that all scripts use: its errors are one line."""
+"""The flags of main.py, their defaults, and which of them exclude each other."""
 
 from __future__ import annotations
 
 import argparse
-import math
 import os
-import re
-import sys
-from typing import Any, Callable, NoReturn, Sequence
+from typing import Sequence
 
 import vgg
-from engine.errors import EXIT_USAGE
+from engine.cli import OneLineParser, device_list, loss_scale, number
 
 DEVICES = ["auto", "npu", "gpu", "cuda", "mps", "cpu"]
 DEVICE_HELP = "(default: the first of npu, gpu, mps, cpu that works)"
 # Defaults that learn on the embedded digits: 1,438 images are too few for ImageNet's.
 DIGITS_DEFAULTS = {"batch_size": 64, "epochs": 16, "lr": 0.05, "clip_grad_norm": 1.0, "eval_freq": 4}
 DIGITS_WARMUP_EPOCHS = 2
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, and which takes `-b8` for `-b 8` on Python 3.7 too."""
-
-    def __init__(self, prog: str, description: str) -> None:
-        super().__init__(prog, description=description, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        message = re.sub(r"^argument ([^:]+): (?=must)", r"\1 ", message)  # "--epochs must be at least 1, got 0"
-        message = re.sub(r"^argument ", "", message)
-        self.exit(EXIT_USAGE, f"{self.prog}: error: {message}; see python {self.prog} --help\n")
-        raise AssertionError("unreachable: exit() raises SystemExit")
-
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
-        words: list[str] = []
-        for word in sys.argv[1:] if args is None else args:
-            action = self._option_string_actions.get(word[:2])
-            if len(word) > 2 and word[0] == "-" and word[1] != "-" and action is not None and action.nargs is None:
-                words += [word[:2], word[2:].lstrip("=")]
-            else:
-                words.append(word)
-        return super().parse_args(words, namespace)
-
-
-def number(
-    kind: type, at_least: float | None = None, at_most: float | None = None, *, above: float | None = None
-) -> Callable[[str], Any]:
-    """Return an argparse type: a finite int or float inside the bounds."""
-    bounds = []
-    if at_least is not None:
-        bounds.append(f"at least {at_least}")
-    if above is not None:
-        bounds.append(f"above {above}")
-    if at_most is not None:
-        bounds.append(f"at most {at_most}")
-    expected = f"expected {'an integer' if kind is int else 'a number'}"
-    must_be = f"must be {' and '.join(bounds) or 'finite'}"
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{expected}, got {text!r}") from None
-        too_low = (at_least is not None and value < at_least) or (above is not None and value <= above)
-        too_high = at_most is not None and value > at_most
-        if not math.isfinite(value) or too_low or too_high:
-            raise argparse.ArgumentTypeError(f"{must_be}, got {text}")
-        return value
-
-    return parse
-
-
-def device_list(text: str) -> list[int]:
-    """An argparse type: device numbers such as `0,1,2,3`."""
-    try:
-        devices = [int(word) for word in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected device numbers such as 0,1,2,3, got {text!r}") from None
-    if min(devices) < 0 or len(set(devices)) < len(devices):
-        raise argparse.ArgumentTypeError(f"names a device twice or below 0: {text!r}")
-    return devices
-
-
-def loss_scale(text: str) -> float | str:
-    """An argparse type: a positive number, or `dynamic`."""
-    return text if text == "dynamic" else number(float, above=0)(text)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -98,7 +28,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             args.warmup_epochs = min(DIGITS_WARMUP_EPOCHS, args.epochs - 1)
     args.warmup_epochs = args.warmup_epochs or 0
     if args.dir and args.data and os.path.abspath(args.dir) != os.path.abspath(args.data):
-        parser.error(f"DIR is {args.dir} and --data is {args.data}: give one of them")
+        parser.error(f"DIR {args.dir} and --data {args.data} are different folders: give one of them")
     args.data = args.data or args.dir
     del args.dir
     args.device = "gpu" if args.device == "cuda" else args.device
@@ -330,9 +260,9 @@ def _check_combinations(parser: OneLineParser, args: argparse.Namespace) -> None
     if args.freeze_features and not (args.pretrained or args.resume):
         parser.error("--freeze-features requires --pretrained PATH: without it the features are random")
     if args.dummy and (args.data or args.evaluate):
-        parser.error("--dummy takes no data and cannot be evaluated: leave one of them out")
+        parser.error("--dummy cannot be combined with --data or --evaluate: leave one of them out")
     if args.resume and args.auto_resume:
-        parser.error("--resume names a file and --auto-resume looks for one: give one of them")
+        parser.error("--resume cannot be combined with --auto-resume: give one of them")
     for flag, path in (("--resume", args.resume), ("--pretrained", args.pretrained)):
         reads = args.rank <= 0 and os.environ.get("RANK", "0") == "0"  # only rank 0 does
         if path and reads and not os.path.isfile(path):

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.util
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -18,8 +21,15 @@ import traceback
 from dataclasses import dataclass
 from typing import Any, Callable, NamedTuple
 
-from engine.distributed import print_error
-from engine.errors import EXIT_FAILURE, EXIT_STOPPED, RendezvousError, UsageError, UserError, exit_process
+from engine.errors import (
+    EXIT_FAILURE,
+    EXIT_STOPPED,
+    RendezvousError,
+    UsageError,
+    UserError,
+    exit_process,
+    print_message,
+)
 from engine.signals import STOP_SIGNALS, die_with_parent
 
 MULTI_NODE_PORT = 59629
@@ -104,21 +114,26 @@ def launch(worker: Worker, args: argparse.Namespace, topology: Topology) -> int:
 
     report: how the worker says that another rank is unreachable.
     """
-    if topology.spawn:
-        return _spawn(worker, args, topology)
-    if under_torchrun():
-        die_with_parent(os.getppid())
-    else:
-        os.environ.update(
-            RANK=str(topology.node_rank), WORLD_SIZE=str(topology.nodes), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1"
-        )
-    return worker(args, print_error)
+    # DataLoader workers put sockets in this folder. They inherit it; otherwise each would make one that stays behind.
+    sockets = multiprocessing.util.get_temp_dir()
+    try:
+        if topology.spawn:
+            return _spawn(worker, args, topology)
+        if under_torchrun():
+            die_with_parent(os.getppid())
+        else:
+            os.environ.update(
+                RANK=str(topology.node_rank), WORLD_SIZE=str(topology.nodes), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1"
+            )
+        return worker(args, functools.partial(print_message, "error"))
+    finally:
+        shutil.rmtree(sockets, ignore_errors=True)
 
 
 class Report(NamedTuple):
     """Why a process has failed."""
 
-    text: str
+    text: str  # one line, or a traceback
     code: int | None = None  # the exit code of a UserError
     about_peers: bool = False  # it reports a lost peer: a consequence, not the cause
 
@@ -186,9 +201,7 @@ def _wait_for(children: list[Any], receivers: list[Any], first_rank: int) -> int
                 code = child.exitcode
                 if code < 0:
                     rank, number, code = first_rank + children.index(child), -code, 128 - code
-                    reports.insert(
-                        0, Report(f"main.py: error: the process of rank {rank} was killed by signal {number}\n")
-                    )
+                    reports.insert(0, Report(f"the process of rank {rank} was killed by signal {number}"))
             elif child.exitcode == EXIT_STOPPED and code == 0:
                 code = EXIT_STOPPED
             if child.exitcode != 0 and deadline is None:
@@ -198,7 +211,10 @@ def _wait_for(children: list[Any], receivers: list[Any], first_rank: int) -> int
         return EXIT_STOPPED  # a process that stopped before training had begun; the others lost it
     first = next((report for report in causes if report.code is not None), None) or next(iter(causes + reports), None)
     if first is not None:
-        sys.stderr.write(first.text)
+        if "\n" in first.text:
+            sys.stderr.write(first.text)
+        else:
+            print_message("error", first.text)
         code = first.code or code
     return code
 
@@ -209,12 +225,12 @@ def _child(worker: Worker, args: argparse.Namespace, environment: dict[str, str]
     os.environ.update(environment)
 
     def report_peer(text: str) -> None:
-        _send(pipe, Report(f"main.py: error: {text}\n", about_peers=True))
+        _send(pipe, Report(text, about_peers=True))
 
     try:
         code = worker(args, report_peer)
     except UserError as error:
-        _send(pipe, Report(f"main.py: error: {error}\n", error.exit_code, isinstance(error, RendezvousError)))
+        _send(pipe, Report(str(error), error.exit_code, isinstance(error, RendezvousError)))
         exit_process(error.exit_code)
     except Exception:
         _send(pipe, Report(traceback.format_exc()))

@@ -16,7 +16,7 @@ from typing import Any, Iterator, Tuple, Union
 from engine.datasets import ImageDataset
 from engine.errors import LoaderWorkerError, UserError, first_line
 from engine.sampler import ResumableBatchSampler, seed_augmentation
-from engine.signals import outlast_stop_signals, sigterm_blocked
+from engine.signals import ignore_stop_signals, sigterm_blocked
 
 import numpy as np
 import torch
@@ -116,7 +116,7 @@ class BatchLoader:
     def __iter__(self) -> Iterator[Batch]:
         before = multiprocessing.active_children()
         # Now, not at the first batch: this draws from the generator that dropout uses.
-        with sigterm_blocked():  # in all threads of a worker, so that outlast_stop_signals sees who sends it
+        with sigterm_blocked():  # in all threads of a worker, so that ignore_stop_signals sees who sends it
             batches = iter(self.loader)
         # With persistent workers, a second pass keeps those of the first.
         self.workers = [child for child in multiprocessing.active_children() if child not in before] or self.workers
@@ -138,7 +138,7 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _init_worker(parent: int, worker_id: int) -> None:
-    outlast_stop_signals(parent)
+    ignore_stop_signals(parent)
     # Errors come back in place of a batch. What is left is a thread of multiprocessing that complains of a parent that
     # has been killed, before this worker is killed with it.
     sys.excepthook = lambda *_: None

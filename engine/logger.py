@@ -13,6 +13,7 @@ import time
 from typing import IO, Any, Iterable, Iterator
 
 from engine.curves import save_curves
+from engine.errors import first_line, print_message
 from engine.metrics import Totals
 
 
@@ -71,7 +72,7 @@ class Logger:
         self.warned = False
         if writes:
             self.jsonl = open(os.path.join(folder, "metrics.jsonl"), "a")  # noqa: SIM115  closed by close()
-            with contextlib.suppress(ImportError):  # optional; metrics.jsonl has the same values
+            with self._optional("TensorBoard's events are not written"):  # metrics.jsonl has the same values
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.tensorboard = SummaryWriter(os.path.join(folder, "tensorboard"))
@@ -90,7 +91,7 @@ class Logger:
             self.bar.refresh()
 
     def warning(self, text: str) -> None:
-        print(f"main.py: warning: {text}", file=sys.stderr, flush=True)
+        print_message("warning", text)
 
     @contextlib.contextmanager
     def _ignoring_write_errors(self) -> Iterator[None]:
@@ -99,6 +100,16 @@ class Logger:
             yield
         except OSError as error:
             self._warn_of_lost_output(error)
+
+    @contextlib.contextmanager
+    def _optional(self, loss: str) -> Iterator[None]:
+        """A package that is missing is left out; one that is broken costs a warning, not the training."""
+        try:
+            yield
+        except ImportError:
+            pass
+        except Exception as error:
+            self.warning(f"{loss} ({type(error).__name__}: {first_line(error)})")
 
     def _warn_of_lost_output(self, error: OSError) -> None:
         if not self.warned:
@@ -158,7 +169,7 @@ class Logger:
     def curves(self) -> None:
         """Draw curves.png from metrics.jsonl if matplotlib is installed."""
         if self.writes:
-            with self._ignoring_write_errors(), contextlib.suppress(ImportError):
+            with self._optional("curves.png is not drawn"), self._ignoring_write_errors():
                 save_curves(self.folder)
 
     def close(self) -> None:

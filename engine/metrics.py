@@ -23,6 +23,11 @@ def cross_entropy(logits: torch.Tensor, target: torch.Tensor, label_smoothing: f
     return loss
 
 
+def zero_unless_finite(loss: torch.Tensor) -> torch.Tensor:
+    """Return a loss, or 0 if it is not finite: the step of such a loss is skipped."""
+    return torch.where(torch.isfinite(loss), loss, torch.zeros_like(loss))
+
+
 class Totals(NamedTuple):
     """Sums over images. Plain floats, exact up to 2^53, so that sums over processes are exact too."""
 
@@ -66,8 +71,7 @@ class AccuracyCounter:
         correct = top5.eq(target.unsqueeze(1))
         images = torch.full_like(self.counts[0], len(target))
         self.counts += torch.stack([images, correct[:, 0].sum(), correct.sum()])
-        loss_sum = loss_sum.detach().float()  # the step of a loss that is not finite is skipped, and so is the loss
-        self.loss_sum += torch.where(torch.isfinite(loss_sum), loss_sum, torch.zeros_like(loss_sum))
+        self.loss_sum += loss_sum.detach().float()
 
     def read(self) -> Totals:
         """Return the totals so far. A synchronization."""

@@ -52,7 +52,7 @@ class LossScaler:
         self.optimizer = optimizer
         self.clip_grad_norm = clip_grad_norm
         self.apex = apex
-        self.has_copies = apex is None and master_weights[0] is not self.weights[0]
+        self.has_master_weights = apex is None and master_weights[0] is not self.weights[0]
         self.dynamic = loss_scale == "dynamic"
         self.scaled = loss_scale != 1
         device = master_weights[0].device
@@ -75,7 +75,7 @@ class LossScaler:
 
     def step(self) -> None:
         """Apply the gradients that backward left, or none of them if one is not finite; then clear them."""
-        if self.has_copies:
+        if self.has_master_weights:
             for master, weight in zip(self.master_weights, self.weights):
                 if master.grad is None:
                     master.grad = torch.empty_like(master)
@@ -85,23 +85,23 @@ class LossScaler:
         gradients = [master.grad for master in self.master_weights if master.grad is not None]
         norm = _total_norm(gradients) / self.scale
         found_inf = (~torch.isfinite(norm)).float()  # () 1.0 or 0.0
-        divisor = self.scale
+        grad_scale = self.scale  # what the gradients are divided by
         if self.clip_grad_norm:
-            divisor = divisor * (norm / self.clip_grad_norm).clamp(min=1)
+            grad_scale = grad_scale * (norm / self.clip_grad_norm).clamp(min=1)
         if self.skips_on_device:
-            self.optimizer.grad_scale, self.optimizer.found_inf = divisor, found_inf  # type: ignore[attr-defined]
+            self.optimizer.grad_scale, self.optimizer.found_inf = grad_scale, found_inf  # type: ignore[attr-defined]
             self.optimizer.step()
         elif not found_inf.item():  # a synchronization
             if self.scaled or self.clip_grad_norm:
                 for gradient in gradients:
-                    gradient.copy_(gradient.float() / divisor)
+                    gradient.copy_(gradient.float() / grad_scale)
             self.optimizer.step()
         self._finish_step(found_inf > 0)
 
     def _finish_step(self, skipped: torch.Tensor) -> None:
         self.skipped = skipped
         with torch.no_grad():
-            if self.has_copies:
+            if self.has_master_weights:
                 for master, weight in zip(self.master_weights, self.weights):
                     weight.copy_(master)
             for buffer, good in zip(self.model.buffers(), self.good_buffers):
@@ -194,49 +194,53 @@ class ModelEma:
     Args:
         model: the model.
         weights: its trainable weights.
-        master_weights: what is averaged for each of them: the weights themselves, or their fp32 copies.
+        master_weights: what is averaged for each of them: the weights themselves, or their fp32 master weights.
     """
 
     def __init__(self, model: nn.Module, weights: list[nn.Parameter], master_weights: list[torch.Tensor]) -> None:
         self.model = model
         buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-        self.tensors: list[torch.Tensor] = [*weights, *buffers]  # what the averages are swapped into
-        self.sources = master_weights + buffers  # what is averaged
-        self.averages = [tensor.detach().to(torch.float32, copy=True) for tensor in self.sources]
+        self.model_tensors: list[torch.Tensor] = [*weights, *buffers]  # what the EMA is swapped into
+        self.tracked = master_weights + buffers  # what is averaged
+        self.ema = [tensor.detach().to(torch.float32, copy=True) for tensor in self.tracked]
 
     def update(self, decay: float, step: int, skipped: torch.Tensor) -> None:
-        """average = decay · average + (1 - decay) · weight, except after a skipped step. No synchronization.
+        """ema = decay · ema + (1 - decay) · weight, except after a skipped step. No synchronization.
 
         The first steps decay faster: min(decay, (1 + step) / (10 + step)), as TensorFlow's
         ExponentialMovingAverage(num_updates) does. skipped: () bool on the device.
         """
         with torch.no_grad():
             weight = (~skipped).float() * (1 - min(decay, (1 + step) / (10 + step)))
-            for average, source in zip(self.averages, self.sources):
-                average.lerp_(source.float(), weight)
+            for ema, tensor in zip(self.ema, self.tracked):
+                ema.lerp_(tensor.float(), weight)
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """A context in which the model computes with the averages."""
-        own = [tensor.data for tensor in self.tensors]
-        for tensor, average in zip(self.tensors, self.averages):
-            tensor.data = average.to(tensor.dtype)
+        """A context in which the model computes with the EMA."""
+        own = [tensor.data for tensor in self.model_tensors]
+        for tensor, ema in zip(self.model_tensors, self.ema):
+            tensor.data = ema.to(tensor.dtype)
         try:
             yield
         finally:
-            for tensor, data in zip(self.tensors, own):
+            for tensor, data in zip(self.model_tensors, own):
                 tensor.data = data
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the model's state dict in fp32 on the CPU, with the averages in place."""
-        return _fp32_state_dict(self.model, zip(self.tensors, self.averages))
+        """Return the model's state dict in fp32 on the CPU, with the EMA in place."""
+        return _fp32_state_dict(self.model, zip(self.model_tensors, self.ema))
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Load what state_dict returned."""
-        averages = {id(tensor): average for tensor, average in zip(self.tensors, self.averages)}
+        """Load what state_dict returned. Raises ValueError, or KeyError if a tensor is missing."""
+        own = {id(tensor): ema for tensor, ema in zip(self.model_tensors, self.ema)}
         for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
-            if id(tensor) in averages:
-                averages[id(tensor)].copy_(state[name])
+            if id(tensor) in own:
+                ema = own[id(tensor)]
+                expected, got = tuple(ema.shape), tuple(state[name].shape)
+                if expected != got:
+                    raise ValueError(f"EMA of {name}: expected shape {expected}, got {got}")
+                ema.copy_(state[name])
 
 
 def _fp32_state_dict(

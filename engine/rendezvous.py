@@ -42,7 +42,7 @@ class Member:
 
 
 @dataclass
-class MeetingPoint:
+class Rendezvous:
     """Where the processes have met."""
 
     store: Any  # of torch.distributed; closes with this object, and rank 0's serves all processes
@@ -50,27 +50,31 @@ class MeetingPoint:
     job: str  # prefix of this attempt's keys
 
 
-def meet(url: str, me: Member) -> MeetingPoint:
+def rendezvous(url: str, member: Member) -> Rendezvous:
     """Wait until all processes have joined. Raises RendezvousError.
 
     url: tcp://HOST:PORT, env:// (MASTER_ADDR and MASTER_PORT) or file://PATH.
     """
     address = url
     if url == "env://":
-        address = f"tcp://{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+        if not (host and port):
+            raise RendezvousError("--dist-url env:// requires MASTER_ADDR and MASTER_PORT, as torchrun sets them")
+        address = f"tcp://{host}:{port}"
     # torchrun holds the store itself. It outlives a restart, with what the earlier processes wrote.
     agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     job = f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT'] if agent_store else 0}"
-    waiting = _Waiting(address, me)
+    waiting = _Waiting(address, member)
+    rank, world_size = member.rank, member.world_size
     master: tuple[str, int] | None = None
     while True:
         try:
             if not address.startswith("tcp://"):
-                store, _, _ = next(dist.rendezvous(url, me.rank, me.world_size, timeout=_seconds(me.timeout)))
+                store, _, _ = next(dist.rendezvous(url, rank, world_size, timeout=_seconds(member.timeout)))
             else:
                 host, _, port = address[len("tcp://") :].rstrip("/").rpartition(":")
                 master = host.strip("[]"), int(port)
-                is_host = me.rank == 0 and not agent_store
+                is_host = rank == 0 and not agent_store
                 if is_host:
                     _check_own_address(master, address, resolve_host=url != "env://")
                 else:
@@ -78,32 +82,32 @@ def meet(url: str, me: Member) -> MeetingPoint:
                 # World size 1: otherwise TCPStore blocks until all have joined, and logs nothing.
                 store = dist.TCPStore(*master, 1, is_host, _seconds(STORE_SECONDS))
             store = dist.PrefixStore(job, store)
-            _check_in(store, address, me, waiting)
-            return MeetingPoint(store, master, job)
+            _check_in(store, address, member, waiting)
+            return Rendezvous(store, master, job)
         except (RuntimeError, OSError, ValueError) as error:
-            if isinstance(error, RuntimeError) and me.rank != 0 and master is not None and not waiting.is_over():
+            if isinstance(error, RuntimeError) and rank != 0 and master is not None and not waiting.is_over():
                 time.sleep(POLL_SECONDS)  # rank 0 was restarted while others were missing: meet it again
                 continue
             raise RendezvousError(
-                f"{address}: rendezvous failed for rank {me.rank} of {me.world_size} ({first_line(error)}); check "
-                "--addr, --dist-url, --rank and --world-size"
+                f"{address}: rendezvous failed for rank {rank} of {world_size} ({first_line(error)}); check --addr, "
+                "--dist-url, --rank and --world-size"
             ) from error
 
 
 class _Waiting:
     """The clock of a rendezvous: when a line is due, and when the time is over."""
 
-    def __init__(self, address: str, me: Member) -> None:
-        self.address, self.me = address, me
+    def __init__(self, address: str, member: Member) -> None:
+        self.address, self.member = address, member
         self.begin = self.last_report = time.monotonic()
 
     def is_over(self) -> bool:
-        return time.monotonic() - self.begin > self.me.timeout
+        return time.monotonic() - self.begin > self.member.timeout
 
     def check(self, find_missing: Callable[[], list[str]]) -> None:
         """Print which nodes are missing, if that is due. Raises RendezvousError when the time is over."""
         now = time.monotonic()
-        waited, timeout = now - self.begin, self.me.timeout
+        waited, timeout = now - self.begin, self.member.timeout
         if self.is_over():
             raise RendezvousError(
                 f"{self.address}: rendezvous failed: {', '.join(find_missing())} did not join within {timeout:.0f} s; "
@@ -111,8 +115,8 @@ class _Waiting:
             )
         if now - self.last_report >= REPORT_SECONDS:
             self.last_report = now
-            if self.me.local_rank == 0:
-                missing, nodes = find_missing(), -(-self.me.world_size // self.me.local_world_size)
+            if self.member.local_rank == 0:
+                missing, nodes = find_missing(), -(-self.member.world_size // self.member.local_world_size)
                 verb = "has" if len(missing) == 1 else "have"
                 print(
                     f"=> waiting for {len(missing)} of {nodes} nodes: {', '.join(missing)} {verb} not joined, "
@@ -158,29 +162,30 @@ def _await_store(master: tuple[str, int], waiting: _Waiting) -> None:
         with contextlib.suppress(OSError):
             socket.create_connection(master, timeout=5).close()
             return
-        waiting.check(lambda: [waiting.me.node(0)])
+        waiting.check(lambda: [waiting.member.node(0)])
         time.sleep(POLL_SECONDS)
 
 
-def _check_in(store: Any, address: str, me: Member, waiting: _Waiting) -> None:
+def _check_in(store: Any, address: str, member: Member, waiting: _Waiting) -> None:
     """Claim this process's rank in the store, and wait until every rank is claimed. Raises RendezvousError."""
     if store.add("joined first", 1) == 1:
-        store.set("world size", str(me.world_size))
+        store.set("world size", str(member.world_size))
     expected = int(store.get("world size").decode())
-    if expected != me.world_size:
-        _fail_all(
-            store, f"{address}: the nodes have different world sizes: {me.world_size} here, {expected} elsewhere", me
-        )
-    if store.add(f"rank {me.rank}", 1) == 1:
+    if expected != member.world_size:
+        sizes = f"{member.world_size} here, {expected} elsewhere"
+        _fail_all(store, f"{address}: the nodes have different world sizes: {sizes}", member)
+    if store.add(f"rank {member.rank}", 1) == 1:
         store.add("joined", 1)
-    elif _is_beating(store, me.rank):
-        _fail_all(store, f"{address}: two processes are rank {me.rank}: give each node its own --rank", me)
-    while store.add("joined", 0) < me.world_size:
-        store.add(f"beat {me.rank}", 1)
-        _raise_if_failed(store, me)
-        waiting.check(lambda: _name_missing(store, me))
+    elif store.add(f"beat/{member.rank}", 0):  # of the Heartbeat
+        raise RendezvousError(f"{address}: the job has started already, with another process of rank {member.rank}")
+    elif _is_beating(store, member.rank):
+        _fail_all(store, f"{address}: two processes are rank {member.rank}: give each node its own --rank", member)
+    while store.add("joined", 0) < member.world_size:
+        store.add(f"beat {member.rank}", 1)
+        _raise_if_failed(store, member)
+        waiting.check(lambda: _name_missing(store, member))
         time.sleep(POLL_SECONDS)
-    _raise_if_failed(store, me)
+    _raise_if_failed(store, member)
 
 
 def _is_beating(store: Any, rank: int) -> bool:
@@ -190,21 +195,21 @@ def _is_beating(store: Any, rank: int) -> bool:
     return store.add(f"beat {rank}", 0) > before
 
 
-def _name_missing(store: Any, me: Member) -> list[str]:
-    ranks = [rank for rank in range(0, me.world_size, me.local_world_size) if store.add(f"rank {rank}", 0) == 0]
-    return [me.node(rank) for rank in ranks] or ["a process of a node that has joined"]
+def _name_missing(store: Any, member: Member) -> list[str]:
+    ranks = [rank for rank in range(0, member.world_size, member.local_world_size) if store.add(f"rank {rank}", 0) == 0]
+    return [member.node(rank) for rank in ranks] or ["a process of a node that has joined"]
 
 
-def _fail_all(store: Any, text: str, me: Member) -> None:
+def _fail_all(store: Any, text: str, member: Member) -> None:
     """Make every process that waits raise this error."""
     store.set("failure", text)
     store.add("failed", 1)
-    _raise_if_failed(store, me)
+    _raise_if_failed(store, member)
 
 
-def _raise_if_failed(store: Any, me: Member) -> None:
+def _raise_if_failed(store: Any, member: Member) -> None:
     if store.add("failed", 0):
         text = store.get("failure").decode()
-        if me.rank == 0:
+        if member.rank == 0:
             time.sleep(4 * POLL_SECONDS)  # the store may live in this process: let the others read it
         raise RendezvousError(text)

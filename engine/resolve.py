@@ -8,7 +8,7 @@ import importlib.util
 import os
 import tempfile
 
-from engine import device
+from engine import device, precision
 from engine.errors import UsageError
 from engine.launcher import Topology, resolve_topology, under_torchrun
 
@@ -19,7 +19,7 @@ def resolve(args: argparse.Namespace) -> Topology:
     one_device = not (args.multiprocessing_distributed or under_torchrun())
     args.device_list = device.resolve_device_list(args.device_list, args.gpu, args.device, count, one_device=one_device)
     args.dist_backend = device.resolve_backend(args.dist_backend, args.device)
-    args.precision = device.resolve_precision(
+    args.precision = precision.resolve_precision(
         args.device, amp=args.amp, opt_level=args.opt_level, amp_dtype=args.amp_dtype
     )
     if args.loss_scale_value is not None and args.precision == "bf16":

@@ -124,13 +124,13 @@ class Storages:
         return self.flat[key]
 
     def persistent_load(self, identifier: Any) -> torch.Tensor:
-        """Resolve ('storage', type, key, location, count), in the older format with (key, offset, size) behind it."""
+        """Resolve ('storage', type, key, location, count), in the older format with None behind it."""
         kind, dtype, key, _, count = identifier[:5]
         if kind != "storage" or not isinstance(dtype, torch.dtype):
             raise ValueError("an unknown kind of persistent id")
-        flat = self.get(dtype, str(key), int(count))
-        view = identifier[5] if len(identifier) > 5 else None
-        return flat if view is None else flat[view[1] : view[1] + view[2]]
+        if len(identifier) > 5 and identifier[5] is not None:
+            raise ValueError("a view of a storage, which only torch before 0.4 wrote")
+        return self.get(dtype, str(key), int(count))
 
 
 def rebuild_tensor(flat: torch.Tensor, offset: int, size: Any, stride: Any, *_: Any) -> torch.Tensor:

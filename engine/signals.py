@@ -73,13 +73,14 @@ def sigterm_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def outlast_stop_signals(parent: int) -> None:
+def ignore_stop_signals(parent: int) -> None:
     """Make this DataLoader worker end with its parent, and on its parent's SIGTERM, but on no other stop signal.
 
     A signal may reach every process of a terminal or job, while the parent still needs batches to finish its step and
     save. At its end the parent sends SIGTERM (multiprocessing's `terminate`). The sender tells the two apart, as in
     torch's own handler for workers (torch/csrc/DataLoader.cpp, handler_SIGTERM).
     """
+    signal.set_wakeup_fd(-1)  # inherited: it would tell the parent of this process's signals
     for number in STOP_SIGNALS:
         if number != signal.SIGTERM:
             signal.signal(number, signal.SIG_IGN)

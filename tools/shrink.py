@@ -23,8 +23,8 @@ from typing import Iterable, Tuple, Union
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from engine.cli import OneLineParser, number
 from engine.errors import UsageError, run_script
-from engine.flags import OneLineParser, number
 from engine.folder_index import EXTENSIONS
 from engine.transforms import open_image, printable, reason_of, to_rgb
 
@@ -135,4 +135,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script("tools/shrink.py", main)
+    run_script(main)

@@ -18,8 +18,8 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from engine.cli import OneLineParser
 from engine.errors import UsageError, run_script
-from engine.flags import OneLineParser
 
 
 def classes_from_csv(path: str) -> dict[str, str]:
@@ -81,4 +81,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script("tools/sort_imagenet_val.py", main)
+    run_script(main)

@@ -21,7 +21,7 @@ from engine.signals import StopSignals
 
 import torch
 
-group = ProcessGroup("gloo", sys.argv[1])
+group = ProcessGroup("gloo", sys.argv[1], timeout=60, report=print)
 accelerator = Accelerator("cpu", local_world_size=group.world_size)
 runtime = main.Runtime(group, accelerator, Logger(prints=False, writes=False), StopSignals())
 runtime.stop.training = True

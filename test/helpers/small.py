@@ -43,7 +43,8 @@ vgg.VGG = SmallVGG  # at import: spawned processes import this file again
 
 def run(argv: list[str] | None = None) -> NoReturn:
     """Run main.py as the script does, and end the process."""
-    run_script("main.py", lambda: main.main(argv))
+    sys.argv[0] = "main.py"  # the name in front of errors
+    run_script(lambda: main.main(argv))
 
 
 if __name__ == "__main__":

@@ -49,14 +49,14 @@ def build(
     net = Net()
     if state_dict is not None:
         net.load_state_dict(state_dict)
-    model, scaler = accelerator.prepare_training(
+    scaler = accelerator.prepare_training(
         net, lr=lr, momentum=momentum, weight_decay=weight_decay, clip_grad_norm=clip_grad_norm
     )
     if loss_scale is not None:
         scaler = LossScaler(
-            model, scaler.master_weights, scaler.optimizer, loss_scale=loss_scale, clip_grad_norm=clip_grad_norm
+            net, scaler.master_weights, scaler.optimizer, loss_scale=loss_scale, clip_grad_norm=clip_grad_norm
         )
-    return Built(accelerator, model, scaler)
+    return Built(accelerator, net, scaler)
 
 
 def batch() -> torch.Tensor:

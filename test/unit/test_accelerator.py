@@ -72,13 +72,13 @@ import torch
 engine.accelerator.has_autocast = lambda runtime: False
 accelerator = engine.accelerator.Accelerator("cpu", precision="fp16", opt_level="O2")
 network = torch.nn.Linear(2, 1, bias=False)
-model, scaler = accelerator.prepare_training(network, lr=0.5, momentum=0.9, weight_decay=0.0, loss_scale=8.0)
-before = model.weight.detach().clone()
+scaler = accelerator.prepare_training(network, lr=0.5, momentum=0.9, weight_decay=0.0, loss_scale=8.0)
+before = network.weight.detach().clone()
 with accelerator.autocast():
-    loss = model(torch.tensor([[1.0, 3.0]])).sum()
+    loss = network(torch.tensor([[1.0, 3.0]])).sum()
 scaler.backward(loss)
 scaler.step()
-print(json.dumps([amp.calls, (before - model.weight.detach()).tolist()]))
+print(json.dumps([amp.calls, (before - network.weight.detach()).tolist()]))
 """
 
 

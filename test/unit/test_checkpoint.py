@@ -57,7 +57,7 @@ class Run:
         torch.manual_seed(seed)
         self.network, self.state = SmallNet(), TrainState()
         accelerator = Accelerator("cpu")
-        _, self.scaler = accelerator.prepare_training(self.network, lr=0.1, momentum=0.9, weight_decay=1e-4)
+        self.scaler = accelerator.prepare_training(self.network, lr=0.1, momentum=0.9, weight_decay=1e-4)
         self.ema = ModelEma(self.network, self.scaler.weights, self.scaler.master_weights) if ema else None
         self.counter = AccuracyCounter(accelerator.device)
         self.info = ModelInfo(

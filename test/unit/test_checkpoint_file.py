@@ -322,3 +322,16 @@ def test_a_truncated_storage_in_a_foreign_archive_is_refused(tmp_path):
             copy.writestr(name, content[:1] if "/data/" in name else content)
     with pytest.raises(CheckpointError, match="expected 32 bytes, got 1"):
         load(changed)
+
+
+@pytest.mark.parametrize("length", [1, 71, 500])
+def test_a_foreign_archive_may_have_a_comment(tmp_path, length):
+    path = str(tmp_path / "x.pth")
+    torch.save({"weights": torch.ones(8)}, path, _use_new_zipfile_serialization=True)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = b"c" * length
+    assert load(path)["weights"].tolist() == [1.0] * 8
+    with open(path, "rb+") as file:
+        file.truncate(os.path.getsize(path) - 1)
+    with pytest.raises(CheckpointError, match="it is truncated"):
+        load(path)

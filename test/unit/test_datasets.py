@@ -110,6 +110,11 @@ def test_the_digits_are_scikit_learns():
     assert list(counts) == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
 
 
+def test_an_evaluation_reads_no_training_digits():
+    training, validation = open_datasets(None, evaluate=True, check=None)
+    assert training is None and len(validation) == 359
+
+
 def test_digits_are_never_mirrored():
     dataset = read_digits(training=True)
     rng = np.random.RandomState(0)

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Which device, backend and precision the flags mean, and what is refused."""
+"""Which device and backend the flags mean, and what is refused."""
 
 from __future__ import annotations
 
 import importlib.util
-import sys
 from typing import Any
 
 from engine import device
@@ -131,18 +130,7 @@ def test_auto_is_the_first_device_that_works(monkeypatch: Any) -> None:
     assert device.resolve_device("auto") == ("cpu", None)
 
 
-# --- precision and options of newer torch versions --------------------------------------------------------------------
-
-
-@pytest.mark.skipif(TORCH < (1, 10), reason="mixed precision on a CPU requires torch 1.10")
-def test_amp_on_a_cpu_is_bf16_if_the_cpu_has_instructions_for_it(monkeypatch: Any, capsys: Any) -> None:
-    for has_bf16, expected in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(device, "_cpu_has_bf16", lambda has_bf16=has_bf16: has_bf16)
-        assert device.resolve_precision("cpu", amp=True, opt_level="O1", amp_dtype="auto") == expected
-        assert ("--amp changes nothing here" in capsys.readouterr().out) == (not has_bf16)
-        assert device.resolve_precision("cpu", amp=True, opt_level="O1", amp_dtype="bf16") == "bf16"
-    with pytest.raises(DeviceUnavailableError, match="--amp-dtype fp16 is not supported on a CPU"):
-        device.resolve_precision("cpu", amp=True, opt_level="O1", amp_dtype="fp16")
+# --- options of newer torch versions ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -176,13 +164,6 @@ def test_compile_names_the_compiler_that_is_missing(monkeypatch: Any, tmp_path: 
     options = {"deterministic": False, "profile": False, "grad_compress": "none"}
     with pytest.raises(DeviceUnavailableError, match=f"apt-get install {compiler.replace('+', '[+]')}"):
         device.check_torch_options(name, compile_model=True, **options)
-
-
-def test_fp16_without_autocast_names_apex(monkeypatch: Any) -> None:
-    monkeypatch.setattr(device, "has_autocast", lambda runtime: False)
-    monkeypatch.setitem(sys.modules, "apex", None)
-    with pytest.raises(DeviceUnavailableError, match="requires Ascend's or NVIDIA's apex with apex.amp"):
-        device.resolve_precision("gpu", amp=True, opt_level="O1", amp_dtype="auto")
 
 
 def test_workers_are_the_cores_beside_the_processes(monkeypatch: Any) -> None:

@@ -30,7 +30,8 @@ def run_group(code: str, tmp_path, world_size: int = 2) -> list[str]:
     script.write_text(
         PREAMBLE
         + textwrap.dedent(code)
-        + "\ngroup = ProcessGroup('gloo', sys.argv[1], timeout=60)\ncheck(group)\ngroup.close()\nexit_process(0)\n"
+        + "\ngroup = ProcessGroup('gloo', sys.argv[1], timeout=60, report=print)"
+        + "\ncheck(group)\ngroup.close()\nexit_process(0)\n"
     )
     url = f"tcp://127.0.0.1:{free_port()}"
     children = []
@@ -120,7 +121,7 @@ def test_a_non_finite_gradient_on_one_process_skips_the_step_on_both(tmp_path):
             accelerator = Accelerator('cpu', local_world_size=2)
             torch.manual_seed(0)
             network = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2))
-            network, scaler = accelerator.prepare_training(network, lr=0.1, momentum=0.9, weight_decay=1e-4)
+            scaler = accelerator.prepare_training(network, lr=0.1, momentum=0.9, weight_decay=1e-4)
             model = accelerator.wrap_ddp(network)
             changed = []
             for step in range(5):

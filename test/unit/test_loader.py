@@ -141,7 +141,7 @@ def main():
             pass
     return 0
 
-run_script("program.py", main)
+run_script(main)
 """
 
 
@@ -197,7 +197,7 @@ def test_a_stop_signal_of_another_process_than_its_parent_does_not_end_a_worker(
 def test_a_worker_that_is_killed_is_an_error_of_one_line(dataset):
     result = run(sys.executable, "-c", START + KILL, root_of(dataset), timeout=60)
     assert result.code == EXIT_FAILURE, result.err
-    assert "program.py: error: a DataLoader worker exited unexpectedly" in result.err
+    assert "error: a DataLoader worker exited unexpectedly" in result.err
     assert "Traceback" not in result.err
 
 

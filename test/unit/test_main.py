@@ -344,9 +344,12 @@ def test_a_trace_is_written_and_compressed_gradients_stay_close(folder, tmp_path
 
 
 @pytest.mark.parametrize("processes", [[], TWO], ids=["one process", "two processes"])
-def test_a_signal_saves_and_exits_with_75(folder, tmp_path, processes):
+def test_a_signal_saves_and_exits_with_75_and_leaves_no_temporary_file(folder, tmp_path, processes, monkeypatch):
     flags = [folder, *SMALL, "-b", "6", "--epochs", "1000", "--eval-freq", "1000", "--output-dir", tmp_path, *processes]
-    child = start_main(*flags, "-p", "1")
+    temporary = tmp_path / "t"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    child = start_main(*flags, "-p", "1", "-j", 2)
     wait_for_line(child, "Epoch")
     child.send_signal(signal.SIGTERM)
     child.communicate(timeout=120)
@@ -356,6 +359,7 @@ def test_a_signal_saves_and_exits_with_75(folder, tmp_path, processes):
     result = run_main(*flags, "--auto-resume", "--stop-step-num", state["step"] + 1)
     assert result.code == 0 and "resuming" in result.out, result.err
     assert load(str(tmp_path / "checkpoint.pth.tar"))["step"] == state["step"] + 1
+    assert os.listdir(str(temporary)) == []
 
 
 def test_non_finite_steps_are_not_applied_and_ten_stop_the_run(folder, tmp_path):
@@ -369,6 +373,15 @@ def test_non_finite_steps_are_not_applied_and_ten_stop_the_run(folder, tmp_path)
     assert result.out.count("skipped: non-finite gradients") == 3 and path.read_bytes() == before
 
 
+def test_a_network_of_nans_is_not_evaluated_as_a_loss_of_zero(folder, tmp_path):
+    flags = [folder, *SMALL, "-b", 4, "--output-dir", tmp_path]
+    assert run_main(*flags, "--epochs", 1, "--stop-step-num", 1).code == 0
+    ruined = {name: value * math.nan for name, value in weights(tmp_path / "checkpoint.pth.tar").items()}
+    torch.save(ruined, str(tmp_path / "nan.pth"))
+    result = run_main(*flags, "-e", "--pretrained", tmp_path / "nan.pth")
+    assert result.code == 0 and "Loss    nan (   nan)" in result.out, result.out
+
+
 # --- wrong use and bad input ------------------------------------------------------------------------------------------
 
 WRONG = [
@@ -376,7 +389,8 @@ WRONG = [
     (["--epoch", "3"], "--epoch"),
     (["-b", "0"], "must be at least 1, got 0"),
     (["-b", "many"], "expected an integer, got 'many'"),
-    (["--lr", "nan"], "--lr/--learning-rate must be at least 0, got nan"),
+    (["--lr", "nan"], "--lr/--learning-rate must be finite, got nan"),
+    (["--lr", "inf"], "--lr/--learning-rate must be finite, got inf"),
     (["/no/such/folder"], "/no/such/folder"),
     (["--resume", "/no/such/file"], "/no/such/file"),
     (["-e"], "--resume PATH"),
@@ -388,7 +402,7 @@ WRONG = [
     (["--world-size", "0"], "--world-size must be at least 1, got 0"),
     (["--warmup-epochs", "16"], "--warmup-epochs must be less than --epochs 16, got 16"),
     (["--amp", "--amp-dtype", "fp16"], "bf16" if hasattr(torch, "autocast") else "1.10"),
-    (["--device-list", "0,0"], "twice"),
+    (["--device-list", "0,0"], "different device numbers"),
     (["--dist-url", "nonsense"], "tcp://"),
     (["-j", "-1"], "must be at least 0, got -1"),
     (["--report", "x"], "--report requires --evaluate"),

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from engine import metrics
-from engine.metrics import AccuracyCounter, Predictions, Throughput, Totals, cross_entropy
+from engine.metrics import AccuracyCounter, Predictions, Throughput, Totals, cross_entropy, zero_unless_finite
 
 import numpy as np
 import pytest
@@ -64,12 +64,14 @@ def test_accuracy_is_counted_image_by_image(classes: int) -> None:
     assert (correct5 == 19) == (classes == 3)
 
 
-def test_a_non_finite_loss_is_left_out_of_the_mean() -> None:
-    counter = AccuracyCounter(CPU)
+def test_a_non_finite_loss_is_counted_unless_its_step_is_skipped() -> None:
+    training, validation = AccuracyCounter(CPU), AccuracyCounter(CPU)
     logits, target = batch()
-    for loss_sum in (7.0, math.nan, math.inf):
-        counter.update(torch.tensor(loss_sum), logits, target)
-    assert counter.read().loss_sum == 7.0
+    for loss_sum in (torch.tensor(value) for value in (7.0, math.nan, math.inf)):
+        training.update(zero_unless_finite(loss_sum), logits, target)
+        validation.update(loss_sum, logits, target)
+    assert training.read().loss_sum == 7.0
+    assert math.isnan(validation.read().loss)
 
 
 def test_a_counter_continues_from_earlier_totals() -> None:

@@ -62,7 +62,8 @@ def build(digits: ArrayDataset, monkeypatch: Any) -> Callable[..., Trainer]:
             device, precision=precision, opt_level=opt_level, local_world_size=available_cores()
         )  # one thread
         torch.manual_seed(3)
-        network, scaler = accelerator.prepare_training(NarrowVGG(arch), lr=lr, momentum=0.9, weight_decay=1e-4)
+        network = NarrowVGG(arch)
+        scaler = accelerator.prepare_training(network, lr=lr, momentum=0.9, weight_decay=1e-4)
         normalize = accelerator.normalizer(digits.mean, digits.std)
 
         def backward(images: torch.Tensor, target: torch.Tensor) -> float:

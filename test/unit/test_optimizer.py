@@ -230,8 +230,10 @@ def test_an_ema_continues_from_its_state_dict() -> None:
     other = build()
     loaded = ModelEma(other.model, other.scaler.weights, other.scaler.master_weights)
     loaded.load_state_dict(ema.state_dict())
-    for mine, old in zip(loaded.averages, ema.averages):
+    for mine, old in zip(loaded.ema, ema.ema):
         assert torch.equal(mine, old)
+    with pytest.raises(ValueError, match=r"EMA of fc.bias: expected shape .* got \(1,\)"):
+        loaded.load_state_dict({**ema.state_dict(), "fc.bias": torch.zeros(1)})
 
 
 # --- frozen features --------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ stop = StopSignals()
 print("started", flush=True)
 member = rendezvous.Member(int(sys.argv[2]), int(sys.argv[3]), 0, 1, float(sys.argv[4]))
 try:
-    point = rendezvous.meet(sys.argv[1], member)
+    point = rendezvous.rendezvous(sys.argv[1], member)
     print("met", flush=True)
     sys.stdin.readline()  # rank 0 holds the store: keep it until all have met
 except RendezvousError as error:
@@ -37,9 +37,9 @@ exit_process(0)
 class Joining:
     """A process that joins a rendezvous."""
 
-    def __init__(self, url: str, rank: int, world_size: int, timeout: float = 60) -> None:
+    def __init__(self, url: str, rank: int, world_size: int, timeout: float = 60, code: str = JOIN) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", JOIN, url, str(rank), str(world_size), str(timeout)],
+            [sys.executable, "-c", code, url, str(rank), str(world_size), str(timeout)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             universal_newlines=True,
@@ -149,6 +149,45 @@ def test_an_address_of_another_host_is_named_at_once(tmp_path):
     url = f"tcp://192.0.2.1:{free_port()}"  # TEST-NET-1, RFC 5737
     result = run_main("--world-size", 2, "--rank", 0, "--dist-url", url, "--output-dir", tmp_path, timeout=60)
     assert result.code == 2 and "192.0.2.1 is not an address of this host" in result.err, result.err
+
+
+# A process of a job that has met, or cannot.
+GROUP = """
+import os, sys
+from engine.distributed import ProcessGroup
+from engine.errors import RendezvousError, exit_process
+os.environ.update(RANK=sys.argv[2], WORLD_SIZE=sys.argv[3], LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+print("started", flush=True)
+try:
+    group = ProcessGroup("gloo", sys.argv[1], timeout=float(sys.argv[4]), report=print)
+except RendezvousError as error:
+    print(error, flush=True)
+    exit_process(2)
+print("met", flush=True)
+sys.stdin.readline()
+group.close()
+exit_process(0)
+"""
+
+
+def test_a_duplicate_of_a_job_that_runs_is_refused_and_the_job_goes_on(url):
+    processes = [Joining(url, rank, 2, code=GROUP) for rank in (0, 1)]
+    assert [process.read() for process in processes] == ["met", "met"]
+    time.sleep(1)  # until the first beat
+    late = Joining(url, 1, 2, code=GROUP)
+    assert "the job has started already, with another process of rank 1" in late.read()
+    assert late.finish() == 2
+    for process in processes:
+        process.process.stdin.write("\n")
+        process.process.stdin.flush()
+    assert [process.finish() for process in processes] == [0, 0]
+
+
+def test_env_url_without_its_variables_names_them(tmp_path, monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    result = run_main("--world-size", 2, "--rank", 0, "--dist-url", "env://", "--output-dir", tmp_path)
+    assert result.code == 2 and "env:// requires MASTER_ADDR and MASTER_PORT" in result.err, result.err
 
 
 def test_a_negative_timeout_is_refused(tmp_path):

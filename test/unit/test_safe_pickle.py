@@ -127,6 +127,14 @@ def test_a_persistent_id_must_be_a_storage(identifier):
     assert storages.flat == {}
 
 
+def test_a_view_of_a_storage_is_refused():
+    storages = Storages(1000, fill=lambda key, flat: None)
+    identifier = ("storage", torch.float32, "0", "cpu", 10)
+    assert len(storages.persistent_load((*identifier, None))) == 10
+    with pytest.raises(ValueError, match="a view of a storage"):
+        storages.persistent_load((*identifier, ("1", 2, 3)))
+
+
 @READERS
 def test_a_large_memo_number_takes_no_memory(read):
     """Python's own unpickler in C allocates memory for all numbers up to it."""
