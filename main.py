@@ -17,10 +17,12 @@ import math
 import os
 import time
 from dataclasses import dataclass
-from typing import Any, Callable, ContextManager, Iterable, Iterator
+from typing import Any, Callable, ContextManager, Iterable, Iterator, Sequence
 
 import vgg
+from engine import resolve
 from engine.accelerator import Accelerator
+from engine.augmentation import BatchMixer
 from engine.checkpoint import (
     BEST,
     LATEST,
@@ -39,22 +41,21 @@ from engine.checkpoint_file import CheckpointWriter
 from engine.datasets import EMBEDDED, ImageDataset, ImageFolder, open_datasets, preprocessing_of
 from engine.distributed import ProcessGroup, StopVote, check_same_flags, check_same_parameters
 from engine.errors import EXIT_STOPPED, SaveError, UsageError, run_script
+from engine.evaluation import write_evaluation
 from engine.flags import parse_args
 from engine.launcher import launch
 from engine.loader import Batch, BatchLoader, Loader, SyntheticLoader, watch_workers
 from engine.logger import Logger, ProgressMeter
 from engine.metrics import AccuracyCounter, Predictions, Throughput, Totals, cross_entropy, zero_unless_finite
 from engine.optimizer import LossScaler, ModelEma
-from engine.resolve import make_output_folder, resolve
+from engine.pretrained import imagenet_weights
 from engine.run_info import log_run_info, versions
 from engine.sampler import ResumableBatchSampler
 from engine.signals import StopSignals
 from engine.transforms import decoder_name
+from engine.views import ViewAverage
 
 import torch
-
-# Flags that may differ between nodes.
-PER_NODE = {"data", "workers", "output_dir", "resume", "gpu", "device_list", "rank", "addr", "dist_url"}
 
 
 @dataclass
@@ -80,7 +81,12 @@ class Training:
     state: TrainState
     counter: AccuracyCounter  # of the current epoch
     writer: CheckpointWriter
+    mixer: BatchMixer | None = None
     profiler: Any = None
+
+    def predict(self, images: torch.Tensor) -> torch.Tensor:
+        """(N, S, S, 3) uint8 to logits (N, classes)."""
+        return self.network(self.normalize(images))
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -98,16 +104,11 @@ def build_datasets(args: argparse.Namespace, runtime: Runtime) -> tuple[ImageDat
         logger.line(f"=> checking {count:,} images, once")
         return logger.track(reasons, count, "Checking")
 
-    if group.local_rank != 0:
-        group.barrier()
-    try:
-        datasets: tuple[ImageDataset | None, ImageDataset | None] = (None, None)
+    datasets: tuple[ImageDataset | None, ImageDataset | None] = (None, None)
+    with group.local_main_first():
         if not args.dummy:
             check = check_images if args.bad_images == "skip" else None
-            datasets = open_datasets(args.data, evaluate=args.evaluate, check=check)
-    finally:
-        if group.local_rank == 0:
-            group.barrier()
+            datasets = open_datasets(args.data, evaluate=args.evaluate, check=check, val_split=args.val_split)
     fingerprints = [dataset.fingerprint for dataset in datasets if dataset is not None]
     if group.any(fingerprints != group.broadcast(fingerprints)):
         raise UsageError("the processes do not see the same data: every node needs the same files under --data")
@@ -121,10 +122,12 @@ def build_loader(
     *,
     training: bool,
     start: tuple[int, int] = (0, 0),
+    scales: Sequence[int] = (),
 ) -> Loader:
     """Return the batches of this process; synthetic ones if there is no dataset.
 
-    Training continues from `start` (epoch, step) over all epochs without a pause; validation is one pass.
+    Training continues from `start` (epoch, step) over all epochs without a pause; validation is one pass, over whole
+    images if `scales` are given.
     """
     group, accelerator = runtime.group, runtime.accelerator
     sampler = ResumableBatchSampler(
@@ -137,6 +140,7 @@ def build_loader(
         seed=args.seed,
         epochs=args.epochs if training else 1,
         start=start,
+        with_previous=training and bool(args.mixup or args.cutmix),
     )
     if sampler.steps_per_epoch == 0:
         raise UsageError(
@@ -145,7 +149,9 @@ def build_loader(
     if dataset is None:
         return SyntheticLoader(sampler, args.image_size, accelerator.device)
     options = accelerator.loader_options(-(-args.workers // args.processes))
-    return BatchLoader(dataset, sampler, size=args.image_size, training=training, seed=args.seed, options=options)
+    augmentation = resolve.resolve_augmentation(args, dataset) if training else None
+    size, seed = args.image_size, args.seed
+    return BatchLoader(dataset, sampler, size, augmentation=augmentation, scales=scales, seed=seed, options=options)
 
 
 # --- model and optimizer ----------------------------------------------------------------------------------------------
@@ -161,6 +167,7 @@ def build_training(
         lr=args.lr,
         momentum=args.momentum,
         weight_decay=args.weight_decay,
+        no_bias_decay=args.no_bias_decay,
         loss_scale=args.loss_scale_value,
         clip_grad_norm=args.clip_grad_norm,
     )
@@ -172,7 +179,10 @@ def build_training(
         model = accelerator.compile(model)
     counter = AccuracyCounter(accelerator.device)
     state = TrainState(epoch=args.start_epoch)
-    return Training(network, model, normalize, scaler, ema, info, state, counter, CheckpointWriter())
+    mixer = None
+    if args.mixup or args.cutmix:
+        mixer = BatchMixer(args.mixup, args.cutmix, len(info.classes), args.seed)
+    return Training(network, model, normalize, scaler, ema, info, state, counter, CheckpointWriter(), mixer)
 
 
 def learning_rate(epoch: int, args: argparse.Namespace) -> float:
@@ -248,6 +258,8 @@ def train_step(
         images, target, _ = next(batches)
         meter.add_data_time(time.perf_counter() - begin)
         images, target = training.normalize(images), accelerator.to_device(target)
+        if training.mixer is not None:
+            images, target = training.mixer(images, target, state.epoch, state.step_in_epoch * args.accum_steps + part)
         with accelerator.accumulate(model, last=part == args.accum_steps - 1):
             with accelerator.autocast():
                 logits = model(images)
@@ -266,7 +278,7 @@ def train_step(
 def validate(
     runtime: Runtime,
     network: torch.nn.Module,
-    normalize: Callable[[torch.Tensor], torch.Tensor],
+    predict: Callable[[Any], torch.Tensor],
     loader: Loader,
     *,
     state: TrainState,
@@ -275,7 +287,7 @@ def validate(
 ) -> Totals | None:
     """Return the totals over all processes, each validation image counted once; None if a signal stops the run.
 
-    predictions: filled with the images of this process.
+    predict: from the images of a batch to logits, by the network. predictions: filled with the images of this process.
     """
     group, accelerator, logger = runtime.group, runtime.accelerator, runtime.logger
     network.eval()
@@ -291,7 +303,7 @@ def validate(
             if len(target):  # the last batch of this process may be empty
                 target = accelerator.to_device(target)
                 with accelerator.autocast():
-                    logits = network(normalize(images))
+                    logits = predict(images)
                 counter.update(cross_entropy(logits, target) * len(target), logits, target)
                 if predictions is not None:
                     predictions.update(indices, logits)
@@ -330,7 +342,7 @@ def train(
         if val_loader is not None and validates:
             with training.ema.swapped_in() if training.ema is not None else contextlib.nullcontext():
                 totals = validate(
-                    runtime, training.network, training.normalize, val_loader, state=state, print_freq=args.print_freq
+                    runtime, training.network, training.predict, val_loader, state=state, print_freq=args.print_freq
                 )
             if totals is None:
                 save(args, runtime, training, final=True)
@@ -381,19 +393,13 @@ def warn_of_failed_save(args: argparse.Namespace, runtime: Runtime, training: Tr
 def run_job(args: argparse.Namespace, runtime: Runtime) -> int:
     """Build everything, then train and validate, or only evaluate. Returns the exit code."""
     group, accelerator, logger = runtime.group, runtime.accelerator, runtime.logger
-    flags = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in PER_NODE}
-    check_same_flags(group, {**flags, "the JPEG decoder": decoder_name()})
+    check_same_flags(group, {**resolve.shared_flags(args), "the JPEG decoder": decoder_name()})
     train_set, val_set = build_datasets(args, runtime)
     dataset_kind = val_set if val_set is not None else ImageFolder  # synthetic images are treated like a folder's
     args.image_size = args.image_size or dataset_kind.default_size
     classes = val_set.classes if val_set is not None else [str(number) for number in range(1000)]
     preprocessing = preprocessing_of(dataset_kind, args.image_size)
-    identity = {
-        "seed": args.seed,
-        "global batch": args.batch_size * args.nodes * args.accum_steps,
-        "data": train_set.fingerprint if train_set is not None else "dummy",
-        "image size": args.image_size,
-    }
+    identity = resolve.resolve_identity(args, train_set)
     info = ModelInfo(args.arch, classes, preprocessing, decoder_name(), group.world_size, identity)
     log_run_info(args, group, accelerator, logger, train_set, val_set)
 
@@ -405,15 +411,15 @@ def run_job(args: argparse.Namespace, runtime: Runtime) -> int:
         check_resumable(checkpoint, info, evaluate=args.evaluate)
         load_weights(network, model_weights(checkpoint, "--resume", ema=args.evaluate), "--resume")
     elif args.pretrained:
-        pretrained = group.broadcast(load_checkpoint(args.pretrained) if group.rank == 0 else None)
+        path = imagenet_weights(args.arch) if args.pretrained == "imagenet" and group.rank == 0 else args.pretrained
+        pretrained = group.broadcast(load_checkpoint(path) if group.rank == 0 else None)
         load_pretrained(network, pretrained, args.pretrained, logger)
     if args.freeze_features:
         network.features.requires_grad_(False)
     normalize = accelerator.normalizer(dataset_kind.mean, dataset_kind.std)
-    val_loader = None if val_set is None else build_loader(val_set, args, runtime, training=False)
     if args.evaluate:
-        assert val_set is not None and val_loader is not None, "--dummy excludes --evaluate"
-        return evaluate(args, runtime, network, normalize, val_set, val_loader, checkpoint or {})
+        assert val_set is not None, "--dummy excludes --evaluate"
+        return evaluate(args, runtime, network, normalize, val_set, checkpoint or {})
 
     training = build_training(network, info, normalize, args, runtime)
     if checkpoint is not None:
@@ -421,6 +427,7 @@ def run_job(args: argparse.Namespace, runtime: Runtime) -> int:
         del checkpoint, loaded  # a gigabyte
     start = training.state.epoch, training.state.step_in_epoch
     loader = build_loader(train_set, args, runtime, training=True, start=start)
+    val_loader = None if val_set is None else build_loader(val_set, args, runtime, training=False)
     logger.event("start", **training.state.position())
     runtime.stop.training = True
     trace: ContextManager[Any] = contextlib.nullcontext()
@@ -444,40 +451,34 @@ def evaluate(
     network: vgg.VGG,
     normalize: Any,
     dataset: ImageDataset,
-    loader: Loader,
     checkpoint: dict[str, Any],
 ) -> int:
-    """Validate the network, and write the page of --report. Returns the exit code."""
+    """Validate the network; write metrics.json, --predictions and --report. Returns the exit code."""
     group, accelerator = runtime.group, runtime.accelerator
     if "state_dict_ema" in checkpoint:
         runtime.logger.line("=> evaluating the EMA weights (--ema-decay)")
     accelerator.place(network)
+    scales = resolve.resolve_scales(args, dataset)
+    view = args.eval_view if scales else None  # None: the center crop as it is made for training's validation
+    mirrored = resolve.resolve_hflip(args, dataset) > 0
+    predict = ViewAverage(network, normalize, view=view, size=args.image_size, mirrored=mirrored)
+    loader = build_loader(dataset, args, runtime, training=False, scales=scales)
     state = TrainState(epoch=max(0, int(checkpoint.get("epoch", 1)) - 1))  # the last epoch trained
-    predictions = Predictions(len(dataset)) if args.report else None
+    records = args.report or args.predictions
+    predictions = Predictions(len(dataset), len(dataset.classes)) if records else None
     with watch_workers(loader):
         totals = validate(
-            runtime, network, normalize, loader, state=state, print_freq=args.print_freq, predictions=predictions
+            runtime, network, predict, loader, state=state, print_freq=args.print_freq, predictions=predictions
         )
     if totals is None:
         return EXIT_STOPPED
     if predictions is not None:
-        group.max_(predictions.predicted)  # -1 where the image was another process's
-        group.max_(predictions.confidence)
-        if group.rank == 0:
-            from engine.report import write_report
-
-            weights = args.resume or args.pretrained
-            path = write_report(
-                args.report,
-                dataset,
-                predictions,
-                totals,
-                title=f"{args.arch}: {totals.acc1:.2f}% Acc@1",
-                image_size=args.image_size,
-                facts={**vars(args), **versions(accelerator), "weights": weights, "data": args.data or EMBEDDED},
-                training_folders=[os.path.dirname(weights) or ".", args.output_dir],
-            )
-            runtime.logger.line(f"=> report written to {path}")
+        group.max_(predictions.top5)  # -1 where an image was another process's
+        group.max_(predictions.probabilities)
+    if group.rank == 0:
+        facts = {**versions(accelerator), "weights": args.resume or args.pretrained, "data": args.data or EMBEDDED}
+        for line in write_evaluation(args, dataset, totals, predictions, facts):
+            runtime.logger.line(line)
     return 0
 
 
@@ -507,10 +508,12 @@ def main_worker(args: argparse.Namespace, report: Callable[[str], None]) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Check everything that can be checked, then run. Returns the exit code; raises UserError."""
     args = parse_args(argv)
-    topology = resolve(args)
-    make_output_folder("--output-dir", args.output_dir)
+    topology = resolve.resolve_flags(args)
+    resolve.make_output_folder("--output-dir", args.output_dir)
     if args.report:
-        make_output_folder("--report", args.report)
+        resolve.make_output_folder("--report", args.report)
+    if args.predictions:
+        resolve.make_output_folder("--predictions", os.path.dirname(args.predictions) or ".")
     return launch(main_worker, args, topology)
 
 

@@ -24,6 +24,7 @@ from typing import Any, Callable, Dict
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from engine.augmentation import Augmentation
 from engine.datasets import ImageFolder
 from engine.loader import BatchDataset, BatchLoader
 from engine.sampler import ResumableBatchSampler
@@ -120,9 +121,9 @@ def dali_pipeline(root: str, batch: int) -> Any:
 
 def one_core(root: str, count: int) -> Contestants:
     """Datasets alone, in this process."""
-    stock, ours = torchvision_dataset(root), BatchDataset(ImageFolder(root), size=SIZE, training=True)
+    stock, ours = torchvision_dataset(root), BatchDataset(ImageFolder(root), size=SIZE, augmentation=Augmentation())
     subprocess.check_call([sys.executable, SHRINK, root, f"{root}320"], stdout=subprocess.DEVNULL)
-    shrunk = BatchDataset(ImageFolder(f"{root}320"), size=SIZE, training=True)
+    shrunk = BatchDataset(ImageFolder(f"{root}320"), size=SIZE, augmentation=Augmentation())
     indices = np.arange(count)
     contestants: Contestants = {
         "torchvision": lambda turn: [stock[index] for index in indices],
@@ -143,7 +144,7 @@ def end_to_end(root: str, batch_size: int, workers: int) -> Contestants:
     stock = DataLoader(torchvision_dataset(root), batch_size=batch_size, shuffle=True, drop_last=True, **options)
     dataset = ImageFolder(root)
     sampler = ResumableBatchSampler(len(dataset), batch_size, rank=0, world_size=1, shuffle=True)
-    ours = BatchLoader(dataset, sampler, size=SIZE, training=True, seed=0, options=options)
+    ours = BatchLoader(dataset, sampler, SIZE, augmentation=Augmentation(), options=options)
     return {"torchvision": lambda turn: sum(1 for _ in stock), "ours": lambda turn: sum(1 for _ in ours)}
 
 

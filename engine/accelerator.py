@@ -102,15 +102,21 @@ class Accelerator:
         lr: float,
         momentum: float,
         weight_decay: float,
+        no_bias_decay: bool = False,
         loss_scale: float | str | None = None,
         clip_grad_norm: float | None = None,
     ) -> LossScaler:
         """Place a model and build its optimizer. Returns the LossScaler that steps it.
 
+        no_bias_decay: no weight decay for biases and batch norm.
         loss_scale: a number or `dynamic`, used in fp16 only.
         """
         masters = self.place(model)
-        optimizer = self._build_sgd(masters, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        groups: list[dict[str, Any]] = [{"params": masters}]
+        if no_bias_decay:
+            weights, others = ([master for master in masters if (master.dim() > 1) == large] for large in (True, False))
+            groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
+        optimizer = self._build_sgd(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
         scale = (loss_scale or DEFAULT_LOSS_SCALE) if self.precision == "fp16" else 1.0
         if self.apex is not None:
             exact = [master.detach().clone() for master in masters]
@@ -125,17 +131,17 @@ class Accelerator:
         return LossScaler(model, masters, optimizer, loss_scale=scale, clip_grad_norm=clip_grad_norm, apex=self.apex)
 
     def _build_sgd(
-        self, params: list[torch.Tensor], *, lr: float, momentum: float, weight_decay: float
+        self, groups: list[dict[str, Any]], *, lr: float, momentum: float, weight_decay: float
     ) -> torch.optim.Optimizer:
         """SGD with momentum, fused into one kernel if this torch and device have that."""
         options: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         if self.type == "npu" and hasattr(sys.modules.get("torch_npu"), "optim"):
-            return sys.modules["torch_npu"].optim.NpuFusedSGD(params, **options)
+            return sys.modules["torch_npu"].optim.NpuFusedSGD(groups, **options)
         if self.type in ("gpu", "cpu") and TORCH >= (2, 4):
             options["fused"] = True
-        optimizer = torch.optim.SGD(params, **options)
+        optimizer = torch.optim.SGD(groups, **options)
         if momentum:  # torch's fused kernel leaves the buffers uninitialized if the very first step is skipped
-            for parameter in params:
+            for parameter in (parameter for group in groups for parameter in group["params"]):
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
 

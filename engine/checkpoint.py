@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import vgg
 from engine.checkpoint_file import load
 from engine.datasets import check_same_classes
-from engine.errors import CheckpointError, UsageError
+from engine.errors import CheckpointError, UsageError, first_line
 from engine.logger import Logger
 from engine.metrics import AccuracyCounter, Totals
 from engine.optimizer import LossScaler, ModelEma
@@ -73,12 +74,44 @@ def build_checkpoint(
     }
 
 
+# --- safetensors ------------------------------------------------------------------------------------------------------
+
+
+def save_safetensors(state_dict: dict[str, torch.Tensor], path: str, **info: Any) -> None:
+    """Write weights for other programs; info (arch, classes, preprocessing) goes to the file's metadata as JSON.
+
+    Requires the package safetensors.
+    """
+    from safetensors.torch import save_file
+
+    metadata = {"format": "pt", **{key: json.dumps(value) for key, value in info.items()}}
+    save_file({name: tensor.contiguous() for name, tensor in state_dict.items()}, path, metadata=metadata)
+
+
+def load_safetensors(path: str) -> dict[str, Any]:
+    """Read what save_safetensors wrote, or any other such file. Raises CheckpointError."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise CheckpointError(f"{path}: reading it requires safetensors: pip install safetensors") from error
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+        info = {key: json.loads(metadata[key]) for key in ("arch", "classes", "preprocessing") if key in metadata}
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or first_line(error)}") from error
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path}: corrupt, or not a safetensors file ({first_line(error)})") from error
+    return {"state_dict": weights, **info}
+
+
 # --- finding and reading ----------------------------------------------------------------------------------------------
 
 
 def load_checkpoint(path: str) -> dict[str, Any]:
-    """Read a checkpoint file. Raises CheckpointError."""
-    checkpoint = load(path)
+    """Read a checkpoint file, or weights in a *.safetensors file. Raises CheckpointError."""
+    checkpoint = load_safetensors(path) if path.endswith(".safetensors") else load(path)
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
     return checkpoint
@@ -156,11 +189,11 @@ def check_resumable(checkpoint: dict[str, Any], info: ModelInfo, *, evaluate: bo
         check_same_classes(checkpoint["classes"], info.classes, "the checkpoint", "the data")
     if checkpoint.get("step_in_epoch") and not evaluate:
         saved = checkpoint.get("identity") or {}
-        for name, value in info.identity.items():
-            if saved.get(name) != value:
+        for name in {**info.identity, **saved}:
+            if saved.get(name) != info.identity.get(name):
                 raise UsageError(
                     f"--resume: the checkpoint was saved within an epoch with {name} {saved.get(name)}, this run has "
-                    f"{value}"
+                    f"{info.identity.get(name)}"
                 )
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import shlex
 import sys
 from typing import Any, Callable, NoReturn, Sequence
 
@@ -13,10 +14,14 @@ from engine.errors import EXIT_USAGE
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, and which takes `-b8` for `-b 8` on Python 3.7 too."""
+    """An ArgumentParser whose errors are one line, which reads flags from @FILE, and takes `-b8` on Python 3.7 too."""
 
     def __init__(self, prog: str, description: str) -> None:
-        super().__init__(prog, description=description, allow_abbrev=False)
+        super().__init__(prog, description=description, allow_abbrev=False, fromfile_prefix_chars="@")
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        """Split a line of an @file: `--flag value`, quoted as in a shell; # starts a comment."""
+        return shlex.split(arg_line, comments=True)
 
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument ([^:]+): (?=must)", r"\1 ", message)  # "--epochs must be at least 1, got 0"
@@ -36,7 +41,12 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def number(
-    kind: type, at_least: float | None = None, at_most: float | None = None, *, above: float | None = None
+    kind: type,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    *,
+    above: float | None = None,
+    below: float | None = None,
 ) -> Callable[[str], Any]:
     """Return an argparse type: a finite int or float inside the bounds."""
     bounds = []
@@ -46,6 +56,8 @@ def number(
         bounds.append(f"above {above}")
     if at_most is not None:
         bounds.append(f"at most {at_most}")
+    if below is not None:
+        bounds.append(f"below {below}")
     expected = f"expected {'an integer' if kind is int else 'a number'}"
 
     def parse(text: str) -> Any:
@@ -54,7 +66,7 @@ def number(
         except ValueError:
             raise argparse.ArgumentTypeError(f"{expected}, got {text!r}") from None
         too_low = (at_least is not None and value < at_least) or (above is not None and value <= above)
-        too_high = at_most is not None and value > at_most
+        too_high = (at_most is not None and value > at_most) or (below is not None and value >= below)
         if not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"must be finite, got {text}")
         if too_low or too_high:

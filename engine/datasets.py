@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The datasets: a folder of images, CIFAR-10, and the embedded digits.
 
-Each gives single images: `training_image(index, size, rng)` and `validation_image(index, size)`, both
-(size, size, 3) uint8. loader.py makes batches of them.
+Each gives single images: `training_image(index, size, rng, augmentation)` and `validation_image(index, size)`, both
+(size, size, 3) uint8, and `whole_image(index, scale)`, whose short side is `scale`. loader.py makes batches of them.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from typing import IO, Any, Iterator, Sequence, Union
+from typing import IO, Any, Iterator, NamedTuple, Sequence, Union
 
+from engine.augmentation import Augmentation
 from engine.errors import DataError, ImageError, UsageError
-from engine.folder_index import Check, open_index
+from engine.folder_index import Check, FolderIndex, open_index
 from engine.safe_pickle import load_arrays
 from engine.transforms import (
     BILINEAR,
@@ -24,6 +25,7 @@ from engine.transforms import (
     reason_of,
     resize,
     resize_center_crop,
+    resize_short_side,
 )
 
 import numpy as np
@@ -41,33 +43,46 @@ class ImageFolder:
     """ROOT/class/**/image, read as torchvision's ImageFolder reads it: the same classes, files and order.
 
     check: None, or what leaves unreadable images out; see folder_index.open_index.
+    split: None for all images, or the part that split_by_name makes.
     Raises DataError if the folder is missing or has no classes, or if a class is empty.
     """
 
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     default_size = 224
+    default_hflip = 0.5
     center_crop = True  # validation resizes and crops the center; otherwise it resizes the whole image
 
-    def __init__(self, root: str, check: Check | None = None) -> None:
+    def __init__(self, root: str, check: Check | None = None, split: Split | None = None) -> None:
         self.index = open_index(root, check)
         self.classes, self.labels, self.fingerprint = self.index.classes, self.index.labels, self.index.fingerprint
         self.unreadable = [(printable(os.path.join(root, name)), reason) for name, reason in self.index.unreadable]
+        self.positions: np.ndarray | None = None  # of the images in the index, if not all
+        if split is not None:
+            self.positions = split_by_name(self.index, split)
+            self.labels = np.asarray(self.labels)[self.positions]
+            self.fingerprint += f" {split}"
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def path(self, index: int) -> str:
-        return self.index.path(index)
+        return self.index.path(index if self.positions is None else self.positions[index])
 
-    def training_image(self, index: int, size: int, rng: np.random.RandomState) -> np.ndarray:
+    def training_image(
+        self, index: int, size: int, rng: np.random.RandomState, augmentation: Augmentation
+    ) -> np.ndarray:
         with self._named_errors(index) as path:
             with open(path, "rb", buffering=0) as file:
                 content = file.read()
-            return random_resized_crop(content, size, rng)
+            return random_resized_crop(content, size, rng, augmentation)
 
     def validation_image(self, index: int, size: int) -> np.ndarray:
         with self._named_errors(index) as path:
             return resize_center_crop(read_rgb(path), size)
+
+    def whole_image(self, index: int, scale: int) -> np.ndarray:
+        with self._named_errors(index) as path:
+            return np.asarray(resize_short_side(read_rgb(path), scale))
 
     @contextlib.contextmanager
     def _named_errors(self, index: int) -> Iterator[str]:
@@ -82,13 +97,42 @@ class ImageFolder:
             ) from error
 
 
+class Split(NamedTuple):
+    """One of the two parts of a folder that has no train/ and val/."""
+
+    validation: bool
+    share: float  # of the images that are for validation
+
+    def __str__(self) -> str:
+        return f"{'validation' if self.validation else 'training'} part, --val-split {self.share}"
+
+
+def split_by_name(index: FolderIndex, split: Split) -> np.ndarray:
+    """Return the positions of a part's images, sorted. Raises DataError if a class has a single image.
+
+    An image is for validation if the SHA-256 of its path below the folder, as a number in [0, 1), is below the share.
+    So adding files moves none. A class without such an image gives the one with the smallest number.
+    """
+    labels = np.asarray(index.labels)
+    digests = b"".join(hashlib.sha256(index.name(position)).digest()[:8] for position in range(len(labels)))
+    numbers = np.frombuffer(digests, ">u8") / 2.0**64
+    validation = numbers < split.share
+    for label, name in enumerate(index.classes):
+        positions = np.flatnonzero(labels == label)
+        if len(positions) < 2:
+            raise DataError(f"{printable(name)}: a single image in this class, and --val-split needs two")
+        order = positions[np.argsort(numbers[positions])]
+        validation[order[0]], validation[order[-1]] = True, False
+    return np.flatnonzero(validation == split.validation)
+
+
 class ArrayDataset:
     """Small images held in memory.
 
     Args:
         images: (N, 32, 32, 3) uint8.
         labels: N integers.
-        flip: whether to mirror half of the training images.
+        default_hflip: probability that a training image is mirrored, if --hflip is not given.
     """
 
     default_size = 32
@@ -103,20 +147,24 @@ class ArrayDataset:
         *,
         mean: tuple[float, ...],
         std: tuple[float, ...],
-        flip: bool,
+        default_hflip: float,
     ) -> None:
         self.images, self.labels, self.classes = images, np.asarray(labels, np.int64), list(classes)
-        self.mean, self.std, self.flip = mean, std, flip
+        self.mean, self.std, self.default_hflip = mean, std, default_hflip
         self.fingerprint = hashlib.sha256(images.tobytes() + self.labels.tobytes()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def training_image(self, index: int, size: int, rng: np.random.RandomState) -> np.ndarray:
-        return random_padded_crop(self.images[index], size, self.flip, rng)
+    def training_image(
+        self, index: int, size: int, rng: np.random.RandomState, augmentation: Augmentation
+    ) -> np.ndarray:
+        return random_padded_crop(self.images[index], size, augmentation.hflip, rng)
 
     def validation_image(self, index: int, size: int) -> np.ndarray:
         return resize(self.images[index], size)
+
+    whole_image = validation_image
 
 
 ImageDataset = Union[ImageFolder, ArrayDataset]
@@ -128,21 +176,38 @@ def preprocessing_of(dataset: ImageDataset | type[ImageFolder], size: int) -> di
 
 
 def open_datasets(
-    root: str | None, *, evaluate: bool, check: Check | None
+    root: str | None, *, evaluate: bool, check: Check | None, val_split: float | None = None
 ) -> tuple[ImageDataset | None, ImageDataset | None]:
     """Return (training, validation) datasets below a folder, or the embedded digits; no training dataset to evaluate.
 
-    check: leaves unreadable images of a folder out. Raises DataError, or UsageError if the classes of the two differ.
+    check: leaves unreadable images of a folder out. val_split: the share of a single folder that is for validation.
+    Raises DataError, or UsageError if the classes of the two differ or --val-split does not fit.
     """
+    if val_split is not None:
+        return _split_folder(root, val_split, evaluate=evaluate, check=check)
     if root is None:
         return None if evaluate else read_digits(training=True), read_digits(training=False)
     if find_cifar10(root):
         return None if evaluate else read_cifar10(root, training=True), read_cifar10(root, training=False)
+    if not os.path.isdir(os.path.join(root, "val")) and not os.path.isdir(os.path.join(root, "train")):
+        raise DataError(
+            f"{printable(root)}: no train/ and val/ in it; if its folders are the classes, use --val-split 0.1"
+        )
     training = None if evaluate else ImageFolder(os.path.join(root, "train"), check)
     validation = ImageFolder(os.path.join(root, "val"), check)
     if training is not None:
         check_same_classes(training.classes, validation.classes, "train/", "val/")
     return training, validation
+
+
+def _split_folder(
+    root: str | None, share: float, *, evaluate: bool, check: Check | None
+) -> tuple[ImageDataset | None, ImageDataset | None]:
+    if root is None or find_cifar10(root) or os.path.isdir(os.path.join(root, "val")):
+        what = "the embedded digits have" if root is None else f"{printable(root)} has"
+        raise UsageError(f"--val-split: {what} validation images already: leave it out")
+    training = None if evaluate else ImageFolder(root, check, Split(validation=False, share=share))
+    return training, ImageFolder(root, check, Split(validation=True, share=share))
 
 
 def check_same_classes(first: Sequence[str], second: Sequence[str], first_name: str, second_name: str) -> None:
@@ -189,7 +254,9 @@ def read_cifar10(root: str, *, training: bool) -> ArrayDataset:
         labels.append(numbers)
     planes = np.concatenate(images).reshape(-1, 3, 32, 32)
     pixels = np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
-    return ArrayDataset(pixels, np.concatenate(labels), CIFAR10_CLASSES, mean=CIFAR10_MEAN, std=CIFAR10_STD, flip=True)
+    return ArrayDataset(
+        pixels, np.concatenate(labels), CIFAR10_CLASSES, mean=CIFAR10_MEAN, std=CIFAR10_STD, default_hflip=0.5
+    )
 
 
 def _read_cifar10_binary(file: IO[bytes]) -> tuple[np.ndarray, np.ndarray]:
@@ -219,4 +286,6 @@ def read_digits(*, training: bool) -> ArrayDataset:
     cells = sheet.reshape(sheet.shape[0] // 8, 8, 60, 8).transpose(0, 2, 1, 3).reshape(-1, 8, 8)[: len(labels)]
     chosen = (np.arange(len(labels)) % 5 == 4) != training
     images = [np.asarray(Image.fromarray(cell).convert("RGB").resize((32, 32), BILINEAR)) for cell in cells[chosen]]
-    return ArrayDataset(np.stack(images), labels[chosen], "0123456789", mean=DIGITS_MEAN, std=DIGITS_STD, flip=False)
+    return ArrayDataset(
+        np.stack(images), labels[chosen], "0123456789", mean=DIGITS_MEAN, std=DIGITS_STD, default_hflip=0.0
+    )

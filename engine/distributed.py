@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import io
 import os
 import pickle
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 from engine.errors import DivergedError, RendezvousError, UsageError, first_line
 from engine.heartbeat import Heartbeat
@@ -71,6 +72,17 @@ class ProcessGroup:
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.all_reduce(torch.zeros(1), group=self.control)
+
+    @contextlib.contextmanager
+    def local_main_first(self) -> Iterator[None]:
+        """A context that the local main process runs through before the other processes of its node enter it."""
+        if self.local_rank != 0:
+            self.barrier()
+        try:
+            yield
+        finally:
+            if self.local_rank == 0:
+                self.barrier()
 
     def any(self, flag: Any) -> bool:
         """Return whether the flag is true on any process; the same on all."""

@@ -8,7 +8,9 @@ import os
 from typing import Sequence
 
 import vgg
+from engine.augmentation import AUTO_AUGMENT, CROP_SCALE
 from engine.cli import OneLineParser, device_list, loss_scale, number
+from engine.views import VIEWS
 
 DEVICES = ["auto", "npu", "gpu", "cuda", "mps", "cpu"]
 DEVICE_HELP = "(default: the first of npu, gpu, mps, cpu that works)"
@@ -60,6 +62,12 @@ def _build_parser() -> OneLineParser:
         help="pixels per side (default: 224; CIFAR-10 and digits: 32)",
     )
     data.add_argument(
+        "--val-split",
+        type=number(float, above=0, below=1),
+        metavar="SHARE",
+        help="for a folder of classes without train/ and val/: the share of images to validate, such as 0.1",
+    )
+    data.add_argument(
         "--bad-images",
         default="error",
         choices=["error", "skip"],
@@ -75,8 +83,12 @@ def _build_parser() -> OneLineParser:
     )
 
     model = parser.add_argument_group("model")
-    model.add_argument("--arch", default="vgg16", choices=vgg.ARCHITECTURES, help=default)
-    model.add_argument("--pretrained", metavar="PATH", help="weights to start from: torchvision's, ModelZoo's or ours")
+    model.add_argument("-a", "--arch", default="vgg16", choices=vgg.ARCHITECTURES, help=default)
+    model.add_argument(
+        "--pretrained",
+        metavar="PATH",
+        help="weights to start from: ours, torchvision's, ModelZoo's, *.safetensors; imagenet: downloads torchvision's",
+    )
     model.add_argument(
         "--freeze-features", action="store_true", help="train the classifier only, on the features of --pretrained"
     )
@@ -131,6 +143,53 @@ def _build_parser() -> OneLineParser:
     train.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=49, help=default)
     train.add_argument("--stop-step-num", type=number(int, 1), metavar="N", help="end cleanly after N steps in all")
 
+    train.add_argument(
+        "--no-bias-decay", action="store_true", help="no weight decay for biases and batch norm (default: for all)"
+    )
+
+    augment = parser.add_argument_group("augmentation")
+    augment.add_argument(
+        "--crop-scale",
+        type=number(float, above=0, at_most=1),
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help=f"random crops of a folder's images: share of the area (default: {CROP_SCALE[0]} {CROP_SCALE[1]:g})",
+    )
+    augment.add_argument(
+        "--train-scale",
+        type=number(int, 32),
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="instead: resize the short side to a random length in pixels, then crop (the paper: 256 512)",
+    )
+    augment.add_argument(
+        "--hflip",
+        type=number(float, 0, 1),
+        metavar="P",
+        help="probability of a horizontal flip (default: 0.5; digits: 0)",
+    )
+    augment.add_argument("--color-shift", action="store_true", help="the paper's random shift of all pixels' color")
+    augment.add_argument(
+        "--auto-augment",
+        choices=list(AUTO_AUGMENT),
+        help="TrivialAugmentWide, RandAugment or AutoAugment (torchvision, torch 2)",
+    )
+    augment.add_argument(
+        "--random-erasing",
+        type=number(float, 0, 1),
+        default=0.0,
+        metavar="P",
+        help="probability that a rectangle is erased (torchvision, torch 2; default: 0)",
+    )
+    for flag, what in (("--mixup", "blend each image with another"), ("--cutmix", "paste a part of another image")):
+        augment.add_argument(
+            flag,
+            type=number(float, 0),
+            default=0.0,
+            metavar="ALPHA",
+            help=f"{what}; training accuracy is then of the larger part (torchvision, torch 2; default: 0, off)",
+        )
+
     run = parser.add_argument_group("evaluating, resuming, recording")
     run.add_argument(
         "-e",
@@ -138,8 +197,24 @@ def _build_parser() -> OneLineParser:
         "--evaluate",
         dest="evaluate",
         action="store_true",
-        help="evaluate the weights of --resume or --pretrained and exit",
+        help="evaluate the weights of --resume or --pretrained, write metrics.json to --output-dir and exit",
     )
+    run.add_argument(
+        "--eval-view",
+        default="center",
+        choices=VIEWS,
+        help="with -e, as in the VGG paper: the center crop; ten crops; all positions of the whole image (their logits "
+        "are averaged); 50 crops per scale. Softmax outputs are averaged over crops, scales and mirror images "
+        f"{default}",
+    )
+    run.add_argument(
+        "--eval-scales",
+        type=number(int, 32),
+        nargs="+",
+        metavar="Q",
+        help="with -e: short sides of the images in pixels, such as 256 384 512 (default: 256/224 of --image-size)",
+    )
+    run.add_argument("--predictions", metavar="FILE.csv", help="with -e: also write the predictions for each image")
     run.add_argument("--report", metavar="DIR", help="with -e: also write an evaluation page, DIR/index.html")
     run.add_argument(
         "--eval-freq",
@@ -255,17 +330,28 @@ def _build_parser() -> OneLineParser:
 def _check_combinations(parser: OneLineParser, args: argparse.Namespace) -> None:
     if args.evaluate and not (args.resume or args.pretrained):
         parser.error("--evaluate requires weights: --resume PATH or --pretrained PATH")
-    if args.report and not args.evaluate:
-        parser.error("--report requires --evaluate")
+    for flag, given in (
+        ("--report", args.report),
+        ("--predictions", args.predictions),
+        ("--eval-view", args.eval_view != "center"),
+        ("--eval-scales", args.eval_scales),
+    ):
+        if given and not args.evaluate:
+            parser.error(f"{flag} requires --evaluate")
+    if args.crop_scale and args.train_scale:
+        parser.error("--crop-scale cannot be combined with --train-scale: give one of them")
+    for flag, bounds in (("--crop-scale", args.crop_scale), ("--train-scale", args.train_scale)):
+        if bounds and bounds[0] > bounds[1]:
+            parser.error(f"{flag}: MIN must be at most MAX, got {bounds[0]} {bounds[1]}")
     if args.freeze_features and not (args.pretrained or args.resume):
         parser.error("--freeze-features requires --pretrained PATH: without it the features are random")
-    if args.dummy and (args.data or args.evaluate):
-        parser.error("--dummy cannot be combined with --data or --evaluate: leave one of them out")
+    if args.dummy and (args.data or args.evaluate or args.val_split):
+        parser.error("--dummy cannot be combined with --data, --val-split or --evaluate: leave one of them out")
     if args.resume and args.auto_resume:
         parser.error("--resume cannot be combined with --auto-resume: give one of them")
     for flag, path in (("--resume", args.resume), ("--pretrained", args.pretrained)):
         reads = args.rank <= 0 and os.environ.get("RANK", "0") == "0"  # only rank 0 does
-        if path and reads and not os.path.isfile(path):
+        if path and reads and not os.path.isfile(path) and (flag, path) != ("--pretrained", "imagenet"):
             parser.error(f"{flag} {path}: no such file")
     if args.data and not os.path.isdir(args.data):
         parser.error(f"--data {args.data}: no such folder")

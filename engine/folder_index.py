@@ -48,9 +48,12 @@ class FolderIndex:
         self.fingerprint: str = header["fingerprint"]
         self.unreadable: list[list[str]] = header["bad"]
 
+    def name(self, index: int) -> bytes:
+        """Return the path of an image relative to the folder."""
+        return self._names[self._offsets[index] : self._offsets[index + 1]].tobytes()
+
     def path(self, index: int) -> str:
-        name = self._names[self._offsets[index] : self._offsets[index + 1]].tobytes()
-        return os.fsdecode(os.path.join(self.root, name))
+        return os.fsdecode(os.path.join(self.root, self.name(index)))
 
 
 def open_index(root: str, check: Check | None = None) -> FolderIndex:

@@ -11,19 +11,21 @@ import signal
 import sys
 import time
 import warnings
-from typing import Any, Iterator, Tuple, Union
+from typing import Any, Iterator, Sequence, Tuple, Union
 
+from engine.augmentation import Augmentation
 from engine.datasets import ImageDataset
 from engine.errors import LoaderWorkerError, UserError, first_line
 from engine.sampler import ResumableBatchSampler, seed_augmentation
 from engine.signals import ignore_stop_signals, sigterm_blocked
+from engine.views import SizeGroups
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
-# (N, S, S, 3) uint8 images, (N,) int64 targets, (N,) int64 indices into the dataset
-Batch = Tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+# (N, S, S, 3) uint8 images, or whole images by size; (N,) int64 targets, (N,) int64 indices into the dataset
+Batch = Tuple[Any, torch.Tensor, torch.Tensor]
 KEPT_BUFFERS = 3  # DataLoader asks a worker for batch n as it hands out n - 2, and n - 3 is on the device by then
 
 
@@ -31,23 +33,30 @@ class BatchDataset:
     """Whole batches of a dataset: `batches[epoch, indices]` is a Batch.
 
     Errors are returned in place of the batch, because DataLoader raises an exception again as text.
+
+    Args:
+        size: pixels per side.
+        augmentation: of training images; None for validation images.
+        scales: if given, batches hold whole images with each of these short sides (ViewAverage makes views of them).
     """
 
-    def __init__(self, dataset: ImageDataset, *, size: int, training: bool, seed: int = 0) -> None:
-        self.dataset, self.size, self.training, self.seed = dataset, size, training, seed
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        *,
+        size: int,
+        augmentation: Augmentation | None = None,
+        scales: Sequence[int] = (),
+        seed: int = 0,
+    ) -> None:
+        self.dataset, self.size, self.augmentation, self.scales, self.seed = dataset, size, augmentation, scales, seed
         self.rng = np.random.RandomState()
         self.buffers: list[torch.Tensor] = []
 
     def __getitem__(self, request: tuple[int, np.ndarray]) -> Batch | UserError:
         epoch, indices = request
         try:
-            images = self._allocate(len(indices))
-            for image, index in zip(images.numpy(), indices):
-                if self.training:
-                    rng = seed_augmentation(self.rng, self.seed, epoch, index)
-                    image[...] = self.dataset.training_image(index, self.size, rng)
-                else:
-                    image[...] = self.dataset.validation_image(index, self.size)
+            images = self._whole_images(indices) if self.scales else self._images(epoch, indices)
             targets, indices_tensor = torch.from_numpy(self.dataset.labels[indices]), torch.as_tensor(indices)
             if get_worker_info() is not None:
                 # DataLoader would do this in a thread whose errors are lost: with /dev/shm full, the run would hang.
@@ -55,6 +64,34 @@ class BatchDataset:
             return images, targets, indices_tensor
         except UserError as error:
             return error
+
+    def _images(self, epoch: int, indices: np.ndarray) -> torch.Tensor:
+        """Return (N, S, S, 3) uint8."""
+        images = self._allocate(len(indices))
+        for image, index in zip(images.numpy(), indices):
+            if self.augmentation is None:
+                image[...] = self.dataset.validation_image(index, self.size)
+            else:
+                rng = seed_augmentation(self.rng, self.seed, epoch, index)
+                crop = self.dataset.training_image(index, self.size, rng, self.augmentation)
+                image[...] = self.augmentation.vary(crop, rng)
+        return images
+
+    def _whole_images(self, indices: np.ndarray) -> SizeGroups:
+        """Return each image at each scale, those of one size together."""
+        groups: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
+        for position, index in enumerate(indices):
+            for scale in self.scales:
+                image = self.dataset.whole_image(index, scale)
+                groups.setdefault(image.shape, []).append((position, image))
+        share = _share if get_worker_info() is not None else lambda tensor: tensor
+        return [
+            (
+                share(torch.tensor([position for position, _ in group])),
+                share(torch.from_numpy(np.stack([image for _, image in group]))),
+            )
+            for group in groups.values()
+        ]
 
     def _allocate(self, count: int) -> torch.Tensor:
         """Return memory for `count` images; in a worker, shared memory that is used again for every third batch.
@@ -95,17 +132,18 @@ class BatchLoader:
         self,
         dataset: ImageDataset,
         sampler: ResumableBatchSampler,
-        *,
         size: int,
-        training: bool,
-        seed: int,
+        *,
+        augmentation: Augmentation | None = None,
+        scales: Sequence[int] = (),
+        seed: int = 0,
         options: dict[str, Any],
     ) -> None:
         self.sampler = sampler
         self.workers: list[Any] = []
         warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: the user's choice
         self.loader: DataLoader = DataLoader(
-            BatchDataset(dataset, size=size, training=training, seed=seed),  # type: ignore[arg-type]
+            BatchDataset(dataset, size=size, augmentation=augmentation, scales=scales, seed=seed),  # type: ignore[arg-type]
             batch_size=None,
             sampler=sampler,  # type: ignore[arg-type]
             collate_fn=_unchanged,
@@ -149,7 +187,7 @@ class SyntheticLoader:
 
     def __init__(self, sampler: ResumableBatchSampler, size: int, device: torch.device) -> None:
         self.sampler = sampler
-        count = sampler.local_batch
+        count = sampler.local_batch + sampler.with_previous
         images = torch.randint(0, 256, (count, size, size, 3), device=device).byte()
         self.batch = images, torch.randint(0, 1000, (count,), device=device), torch.arange(count)
 

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 
 
 def cross_entropy(logits: torch.Tensor, target: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
-    """Mean loss in fp32. logits: (N, classes); target: (N,) int64.
+    """Mean loss in fp32. logits: (N, classes); target: (N,) int64, or (N, classes) probabilities of mixed images.
 
     Label smoothing as in Szegedy et al., arXiv:1512.00567, section 7; F.cross_entropy has it only since torch 1.10.
     """
     log_probabilities = F.log_softmax(logits.float(), dim=1)
-    loss = F.nll_loss(log_probabilities, target)
+    mixed = target.dim() == 2
+    loss = -(target * log_probabilities).sum(1).mean() if mixed else F.nll_loss(log_probabilities, target)
     if label_smoothing:
         loss = (1 - label_smoothing) * loss - label_smoothing * log_probabilities.mean()
     return loss
@@ -66,7 +67,11 @@ class AccuracyCounter:
         self.loss_sum = torch.zeros((), dtype=torch.float32, device=device)
 
     def update(self, loss_sum: torch.Tensor, logits: torch.Tensor, target: torch.Tensor) -> None:
-        """Count a batch. loss_sum: () summed over its images; logits: (N, classes); target: (N,) int64."""
+        """Count a batch. loss_sum: () summed over its images; logits: (N, classes); target: (N,) int64.
+
+        The target of mixed images, (N, classes), counts as its largest part.
+        """
+        target = target.argmax(1) if target.dim() == 2 else target
         top5 = logits.detach().topk(min(5, logits.shape[1]), dim=1)[1]
         correct = top5.eq(target.unsqueeze(1))
         images = torch.full_like(self.counts[0], len(target))
@@ -85,18 +90,31 @@ class AccuracyCounter:
 
 
 class Predictions:
-    """The predicted class of each image of a dataset, and its probability."""
+    """The top-5 predicted classes of each image of a dataset, and their probabilities.
 
-    def __init__(self, count: int) -> None:
-        self.predicted = np.full(count, -1, np.int64)  # -1: not evaluated, or by another process
-        self.confidence = np.zeros(count, np.float32)
+    Attributes:
+        top5: (count, 5) int64, or fewer columns if there are fewer classes; -1 where an image was not evaluated, or by
+            another process.
+        probabilities: float32, of the same shape.
+    """
+
+    def __init__(self, count: int, classes: int) -> None:
+        self.top5 = np.full((count, min(5, classes)), -1, np.int64)
+        self.probabilities = np.zeros((count, min(5, classes)), np.float32)
+
+    @property
+    def predicted(self) -> np.ndarray:
+        return self.top5[:, 0]
+
+    @property
+    def confidence(self) -> np.ndarray:
+        return self.probabilities[:, 0]
 
     def update(self, indices: torch.Tensor, logits: torch.Tensor) -> None:
         """Record a batch. indices: (N,) int64 into the dataset; logits: (N, classes). A synchronization."""
-        predicted = logits.topk(min(5, logits.shape[1]), dim=1)[1][:, :1]  # by topk, as AccuracyCounter counts
-        confidence = logits.float().softmax(1).gather(1, predicted)
-        self.predicted[indices.numpy()] = predicted[:, 0].cpu().numpy()
-        self.confidence[indices.numpy()] = confidence[:, 0].cpu().numpy()
+        top5 = logits.topk(self.top5.shape[1], dim=1)[1]  # by topk of the logits, as AccuracyCounter counts
+        self.top5[indices.numpy()] = top5.cpu().numpy()
+        self.probabilities[indices.numpy()] = logits.float().softmax(1).gather(1, top5).cpu().numpy()
 
 
 class Throughput:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the flags mean on this machine: device, precision, processes, output folders. Settled before anything starts."""
+"""What the flags mean: on this machine (settled before anything starts), and for the data that was found."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import argparse
 import importlib.util
 import os
 import tempfile
+from typing import Any
 
 from engine import device, precision
+from engine.augmentation import CROP_SCALE, Augmentation, require_torchvision
+from engine.datasets import ImageDataset, ImageFolder
 from engine.errors import UsageError
 from engine.launcher import Topology, resolve_topology, under_torchrun
+from engine.transforms import default_scale
 
 
-def resolve(args: argparse.Namespace) -> Topology:
+def resolve_flags(args: argparse.Namespace) -> Topology:
     """Add to the flags what depends on this machine: device, precision, processes. Returns the topology."""
     args.device, count = device.resolve_device(args.device)
     one_device = not (args.multiprocessing_distributed or under_torchrun())
@@ -54,6 +58,9 @@ def resolve(args: argparse.Namespace) -> Topology:
         )
     if args.workers is None:
         args.workers = device.default_workers(args.device, args.processes)
+    for name in ("auto_augment", "random_erasing", "mixup", "cutmix"):
+        if getattr(args, name):
+            require_torchvision(f"--{name.replace('_', '-')}")
     if args.report and importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--report requires matplotlib: pip install matplotlib")
     return topology
@@ -66,3 +73,68 @@ def make_output_folder(flag: str, folder: str) -> None:
             pass
     except OSError as error:
         raise UsageError(f"{flag} {folder}: cannot write there ({error.strerror})") from error
+
+
+# Flags that may differ between nodes.
+PER_NODE = {"data", "workers", "output_dir", "resume", "gpu", "device_list", "rank", "addr", "dist_url"}
+
+
+def shared_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """Return {flag: value} of the flags that must be the same on every node."""
+    return {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in PER_NODE}
+
+
+# --- for the data that was found --------------------------------------------------------------------------------------
+
+# Flags that change the pixels of training images.
+AUGMENTATION = ["crop_scale", "train_scale", "hflip", "color_shift"]
+AUGMENTATION += ["auto_augment", "random_erasing", "mixup", "cutmix"]
+
+
+def resolve_hflip(args: argparse.Namespace, dataset: ImageDataset) -> float:
+    """Return the probability that an image is mirrored: --hflip, else the dataset's."""
+    return dataset.default_hflip if args.hflip is None else args.hflip
+
+
+def resolve_augmentation(args: argparse.Namespace, dataset: ImageDataset) -> Augmentation:
+    """Return what training does to each image. Raises UsageError if the flags do not fit the data or this torch."""
+    if not isinstance(dataset, ImageFolder) and (args.crop_scale or args.train_scale):
+        raise UsageError("--crop-scale and --train-scale are for folders of images: leave them out")
+    if args.train_scale and args.train_scale[0] < args.image_size:
+        raise UsageError(
+            f"--train-scale must be at least the crop, --image-size {args.image_size}, got {args.train_scale[0]}"
+        )
+    return Augmentation(
+        crop_scale=args.crop_scale or CROP_SCALE,
+        train_scale=args.train_scale,
+        hflip=resolve_hflip(args, dataset),
+        color_shift=args.color_shift,
+        auto_augment=args.auto_augment,
+        random_erasing=args.random_erasing,
+        fill=tuple(round(255 * mean) for mean in dataset.mean),
+    )
+
+
+def resolve_scales(args: argparse.Namespace, dataset: ImageDataset) -> list[int]:
+    """Return the short sides of the whole images that an evaluation's views are taken from; none for the default."""
+    if not args.eval_scales and args.eval_view == "center":
+        return []
+    scales = args.eval_scales or [default_scale(args.image_size) if dataset.center_crop else args.image_size]
+    if min(scales) < args.image_size:
+        raise UsageError(f"--eval-scales must be at least the crop, --image-size {args.image_size}, got {min(scales)}")
+    return scales
+
+
+def resolve_identity(args: argparse.Namespace, train_set: ImageDataset | None) -> dict[str, Any]:
+    """Return what must be the same to continue within an epoch."""
+    identity = {
+        "seed": args.seed,
+        "global batch": args.batch_size * args.nodes * args.accum_steps,
+        "data": train_set.fingerprint if train_set is not None else "dummy",
+        "image size": args.image_size,
+    }
+    flags = [(name, getattr(args, name)) for name in AUGMENTATION]
+    given = [f"{name} {value}" for name, value in flags if (value if name != "hflip" else value is not None)]
+    if given:  # older checkpoints have no entry
+        identity["augmentation"] = ", ".join(given)
+    return identity

@@ -8,14 +8,15 @@ import json
 import os
 import platform
 import subprocess
-from typing import Any
+from typing import Any, Sequence
 
 from engine.accelerator import Accelerator
 from engine.datasets import EMBEDDED, ImageDataset
 from engine.distributed import ProcessGroup
 from engine.logger import Logger
-from engine.transforms import decoder_name
+from engine.transforms import decoder_name, printable
 
+import numpy as np
 import torch
 
 
@@ -35,6 +36,10 @@ def log_run_info(
     source = "synthetic" if args.dummy else args.data or f"{EMBEDDED} (no --data given)"
     sizes = ", ".join(counts) or f"{args.dummy:,} images"
     logger.line(f"=> data: {source}, {sizes}, {args.image_size} pixels per side")
+    if train_set is not None:
+        logger.line(f"=> {describe_balance(train_set.classes, train_set.labels)}")
+        if args.mixup or args.cutmix:
+            logger.line("=> images are mixed: the training accuracy is that of the larger part of each")
     unreadable = [image for dataset in datasets.values() if dataset is not None for image in dataset.unreadable]
     if unreadable:
         path = os.path.join(args.output_dir, "bad_images.txt")
@@ -52,6 +57,18 @@ def log_run_info(
         with open(os.path.join(args.output_dir, "args.json"), "w") as file:
             json.dump(record, file, indent=2, sort_keys=True)
             file.write("\n")
+
+
+def describe_balance(classes: Sequence[str], labels: np.ndarray) -> str:
+    """Return the number of classes, and the smallest and the largest of them."""
+    counts = np.bincount(labels, minlength=len(classes))
+    smallest, largest = int(counts.argmin()), int(counts.argmax())
+    if counts[smallest] == counts[largest]:
+        return f"{len(classes):,} classes of {counts[largest]:,} training images each"
+    return (
+        f"{len(classes):,} classes: the smallest, {printable(classes[smallest])}, has {counts[smallest]:,} training "
+        f"images, the largest, {printable(classes[largest])}, {counts[largest]:,}"
+    )
 
 
 def versions(accelerator: Accelerator) -> dict[str, Any]:

@@ -32,6 +32,8 @@ class ResumableBatchSampler:
         local_batch: images per batch of this process.
         accum_steps: batches per optimizer step.
         start: (epoch, step) to begin at.
+        with_previous: put the image before the slice in front of each batch, for BatchMixer. Before the first of a
+            global batch comes its last.
     """
 
     def __init__(
@@ -46,9 +48,11 @@ class ResumableBatchSampler:
         seed: int = 0,
         epochs: int = 1,
         start: tuple[int, int] = (0, 0),
+        with_previous: bool = False,
     ) -> None:
         self.count, self.local_batch, self.rank, self.world_size = count, local_batch, rank, world_size
         self.shuffle, self.accum_steps, self.seed, self.epochs, self.start = shuffle, accum_steps, seed, epochs, start
+        self.with_previous = with_previous
         self.global_batch = local_batch * world_size
         self.step_images = self.global_batch * accum_steps
         self.steps_per_epoch = count // self.step_images if shuffle else -(-count // self.step_images)
@@ -59,5 +63,9 @@ class ResumableBatchSampler:
             order = permutation(self.seed, epoch, self.count) if self.shuffle else np.arange(self.count)
             for batch in range(step * self.accum_steps, self.steps_per_epoch * self.accum_steps):
                 first = (batch * self.world_size + self.rank) * self.local_batch
-                yield epoch, order[first : first + self.local_batch]
+                indices = order[first : first + self.local_batch]
+                if self.with_previous:
+                    previous = first - 1 if self.rank else first - 1 + self.global_batch
+                    indices = np.concatenate([order[previous : previous + 1], indices])
+                yield epoch, indices
             epoch, step = epoch + 1, 0

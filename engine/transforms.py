@@ -12,6 +12,7 @@ import os
 import warnings
 from typing import IO, Any
 
+from engine.augmentation import Augmentation
 from engine.versions import TORCH
 
 import numpy as np
@@ -24,8 +25,7 @@ try:
 except ImportError:
     simplejpeg = None
 
-CROP_SCALE, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of RandomResizedCrop: share of the area, width / height
-FLIP_PROBABILITY = 0.5
+CROP_RATIO = (3 / 4, 4 / 3)  # of RandomResizedCrop: width / height
 RESIZE_TO_CROP = 256 / 224  # validation resizes the short side to 256 for a crop of 224
 PADDING = 4  # pixels around CIFAR-10's images and the digits
 MAX_PIXELS = 178956970  # Pillow, too, calls more than this a decompression bomb
@@ -82,17 +82,24 @@ def reason_of(error: Exception) -> str:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def random_resized_crop(content: bytes, size: int, rng: np.random.RandomState) -> np.ndarray:
-    """Decode a file and return a random crop of it, resized to (size, size, 3) and mirrored half the time.
+def random_resized_crop(
+    content: bytes, size: int, rng: np.random.RandomState, augmentation: Augmentation
+) -> np.ndarray:
+    """Decode a file and return a random crop of it, resized to (size, size, 3) and perhaps mirrored.
 
-    Szegedy et al., arXiv:1409.4842, as torchvision's RandomResizedCrop and RandomHorizontalFlip. A JPEG is decoded at
-    1/2, 1/4 or 1/8 of its size if the crop is at least that many times larger than the output.
+    Szegedy et al., arXiv:1409.4842, as torchvision's RandomResizedCrop and RandomHorizontalFlip, or the VGG paper's
+    scale jitter. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the crop is at least that many times larger than
+    the output.
     """
     image, shape = None, _jpeg_shape(content)
     if shape is None:
         image = open_image(io.BytesIO(content))
         shape = image.size
-    box, flip = random_crop_box(shape[0], shape[1], rng), rng.random_sample() < FLIP_PROBABILITY
+    if augmentation.train_scale:
+        box = random_scale_box(shape[0], shape[1], size, augmentation.train_scale, rng)
+    else:
+        box = random_crop_box(shape[0], shape[1], augmentation.crop_scale, rng)
+    flip = rng.random_sample() < augmentation.hflip
     shrink = 1
     while shrink < 8 and min(box[2] - box[0], box[3] - box[1]) >= 2 * shrink * size:
         shrink *= 2
@@ -122,11 +129,13 @@ def _jpeg_shape(content: bytes) -> tuple[int, int] | None:
     return (width, height) if colorspace in ("YCbCr", "Gray") and width * height <= MAX_PIXELS else None
 
 
-def random_crop_box(width: int, height: int, rng: np.random.RandomState) -> tuple[int, int, int, int]:
+def random_crop_box(
+    width: int, height: int, scale: tuple[float, float], rng: np.random.RandomState
+) -> tuple[int, int, int, int]:
     """Return the box (left, top, right, bottom) in pixels, drawn like torchvision's RandomResizedCrop."""
     area = width * height
     for _ in range(10):
-        crop_area = area * rng.uniform(*CROP_SCALE)
+        crop_area = area * rng.uniform(*scale)
         ratio = math.exp(rng.uniform(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])))
         w, h = int(round(math.sqrt(crop_area * ratio))), int(round(math.sqrt(crop_area / ratio)))
         if 0 < w <= width and 0 < h <= height:
@@ -137,6 +146,19 @@ def random_crop_box(width: int, height: int, rng: np.random.RandomState) -> tupl
     h = min(height, int(round(width / CROP_RATIO[0])))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
+
+
+def random_scale_box(
+    width: int, height: int, size: int, scale: tuple[int, int], rng: np.random.RandomState
+) -> tuple[int, int, int, int]:
+    """Return the box, in the pixels of the original, of a random crop of `size` after its short side was resized.
+
+    scale: the smallest and largest length of the short side, which is drawn.
+    """
+    short_side = rng.randint(scale[0], scale[1] + 1)
+    side = max(1, int(round(min(width, height) * size / short_side)))
+    left, top = rng.randint(0, width - side + 1), rng.randint(0, height - side + 1)
+    return left, top, left + side, top + side
 
 
 def _pillow_resize_crop(image: Any, box: tuple[float, ...], size: int, flip: bool) -> np.ndarray:
@@ -159,8 +181,8 @@ def _torch_resize_crop(pixels: np.ndarray, box: tuple[int, ...], size: int, flip
 resize_crop = _torch_resize_crop if TORCH >= (2, 1) else _pillow_resize_crop  # older torch resizes no uint8
 
 
-def random_padded_crop(image: np.ndarray, size: int, flip: bool, rng: np.random.RandomState) -> np.ndarray:
-    """Pad a small image with black, crop it at random, mirror it half the time if `flip`, resize to (size, size, 3).
+def random_padded_crop(image: np.ndarray, size: int, hflip: float, rng: np.random.RandomState) -> np.ndarray:
+    """Pad a small image with black, crop it at random, mirror it with a probability, resize to (size, size, 3).
 
     Lee et al., "Deeply-Supervised Nets", arXiv:1409.5185.
     """
@@ -168,7 +190,7 @@ def random_padded_crop(image: np.ndarray, size: int, flip: bool, rng: np.random.
     padded = np.pad(image, ((PADDING, PADDING), (PADDING, PADDING), (0, 0)), "constant")
     top, left = rng.randint(0, 2 * PADDING + 1, 2)
     crop = padded[top : top + height, left : left + width]
-    if flip and rng.random_sample() < FLIP_PROBABILITY:
+    if hflip and rng.random_sample() < hflip:
         crop = crop[:, ::-1]
     return resize(crop, size)
 
@@ -178,16 +200,24 @@ def random_padded_crop(image: np.ndarray, size: int, flip: bool, rng: np.random.
 
 def resize_center_crop(image: Image.Image, size: int) -> np.ndarray:
     """Return (size, size, 3): torchvision's Resize(round(size · 256 / 224)) and CenterCrop(size), bit for bit."""
-    short_side = round(size * RESIZE_TO_CROP)
+    image = resize_short_side(image, default_scale(size))
+    left, top = int(round((image.width - size) / 2.0)), int(round((image.height - size) / 2.0))
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def default_scale(size: int) -> int:
+    """Return the short side, in pixels, of the image that a crop of `size` is taken from."""
+    return round(size * RESIZE_TO_CROP)
+
+
+def resize_short_side(image: Image.Image, short_side: int) -> Image.Image:
+    """Resize an image as torchvision's Resize(short_side)."""
     width, height = image.size
     if width <= height:
         resized = short_side, int(short_side * height / width)
     else:
         resized = int(short_side * width / height), short_side
-    if resized != image.size:
-        image = image.resize(resized, BILINEAR)
-    left, top = int(round((resized[0] - size) / 2.0)), int(round((resized[1] - size) / 2.0))
-    return np.asarray(image.crop((left, top, left + size, top + size)))
+    return image.resize(resized, BILINEAR) if resized != image.size else image
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:

@@ -29,17 +29,30 @@ digits = read_digits(training=False)
 torch.manual_seed(0)
 network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10)).eval()
 normalize = accelerator.normalizer(digits.mean, digits.std)
+
+
+def predict(images: torch.Tensor) -> torch.Tensor:
+    return network(normalize(images))
+
+
 with torch.no_grad():
     logits = [network(normalize(torch.as_tensor(digits.images[index : index + 1]))) for index in range(40)]
 for count in range(1, 41):
     dataset = ArrayDataset(
-        digits.images[:count], digits.labels[:count], digits.classes, mean=digits.mean, std=digits.std, flip=False
+        digits.images[:count],
+        digits.labels[:count],
+        digits.classes,
+        mean=digits.mean,
+        std=digits.std,
+        default_hflip=0.0,
     )
     top1 = sum(int(logits[index].argmax()) == dataset.labels[index] for index in range(count))
     top5 = sum(int(dataset.labels[index]) in logits[index].topk(5)[1][0].tolist() for index in range(count))
     sampler = ResumableBatchSampler(count, 1 + count % 7, rank=group.rank, world_size=group.world_size, shuffle=False)
-    loader = BatchLoader(dataset, sampler, size=32, training=False, seed=0, options={})
-    totals = main.validate(runtime, network, normalize, loader, state=TrainState(), print_freq=1000)
+    loader = BatchLoader(dataset, sampler, 32, options={})
+    totals = main.validate(
+        runtime, network, lambda images: network(normalize(images)), loader, state=TrainState(), print_freq=1000
+    )
     assert totals is not None and totals[:3] == (count, top1, top5), (count, group.world_size, totals, top1, top5)
 group.close()
 exit_process(0)

@@ -4,6 +4,7 @@
 import os
 import pickle
 
+from engine.augmentation import Augmentation
 from engine.datasets import ImageFolder, check_same_classes, open_datasets, read_cifar10, read_digits
 from engine.errors import DataError, ImageError, UsageError
 from helpers.images import make_folder, write_cifar10
@@ -22,7 +23,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(ImageError, match="图 片/x.jpg.*--bad-images skip"):
         dataset.validation_image(0, 32)
     with pytest.raises(ImageError, match="图 片/x.jpg.*--bad-images skip"):
-        dataset.training_image(0, 32, np.random.RandomState(0))
+        dataset.training_image(0, 32, np.random.RandomState(0), Augmentation())
     os.remove(dataset.path(0))
     with pytest.raises(ImageError, match="x.jpg.*No such file"):
         dataset.validation_image(0, 32)
@@ -121,7 +122,10 @@ def test_digits_are_never_mirrored():
     image = dataset.images[0]
     padded = np.pad(image, ((4, 4), (4, 4), (0, 0)), "constant")
     crops = {padded[top : top + 32, left : left + 32].tobytes() for top in range(9) for left in range(9)}
-    assert all(dataset.training_image(0, 32, rng).tobytes() in crops for _ in range(50))
+    assert all(
+        dataset.training_image(0, 32, rng, Augmentation(hflip=dataset.default_hflip)).tobytes() in crops
+        for _ in range(50)
+    )
     assert np.array_equal(dataset.validation_image(0, 32), image)
     resized = np.asarray(Image.fromarray(image).resize((48, 48), Image.BILINEAR))
     assert np.array_equal(dataset.validation_image(0, 48), resized)

@@ -9,7 +9,7 @@ from typing import Any
 from engine import device
 from engine.errors import DeviceUnavailableError
 from engine.flags import parse_args
-from engine.resolve import resolve
+from engine.resolve import resolve_flags
 from engine.versions import TORCH
 from helpers.program import run_python
 
@@ -23,10 +23,10 @@ from helpers import npu_backend
 npu_backend.register(bf16=sys.argv[1] == "bf16")
 from engine.errors import UserError
 from engine.flags import parse_args
-from engine.resolve import resolve
+from engine.resolve import resolve_flags
 args = parse_args(sys.argv[2:])
 try:
-    resolve(args)
+    resolve_flags(args)
     print(args.device, args.device_list, args.dist_backend, args.precision, args.processes)
 except UserError as error:
     print(error)
@@ -96,7 +96,7 @@ def test_a_device_that_does_not_exist_is_named(given: list[int] | None, gpu: int
 
 def test_a_cpu_takes_any_number_of_processes() -> None:
     args = parse_args(["--device", "cpu", "--multiprocessing-distributed", "--device-list", "0,1,2", "-b", "6"])
-    topology = resolve(args)
+    topology = resolve_flags(args)
     assert (args.device, args.device_list, args.dist_backend, args.precision) == ("cpu", [0, 1, 2], "gloo", "fp32")
     assert args.processes == topology.processes == 3
     assert topology.spawn
@@ -115,7 +115,7 @@ def test_missing_hardware_is_refused_in_one_line() -> None:
     for name, may_work in (("npu", has_npu), ("gpu", torch.cuda.is_available())):
         if not may_work:
             with pytest.raises(DeviceUnavailableError, match=f"no {name.upper()}") as refusal:
-                resolve(parse_args(["--device", name]))
+                resolve_flags(parse_args(["--device", name]))
             assert len(str(refusal.value).splitlines()) == 1
             assert "another --device" in str(refusal.value)
 
@@ -147,10 +147,10 @@ def test_a_flag_that_needs_a_newer_torch_is_refused(flags: list[str], version: t
     args = parse_args(["--device", "cpu", *flags])
     if version > TORCH:
         with pytest.raises(DeviceUnavailableError, match=message):
-            resolve(args)
+            resolve_flags(args)
         return
     try:
-        resolve(args)
+        resolve_flags(args)
     except DeviceUnavailableError as refusal:  # a compiler may be missing
         assert "requires torch" not in str(refusal)
 

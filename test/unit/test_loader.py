@@ -9,6 +9,7 @@ import sys
 import traceback
 
 from engine.accelerator import Accelerator
+from engine.augmentation import Augmentation
 from engine.datasets import ImageFolder
 from engine.errors import EXIT_FAILURE, ImageError, LoaderWorkerError
 from engine.loader import BatchDataset, BatchLoader, watch_workers
@@ -37,7 +38,8 @@ def make_loader(dataset, local_batch, workers, *, training, seed=0, rank=0, worl
         len(dataset), local_batch, rank=rank, world_size=world_size, shuffle=shuffle, seed=seed, epochs=epochs
     )
     options = Accelerator("cpu").loader_options(workers)
-    return BatchLoader(dataset, sampler, size=48, training=training, seed=seed, options=options)
+    augmentation = Augmentation() if training else None
+    return BatchLoader(dataset, sampler, 48, augmentation=augmentation, seed=seed, options=options)
 
 
 def read(loader):
@@ -71,7 +73,7 @@ def test_training_images_are_augmented_by_seed_epoch_and_index(dataset):
     for number, (images, _, indices) in enumerate(read(loader)):
         for image, index in zip(images.numpy(), indices.tolist()):
             rng = seed_augmentation(np.random.RandomState(), 3, number // 2, index)
-            assert np.array_equal(image, dataset.training_image(index, 48, rng)), (number, index)
+            assert np.array_equal(image, dataset.training_image(index, 48, rng, Augmentation())), (number, index)
 
 
 def test_pixels_do_not_depend_on_the_number_of_workers_or_on_the_batch_size(dataset):
@@ -84,7 +86,7 @@ def test_pixels_do_not_depend_on_the_number_of_workers_or_on_the_batch_size(data
         for ours, theirs in zip(pixels(workers, local_batch), expected):
             assert torch.equal(ours, theirs), (workers, local_batch)
     index = expected[2][:1].numpy()
-    (other, _, _) = BatchDataset(dataset, size=48, training=True, seed=4)[0, index]
+    (other, _, _) = BatchDataset(dataset, size=48, augmentation=Augmentation(), seed=4)[0, index]
     assert not torch.equal(other, expected[0][:1])
 
 
@@ -102,7 +104,9 @@ def test_an_unreadable_image_is_an_error_that_names_it(tmp_path, workers, traini
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.jpg").write_bytes(b"no image")
     dataset = ImageFolder(str(tmp_path))
-    assert isinstance(BatchDataset(dataset, size=48, training=training)[0, np.array([0])], ImageError)
+    assert isinstance(
+        BatchDataset(dataset, size=48, augmentation=Augmentation() if training else None)[0, np.array([0])], ImageError
+    )
     with pytest.raises(ImageError, match="x.jpg.*--bad-images skip") as caught:
         read(make_loader(dataset, 1, workers, training=training))
     traceback.clear_frames(caught.tb)  # ends the workers now, not in some later garbage collection
@@ -114,6 +118,7 @@ def test_an_unreadable_image_is_an_error_that_names_it(tmp_path, workers, traini
 START = """
 import os, signal, sys
 from engine.accelerator import Accelerator
+from engine.augmentation import Augmentation
 from engine.datasets import ImageFolder
 from engine.errors import run_script
 from engine.loader import BatchLoader, watch_workers
@@ -121,7 +126,9 @@ from engine.sampler import ResumableBatchSampler
 
 dataset = ImageFolder(sys.argv[1])
 sampler = ResumableBatchSampler(len(dataset), 2, rank=0, world_size=1, shuffle=True, epochs=100)
-loader = BatchLoader(dataset, sampler, size=48, training=True, seed=0, options=Accelerator("cpu").loader_options(2))
+loader = BatchLoader(
+    dataset, sampler, 48, augmentation=Augmentation(), options=Accelerator("cpu").loader_options(2)
+)
 batches = iter(loader)
 for _ in range(3):
     next(batches)

@@ -95,7 +95,7 @@ def test_predictions_are_the_ones_that_accuracy_counts() -> None:
     logits = batch(40, 6)[0].round()
     target = batch(40, 6, seed=1)[1]
     indices = torch.randperm(40, generator=torch.Generator().manual_seed(2))
-    predictions, counter = Predictions(50), AccuracyCounter(CPU)
+    predictions, counter = Predictions(50, 10), AccuracyCounter(CPU)
     for part in torch.arange(40).split(16):
         predictions.update(indices[part], logits[part])
         counter.update(torch.tensor(0.0), logits[part], target[part])

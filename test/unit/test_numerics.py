@@ -79,7 +79,7 @@ def build(digits: ArrayDataset, monkeypatch: Any) -> Callable[..., Trainer]:
 
 def batch(digits: ArrayDataset, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(images, target)"""
-    found = BatchDataset(digits, size=32, training=False)[0, np.arange(first, first + count)]
+    found = BatchDataset(digits, size=32)[0, np.arange(first, first + count)]
     assert isinstance(found, tuple)
     return found[0], found[1]
 

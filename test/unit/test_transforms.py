@@ -6,6 +6,7 @@ import struct
 import zlib
 
 from engine import transforms
+from engine.augmentation import CROP_SCALE, Augmentation
 from engine.datasets import ImageFolder
 from engine.errors import ImageError
 from engine.sampler import seed_augmentation
@@ -46,17 +47,17 @@ def test_training_crops_are_torchvisions_for_the_same_box(size, tolerance):
     whole = Image.open(io.BytesIO(content)).convert("RGB")
     for seed in range(20):
         rng = generator(seed)
-        box = transforms.random_crop_box(size[0], size[1], rng)
+        box = transforms.random_crop_box(size[0], size[1], CROP_SCALE, rng)
         expected = np.asarray(whole.crop(box).resize((224, 224), Image.BILINEAR), int)
         if rng.random_sample() < 0.5:
             expected = expected[:, ::-1]
-        pixels = transforms.random_resized_crop(content, 224, generator(seed))
+        pixels = transforms.random_resized_crop(content, 224, generator(seed), Augmentation())
         assert pixels.dtype == np.uint8 and abs(pixels.astype(int) - expected).mean() <= tolerance
 
 
 def test_crop_boxes_have_torchvisions_distribution():
     rng = generator(0)
-    boxes = np.array([transforms.random_crop_box(500, 375, rng) for _ in range(4000)])
+    boxes = np.array([transforms.random_crop_box(500, 375, CROP_SCALE, rng) for _ in range(4000)])
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     assert boxes.min() >= 0 and boxes[:, 2].max() <= 500 and boxes[:, 3].max() <= 375
     area = width * height / (500 * 375)
@@ -66,7 +67,7 @@ def test_crop_boxes_have_torchvisions_distribution():
 
 @pytest.mark.parametrize("size", [(1000, 10), (10, 1000)], ids=str)
 def test_an_image_too_narrow_for_a_crop_gives_the_largest_central_one(size):
-    box = transforms.random_crop_box(size[0], size[1], generator(0))
+    box = transforms.random_crop_box(size[0], size[1], CROP_SCALE, generator(0))
     width, height = box[2] - box[0], box[3] - box[1]
     assert (width, height) == ((13, 10) if size == (1000, 10) else (10, 13))
     assert abs(box[0] + box[2] - size[0]) <= 1 and abs(box[1] + box[3] - size[1]) <= 1
@@ -84,7 +85,8 @@ def test_pillow_reads_what_simplejpeg_cannot(monkeypatch, mode, kind):
 
     def crops():
         return [
-            transforms.random_resized_crop(content.getvalue(), 64, generator(seed)).astype(int) for seed in range(5)
+            transforms.random_resized_crop(content.getvalue(), 64, generator(seed), Augmentation()).astype(int)
+            for seed in range(5)
         ]
 
     with_simplejpeg = crops()
@@ -103,12 +105,12 @@ def test_a_small_image_is_padded_cropped_and_mirrored():
             crop = padded[top : top + 32, left : left + 32]
             expected[crop.tobytes()], expected[crop[:, ::-1].tobytes()] = (top, left, False), (top, left, True)
     rng = generator(1)
-    drawn = [expected[transforms.random_padded_crop(image, 32, True, rng).tobytes()] for _ in range(2000)]
+    drawn = [expected[transforms.random_padded_crop(image, 32, 0.5, rng).tobytes()] for _ in range(2000)]
     assert len(set(drawn)) == 2 * 81
     assert 900 < sum(mirrored for _, _, mirrored in drawn) < 1100
     for _ in range(50):
-        assert not expected[transforms.random_padded_crop(image, 32, False, rng).tobytes()][2]
-    assert transforms.random_padded_crop(image, 48, True, rng).shape == (48, 48, 3)
+        assert not expected[transforms.random_padded_crop(image, 32, 0, rng).tobytes()][2]
+    assert transforms.random_padded_crop(image, 48, 0.5, rng).shape == (48, 48, 3)
 
 
 # --- validation -------------------------------------------------------------------------------------------------------
@@ -161,7 +163,7 @@ def test_a_png_named_jpeg_is_read(tmp_path):
     path = tmp_path / "x.JPEG"
     Image.fromarray(PHOTO).save(str(path), format="PNG")
     assert np.array_equal(np.asarray(transforms.read_rgb(str(path))), PHOTO)
-    assert transforms.random_resized_crop(path.read_bytes(), 16, generator(0)).shape == (16, 16, 3)
+    assert transforms.random_resized_crop(path.read_bytes(), 16, generator(0), Augmentation()).shape == (16, 16, 3)
 
 
 def test_exif_rotation_is_ignored_as_torchvision_ignores_it(tmp_path):
@@ -184,7 +186,7 @@ def test_an_image_truncated_anywhere_is_named(tmp_path):
     for percent in range(100):
         path.write_bytes(content[: len(content) * percent // 100])
         with pytest.raises(ImageError, match="x.jpg"):
-            dataset.training_image(0, 64, generator(percent))
+            dataset.training_image(0, 64, generator(percent), Augmentation())
         with pytest.raises(ImageError, match="x.jpg"):
             dataset.validation_image(0, 64)
 
@@ -213,7 +215,7 @@ def test_a_header_that_claims_gigapixels_is_refused_before_memory_is_allocated(t
     (tmp_path / "a" / "x.jpg").write_bytes(make())
     dataset = ImageFolder(str(tmp_path))
     with pytest.raises(ImageError, match="x.jpg: .* pixels"):
-        dataset.training_image(0, 32, generator(0))
+        dataset.training_image(0, 32, generator(0), Augmentation())
     with pytest.raises(ImageError, match="x.jpg: .* pixels"):
         dataset.validation_image(0, 32)
 

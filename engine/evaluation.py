@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The files of an evaluation: metrics.json, a CSV file with a line per image, the evaluation page."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import os
+from typing import Any
+
+from engine.datasets import ImageDataset, ImageFolder
+from engine.errors import UsageError
+from engine.metrics import Predictions, Totals
+from engine.report import write_report
+
+
+def write_evaluation(
+    args: argparse.Namespace,
+    dataset: ImageDataset,
+    totals: Totals,
+    predictions: Predictions | None,
+    facts: dict[str, Any],
+) -> list[str]:
+    """Write metrics.json, and the files of --predictions and --report. Returns log lines. Raises UsageError.
+
+    facts: versions, hardware, weights and data.
+    """
+    views = {"eval_view": args.eval_view, "eval_scales": args.eval_scales, "image_size": args.image_size}
+    write_metrics(args.output_dir, totals, {"arch": args.arch, **views, **facts})
+    lines = []
+    if args.predictions and predictions is not None:
+        write_predictions(args.predictions, dataset, predictions)
+        lines.append(f"=> predictions written to {args.predictions}")
+    if args.report and predictions is not None:
+        path = write_report(
+            args.report,
+            dataset,
+            predictions,
+            totals,
+            title=f"{args.arch}: {totals.acc1:.2f}% Acc@1",
+            image_size=args.image_size,
+            facts={**vars(args), **facts},
+            training_folders=[os.path.dirname(str(facts["weights"])) or ".", args.output_dir],
+        )
+        lines.append(f"=> report written to {path}")
+    return lines
+
+
+def write_metrics(folder: str, totals: Totals, facts: dict[str, Any]) -> None:
+    """Write folder/metrics.json. facts: what was evaluated, and on what."""
+    metrics = {name: value if math.isfinite(value) else None for name, value in totals.metrics().items()}
+    with open(os.path.join(folder, "metrics.json"), "w", encoding="utf-8") as file:
+        json.dump({**metrics, "images": int(totals.images), **facts}, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+
+
+def write_predictions(path: str, dataset: ImageDataset, predictions: Predictions) -> None:
+    """Write a CSV file with a line per image. Raises UsageError if it cannot be written.
+
+    Columns: path (of a folder's image, else its number), target, prediction, probability, and the same two for the
+    second to the fifth prediction.
+    """
+    count = predictions.top5.shape[1]
+    header = ["path", "target", "prediction", "probability"]
+    header += [f"{name}{rank}" for rank in range(2, count + 1) for name in ("prediction", "probability")]
+    try:
+        with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(header)
+            for index, (top5, probabilities) in enumerate(zip(predictions.top5, predictions.probabilities)):
+                row = [
+                    dataset.path(index) if isinstance(dataset, ImageFolder) else index,
+                    dataset.classes[dataset.labels[index]],
+                ]
+                for label, probability in zip(top5, probabilities):
+                    row += [dataset.classes[label], f"{probability:.6f}"]
+                writer.writerow(row)
+    except OSError as error:
+        raise UsageError(f"--predictions {path}: {error.strerror}") from error
