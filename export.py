@@ -1,22 +1,27 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Export the network of a checkpoint to ONNX, from bytes of images to probabilities.
+"""Export the network of a checkpoint: to ONNX, from bytes of images to probabilities, or its weights to safetensors.
 
     python export.py --checkpoint model_best.pth.tar --output vgg16.onnx
+    python export.py --checkpoint model_best.pth.tar --output vgg16.safetensors
 
-Input `images`: (N, S, S, 3) uint8, RGB, any N. Outputs `logits` and `probabilities`: (N, classes) float32.
+ONNX: input `images`: (N, S, S, 3) uint8, RGB, any N. Outputs `logits` and `probabilities`: (N, classes) float32.
 Normalization is inside; class names and S are in the file's metadata. The file is kept only if onnxruntime computes
-what torch computes.
+what torch computes. safetensors: torchvision's names, fp32; architecture, class names and preprocessing in the
+metadata, so that --pretrained, predict.py and export.py read the file like a checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import warnings
 from typing import Any, Sequence
 
+import vgg
 from engine.accelerator import onnx_export_options
+from engine.checkpoint import save_safetensors
 from engine.cli import OneLineParser
 from engine.errors import EXIT_FAILURE, UsageError, UserError, run_script
 from engine.inference import CLASSES_HELP, load_model
@@ -57,6 +62,38 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the file and verify it. Raises UsageError, CheckpointError, ExportMismatchError."""
     args = parse_args(argv)
+    if args.output.endswith(".safetensors"):
+        export_safetensors(args)
+    else:
+        export_onnx(args)
+    return 0
+
+
+def export_safetensors(args: argparse.Namespace) -> None:
+    if importlib.util.find_spec("safetensors") is None:
+        raise UsageError("safetensors is not installed: pip install safetensors")
+    model, temporary = load_model(args.checkpoint, args.classes), f"{args.output}.tmp"
+    preprocessing = {
+        "image_size": model.image_size,
+        "crop": model.center_crop,
+        "mean": list(model.mean),
+        "std": list(model.std),
+    }
+    weights = model.network.state_dict()
+    try:
+        save_safetensors(
+            weights, temporary, arch=vgg.architecture_of(weights), classes=model.classes, preprocessing=preprocessing
+        )
+        os.replace(temporary, args.output)
+    except OSError as error:
+        raise UsageError(f"--output {args.output}: {error.strerror or error}") from error
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+    print(f"{args.output}: {len(weights)} tensors, {len(model.classes)} classes")
+
+
+def export_onnx(args: argparse.Namespace) -> None:
     try:
         import onnx
         import onnxruntime
@@ -95,7 +132,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{args.output}: {len(source.classes)} classes, {size} pixels per side, differs from torch by at most "
         f"{difference:.1e} (onnxruntime {onnxruntime.__version__})"
     )
-    return 0
 
 
 def trace(model: torch.nn.Module, example: torch.Tensor, path: str) -> None:

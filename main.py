@@ -509,11 +509,7 @@ def main(argv: list[str] | None = None) -> int:
     """Check everything that can be checked, then run. Returns the exit code; raises UserError."""
     args = parse_args(argv)
     topology = resolve.resolve_flags(args)
-    resolve.make_output_folder("--output-dir", args.output_dir)
-    if args.report:
-        resolve.make_output_folder("--report", args.report)
-    if args.predictions:
-        resolve.make_output_folder("--predictions", os.path.dirname(args.predictions) or ".")
+    resolve.make_output_folders(args)
     return launch(main_worker, args, topology)
 
 

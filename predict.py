@@ -17,26 +17,25 @@ import io
 import json
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Sequence
+from typing import NamedTuple, Sequence
 
 import vgg
 from engine import device
 from engine.accelerator import Accelerator
-from engine.cli import OneLineParser
-from engine.errors import EXIT_USAGE, ImageError, UsageError, run_script
+from engine.cli import OneLineParser, number
+from engine.errors import EXIT_USAGE, UsageError, print_message, run_script
 from engine.flags import DEVICE_HELP, DEVICES
 from engine.folder_index import EXTENSIONS
 from engine.inference import CLASSES_HELP, Model, load_model
+from engine.loader import unchanged
 from engine.logger import Logger
 from engine.transforms import printable, read_rgb, reason_of, resize, resize_center_crop
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader
 
-BATCH = 32  # images
-TOP_K = 5
 MAX_HEATMAPS = 24
 CJK_FONTS = [
     "Noto Sans CJK SC",
@@ -62,7 +61,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     output.add_argument("--json", action="store_true", help="print one JSON object per image: image, predictions")
     output.add_argument("--csv", action="store_true", help="print image,rank,class,probability")
     parser.add_argument("--heatmap", metavar="OUT.png", help="draw what each top prediction is based on (Grad-CAM)")
+    parser.add_argument(
+        "--top-k", type=number(int, 1), default=5, metavar="K", help="predictions per image (default: 5)"
+    )
+    parser.add_argument(
+        "-b", "--batch-size", type=number(int, 1), default=32, metavar="N", help="images at a time (default: 32)"
+    )
     parser.add_argument("--device", default="auto", choices=DEVICES, help=DEVICE_HELP)
+    parser.add_argument("--gpu", type=number(int, 0), metavar="N", help="the number of the device (default: 0)")
     return parser.parse_args(argv)
 
 
@@ -81,15 +87,39 @@ def find_images(paths: Sequence[str]) -> list[str]:
     return found
 
 
-def read_image(path: str, model: Model) -> np.ndarray | ImageError:
-    """Return (S, S, 3) uint8, prepared exactly as for validation, or the error."""
-    try:
-        image = read_rgb(path)
-        if model.center_crop:
-            return resize_center_crop(image, model.image_size)
-        return resize(np.asarray(image), model.image_size)
-    except Exception as error:  # Pillow raises nearly any type for a corrupt file
-        return ImageError(f"{printable(path)}: cannot be read as an image ({reason_of(error)})")
+class ImageBatches:
+    """Reads images for a DataLoader: `batches[paths]` is (those read, (n, S, S, 3) uint8 of them, error lines)."""
+
+    def __init__(self, model: Model) -> None:
+        self.center_crop, self.size = model.center_crop, model.image_size
+
+    def __getitem__(self, paths: list[str]) -> tuple[list[str], torch.Tensor, list[str]]:
+        read, images, errors = [], [np.empty((0, self.size, self.size, 3), np.uint8)], []
+        for path in paths:
+            try:
+                image = read_rgb(path)  # prepared exactly as for validation
+                crop = (
+                    resize_center_crop(image, self.size) if self.center_crop else resize(np.asarray(image), self.size)
+                )
+            except Exception as error:  # Pillow raises nearly any type for a corrupt file
+                errors.append(f"{printable(path)}: cannot be read as an image ({reason_of(error)})")
+                continue
+            read.append(path)
+            images.append(crop[None])
+        return read, torch.from_numpy(np.concatenate(images)), errors
+
+
+def load_images(paths: list[str], model: Model, batch_size: int, accelerator: Accelerator) -> DataLoader:
+    """Return batches of images, read by a worker per core if there is more than one batch."""
+    batches = [paths[first : first + batch_size] for first in range(0, len(paths), batch_size)]
+    workers = min(device.available_cores(), len(batches)) if len(batches) > 1 else 0
+    return DataLoader(
+        ImageBatches(model),  # type: ignore[arg-type]
+        batch_size=None,
+        sampler=batches,  # type: ignore[arg-type]
+        collate_fn=unchanged,
+        **accelerator.loader_options(workers),
+    )
 
 
 def grad_cam(network: vgg.VGG, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -172,7 +202,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError(f"--heatmap: at most {MAX_HEATMAPS} images, got {len(paths)}")
     if args.heatmap and importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--heatmap requires matplotlib: pip install matplotlib")
-    accelerator = Accelerator(device.resolve_device("gpu" if args.device == "cuda" else args.device)[0])
+    name, count = device.resolve_device("gpu" if args.device == "cuda" else args.device)
+    accelerator = Accelerator(name, device.resolve_device_list(None, args.gpu or 0, name, count, one_device=True)[0])
     model = load_model(args.checkpoint, args.classes)
     accelerator.place(model.network.requires_grad_(False))
     normalize = accelerator.normalizer(model.mean, model.std)
@@ -180,30 +211,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[HeatmapRow] = []
     if args.csv:
         logger.line("image,rank,class,probability")
-    with ThreadPoolExecutor() as pool, torch.no_grad(), logger.progress(len(paths), 0, "Images"):
-        for first in range(0, len(paths), BATCH):
-            batch = paths[first : first + BATCH]
-            images: list[Any] = []
-            for path, image in zip(batch, pool.map(lambda path: read_image(path, model), batch)):
-                if isinstance(image, ImageError):
-                    print(f"predict.py: error: {image}", file=sys.stderr)
-                    code = EXIT_USAGE
-                else:
-                    images.append((path, image))
-            if images:
-                pixels = normalize(torch.from_numpy(np.stack([image for _, image in images])))
+    with torch.no_grad(), logger.progress(len(paths), 0, "Images"):
+        for read, images, errors in load_images(paths, model, args.batch_size, accelerator):
+            for error in errors:
+                print_message("error", error)
+                code = EXIT_USAGE
+            if read:
                 if args.heatmap:
-                    heat, logits = grad_cam(model.network, pixels)
+                    heat, logits = grad_cam(model.network, normalize(images))
                 else:
-                    logits = model.network(pixels)
-                top = logits.softmax(1).topk(min(TOP_K, len(model.classes)))
-                for position, (path, image) in enumerate(images):
+                    logits = model.network(normalize(images))
+                top = logits.softmax(1).topk(min(args.top_k, len(model.classes)))
+                for position, path in enumerate(read):
                     values, indices = top[0][position].tolist(), top[1][position].tolist()
                     predictions = [Prediction(model.classes[i], value) for value, i in zip(values, indices)]
                     logger.line(format_predictions(path, predictions, as_json=args.json, as_csv=args.csv))
                     if args.heatmap:
-                        rows.append(HeatmapRow(path, image, heat[position].cpu(), predictions))
-            logger.advance(len(batch))
+                        rows.append(HeatmapRow(path, images[position].numpy(), heat[position].cpu(), predictions))
+            logger.advance(len(read) + len(errors))
     if rows:
         draw_heatmaps(rows, args.heatmap)
     return code

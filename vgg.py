@@ -16,6 +16,7 @@ from torch import nn
 # Convolutions in each of the five stages: columns A, B, D and E of the paper's table 1.
 DEPTHS = {"vgg11": (1, 1, 2, 2, 2), "vgg13": (2, 2, 2, 2, 2), "vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
 WIDTHS = (64, 128, 256, 512, 512)  # output channels of each stage
+HIDDEN = 4096  # of the two hidden linear layers
 ARCHITECTURES = sorted(DEPTHS) + sorted(f"{name}_bn" for name in DEPTHS)
 LAST_LAYER = "classifier.6"
 
@@ -31,13 +32,13 @@ class VGG(nn.Module):
         super().__init__()
         self.features = _features(DEPTHS[arch.replace("_bn", "")], batch_norm=arch.endswith("_bn"))
         self.classifier = nn.Sequential(
-            nn.Linear(512 * 7 * 7, 4096),
+            nn.Linear(WIDTHS[-1] * 7 * 7, HIDDEN),
             nn.ReLU(inplace=True),
             nn.Dropout(),
-            nn.Linear(4096, 4096),
+            nn.Linear(HIDDEN, HIDDEN),
             nn.ReLU(inplace=True),
             nn.Dropout(),
-            nn.Linear(4096, num_classes),
+            nn.Linear(HIDDEN, num_classes),
         )
         self.apply(_initialize)
 

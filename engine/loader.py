@@ -146,7 +146,7 @@ class BatchLoader:
             BatchDataset(dataset, size=size, augmentation=augmentation, scales=scales, seed=seed),  # type: ignore[arg-type]
             batch_size=None,
             sampler=sampler,  # type: ignore[arg-type]
-            collate_fn=_unchanged,
+            collate_fn=unchanged,
             worker_init_fn=functools.partial(_init_worker, os.getpid()),
             **options,
         )
@@ -171,7 +171,8 @@ def _raise_errors(batches: Iterator[Any]) -> Iterator[Batch]:
         yield batch
 
 
-def _unchanged(batch: Any) -> Any:
+def unchanged(batch: Any) -> Any:
+    """A collate_fn for a dataset that gives whole batches."""
     return batch
 
 

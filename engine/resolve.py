@@ -66,13 +66,19 @@ def resolve_flags(args: argparse.Namespace) -> Topology:
     return topology
 
 
-def make_output_folder(flag: str, folder: str) -> None:
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UsageError(f"{flag} {folder}: cannot write there ({error.strerror})") from error
+def make_output_folders(args: argparse.Namespace) -> None:
+    """Make the folders that the run writes to. Raises UsageError if one cannot be written to."""
+    folders = {"--output-dir": args.output_dir, "--report": args.report}
+    if args.predictions:
+        folders["--predictions"] = os.path.dirname(args.predictions) or "."
+    for flag, folder in folders.items():
+        if folder:
+            try:
+                os.makedirs(folder, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
+            except OSError as error:
+                raise UsageError(f"{flag} {folder}: cannot write there ({error.strerror})") from error
 
 
 # Flags that may differ between nodes.

@@ -14,31 +14,8 @@ import vgg
 from engine import accelerator
 from engine.errors import run_script
 
-from torch import nn
-
-vgg.WIDTHS = (8, 8, 16, 16, 16)
+vgg.WIDTHS, vgg.HIDDEN = (8, 8, 16, 16, 16), 32  # at import: spawned processes import this file again
 accelerator.available_cores = lambda: 1  # layers this small only wait for a second thread
-
-
-class SmallVGG(vgg.VGG):
-    """The same layers under the same names, with dropout, whose masks a resumed run must draw again."""
-
-    def __init__(self, arch: str = "vgg16", num_classes: int = 1000) -> None:
-        nn.Module.__init__(self)
-        self.features = vgg._features(vgg.DEPTHS[arch.replace("_bn", "")], batch_norm=arch.endswith("_bn"))
-        self.classifier = nn.Sequential(
-            nn.Linear(16 * 7 * 7, 32),
-            nn.ReLU(inplace=True),
-            nn.Dropout(),
-            nn.Linear(32, 32),
-            nn.ReLU(inplace=True),
-            nn.Dropout(),
-            nn.Linear(32, num_classes),
-        )
-        self.apply(vgg._initialize)
-
-
-vgg.VGG = SmallVGG  # at import: spawned processes import this file again
 
 
 def run(argv: list[str] | None = None) -> NoReturn:

@@ -100,6 +100,58 @@ def test_a_cifar10_file_that_is_truncated_or_missing_is_named(tmp_path, binary):
         read_cifar10(str(tmp_path), training=True)
 
 
+# --- one folder, split by name ----------------------------------------------------------------------------------------
+
+
+def write_classes(root, counts):
+    for name, count in counts.items():
+        os.makedirs(os.path.join(str(root), name), exist_ok=True)
+        for number in range(count):
+            Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(os.path.join(str(root), name, f"{number}.png"))
+
+
+def split_names(root, share=0.2):
+    """(training, validation) names below the folder."""
+    datasets = open_datasets(str(root), evaluate=False, check=None, val_split=share)
+    return [{os.path.relpath(dataset.path(i), str(root)) for i in range(len(dataset))} for dataset in datasets]
+
+
+def test_a_folder_of_classes_is_split_and_adding_files_moves_none(tmp_path):
+    write_classes(tmp_path, {"图": 100, "few": 2})
+    training, validation = split_names(tmp_path)
+    assert training.isdisjoint(validation) and len(training | validation) == 102
+    assert 10 <= sum("图" in name for name in validation) <= 30
+    assert sum("few" in name for name in validation) == sum("few" in name for name in training) == 1
+    write_classes(tmp_path, {"图": 300})
+    more_training, more_validation = split_names(tmp_path)
+    assert training < more_training and validation < more_validation and len(more_training | more_validation) == 302
+
+
+def test_both_parts_of_a_split_know_all_classes_and_have_their_own_fingerprint(tmp_path):
+    write_classes(tmp_path, {"a": 9, "b": 9})
+    first, second = open_datasets(str(tmp_path), evaluate=False, check=None, val_split=0.3)
+    assert first.classes == second.classes == ["a", "b"] and first.fingerprint != second.fingerprint
+    assert list(first.labels) == [
+        first.classes.index(os.path.basename(os.path.dirname(first.path(i)))) for i in range(len(first))
+    ]
+    assert open_datasets(str(tmp_path), evaluate=True, check=None, val_split=0.3)[0] is None
+    other, _ = open_datasets(str(tmp_path), evaluate=False, check=None, val_split=0.4)
+    assert other.fingerprint != first.fingerprint
+
+
+def test_a_split_that_makes_no_sense_is_refused(tmp_path):
+    write_classes(tmp_path, {"a": 3, "b": 1})
+    with pytest.raises(DataError, match="b: a single image in this class, and --val-split needs two"):
+        split_names(tmp_path)
+    with pytest.raises(DataError, match="no train/ and val/ in it; if its folders are the classes, use --val-split"):
+        open_datasets(str(tmp_path), evaluate=False, check=None)
+    with pytest.raises(UsageError, match="the embedded digits have validation images already"):
+        open_datasets(None, evaluate=False, check=None, val_split=0.1)
+    make_folder(tmp_path / "both")
+    with pytest.raises(UsageError, match="both has validation images already: leave it out"):
+        split_names(tmp_path / "both")
+
+
 # --- the embedded digits ----------------------------------------------------------------------------------------------
 
 

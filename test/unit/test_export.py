@@ -11,10 +11,11 @@ from typing import Any
 
 import export
 import vgg
+from engine.checkpoint_file import load
 from engine.datasets import ImageFolder
 from engine.errors import CheckpointError, UsageError
-from helpers.program import Result
-from helpers.trained import CLASSES, PRETRAINED, expected_predictions, run_script, train_classifier
+from helpers.program import Result, assert_same_weights, run_main
+from helpers.trained import CLASSES, FLAGS, PRETRAINED, expected_predictions, run_script, train_classifier
 
 import numpy as np
 import pytest
@@ -131,3 +132,26 @@ def test_a_corrupt_checkpoint_is_named(tmp_path: Any) -> None:
     (tmp_path / "x.pth").write_bytes(b"not a checkpoint")
     with pytest.raises(CheckpointError, match="x.pth"):
         export.main(["--checkpoint", str(tmp_path / "x.pth"), "--output", str(tmp_path / "x.onnx")])
+
+
+# --- safetensors ------------------------------------------------------------------------------------------------------
+
+
+def test_safetensors_go_out_and_come_in_with_all_that_predictions_need(root: Any, folder: str, tmp_path: Any) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    path, image = tmp_path / "图.safetensors", os.path.join(folder, "val", "class 0", "图 000.JPEG")
+    result = run_script("export.py", "--checkpoint", root / "model_best.pth.tar", "--output", path)
+    assert result.code == 0 and "3 classes" in result.out, result.err
+    weights = safetensors.load_file(str(path))
+    expected = load(str(root / "model_best.pth.tar"))["state_dict_ema"]
+    assert_same_weights({name: weights[name] for name in expected}, expected)
+    outputs = [
+        run_script("predict.py", image, "--checkpoint", file, "--json", "--device", "cpu")
+        for file in (root / "model_best.pth.tar", path)
+    ]
+    assert outputs[0].code == 0 and outputs[0].out == outputs[1].out, outputs[1].err
+    flags = [folder, *FLAGS, "-e", "--pretrained", path, "--output-dir", tmp_path]
+    assert run_main(*flags).code == 0
+    path.write_bytes(path.read_bytes()[:-50])
+    result = run_main(*flags)
+    assert result.code == 2 and "corrupt, or not a safetensors file" in result.err, result.err

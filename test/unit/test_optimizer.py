@@ -7,6 +7,7 @@ import itertools
 import math
 from typing import Any
 
+from engine.accelerator import Accelerator
 from engine.checkpoint import load_checkpoint, model_weights
 from engine.errors import DivergedError
 from engine.optimizer import ModelEma
@@ -234,6 +235,28 @@ def test_an_ema_continues_from_its_state_dict() -> None:
         assert torch.equal(mine, old)
     with pytest.raises(ValueError, match=r"EMA of fc.bias: expected shape .* got \(1,\)"):
         loaded.load_state_dict({**ema.state_dict(), "fc.bias": torch.zeros(1)})
+
+
+# --- weight decay -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("no_bias_decay", [False, True])
+def test_biases_and_batch_norm_can_be_left_out_of_weight_decay(no_bias_decay: bool) -> None:
+    net = Net()
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.5, "no_bias_decay": no_bias_decay}
+    scaler = Accelerator("cpu").prepare_training(net, **options)
+    for parameter in net.parameters():
+        parameter.data.fill_(1.0)
+        parameter.grad = torch.zeros_like(parameter)
+    scaler.step()
+    for name, parameter in net.named_parameters():
+        kept = no_bias_decay and parameter.dim() == 1
+        assert torch.allclose(parameter, torch.tensor(1.0 if kept else 0.95)), name
+    other = Accelerator("cpu").prepare_training(Net(), **{**options, "no_bias_decay": False})
+    other.load_optimizer_state_dict(scaler.optimizer_state_dict())  # momentum by position in the model
+    for mine, theirs in zip(scaler.master_weights, other.master_weights):
+        buffers = [s.optimizer.state[p]["momentum_buffer"] for s, p in ((scaler, mine), (other, theirs))]
+        assert torch.equal(*buffers)
 
 
 # --- frozen features --------------------------------------------------------------------------------------------------

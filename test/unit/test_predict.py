@@ -90,6 +90,19 @@ def test_weights_without_class_names_predict_numbers(root: Any, folder: str) -> 
     assert {item["class"] for item in json.loads(result.out)["predictions"]} == set("01234")
 
 
+def test_any_number_of_predictions_in_batches_of_any_size(root: Any, folder: str) -> None:
+    """With more than one batch, DataLoader workers read the images."""
+    flags = [os.path.join(folder, "val"), "--checkpoint", root / "model_best.pth.tar", "--csv", *CPU]
+    tables = []
+    for batch_size in (2, 64):
+        result = run_script("predict.py", *flags, "--top-k", 2, "--batch-size", batch_size)
+        assert result.code == 0, result.err
+        tables.append([row.rsplit(",", 1) for row in result.out.splitlines()[1:]])
+    assert len(tables[0]) == 15 * 2
+    for first, second in zip(*tables):
+        assert first[0] == second[0] and float(first[1]) == pytest.approx(float(second[1]), abs=1e-5)
+
+
 def test_a_heatmap_has_a_row_for_each_image(root: Any, folder: str, tmp_path: Any) -> None:
     pytest.importorskip("matplotlib")
     path, _ = validation_image(folder)

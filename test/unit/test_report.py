@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from typing import Any
 
@@ -41,6 +42,13 @@ def test_an_evaluation_gives_the_accuracy_of_the_ema_weights(evaluated: Any) -> 
     accuracies = [line for line in trained.out.splitlines() if "[AVG-ACC]" in line]
     best = max(accuracies, key=lambda line: float(line.split()[line.split().index("Acc@1") + 1]))
     assert best.split()[-4:] == ["Acc@1", result.accuracy()[0], "Acc@5", result.accuracy()[1]]
+
+
+def test_an_evaluation_writes_its_metrics(evaluated: Any) -> None:
+    root, _, result = evaluated
+    metrics = json.loads((root / "metrics.json").read_text(encoding="utf-8"))
+    assert (f"{metrics['acc1']:.3f}", f"{metrics['acc5']:.3f}") == result.accuracy()
+    assert metrics["images"] == 15 and metrics["weights"] == str(root / "model_best.pth.tar")
 
 
 def test_the_page_counts_each_image_once(evaluated: Any, page: str) -> None:

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The parser: flags from files, and flags that exclude each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine.flags import parse_args
+
+import pytest
+
+
+def test_flags_come_from_a_file_and_later_ones_win(tmp_path: Any) -> None:
+    recipe = tmp_path / "my recipe.txt"
+    recipe.write_text("# a recipe\n--lr 0.2 --epochs 30\n--output-dir 'a folder'  # quoted\n-b 8\n\n", encoding="utf-8")
+    args = parse_args([f"@{recipe}", "--epochs", "40", "-a", "vgg11"])
+    assert (args.lr, args.epochs, args.output_dir, args.batch_size, args.arch) == (0.2, 40, "a folder", 8, "vgg11")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["@/no/such/file"], "No such file or directory: '/no/such/file'"),
+        (["--eval-view", "dense"], "--eval-view requires --evaluate"),
+        (["--predictions", "x.csv"], "--predictions requires --evaluate"),
+        (["--eval-scales", "256"], "--eval-scales requires --evaluate"),
+        (["--crop-scale", "0.5", "0.2"], "--crop-scale: MIN must be at most MAX, got 0.5 0.2"),
+        (["--crop-scale", "0", "1"], "--crop-scale must be above 0 and at most 1, got 0"),
+        (
+            ["--crop-scale", "0.1", "1", "--train-scale", "256", "512"],
+            "--crop-scale cannot be combined with --train-scale",
+        ),
+        (["--val-split", "1"], "--val-split must be above 0 and below 1, got 1"),
+        (["--dummy", "8", "--val-split", "0.1"], "--dummy cannot be combined with --data, --val-split or --evaluate"),
+        (["--mixup", "-1"], "--mixup must be at least 0, got -1"),
+        (["--auto-augment", "best"], "--auto-augment: invalid choice: 'best'"),
+    ],
+)
+def test_wrong_use_is_one_line(words: list[str], message: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        parse_args(words)
+    err = capsys.readouterr().err
+    assert leaving.value.code == 2 and message in err and len(err.splitlines()) == 1, err

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Evaluation from several views of each image, against the network slid over it and torchvision's TenCrop."""
+
+from __future__ import annotations
+
+import csv
+import os
+from typing import Any
+
+import vgg
+from engine.accelerator import Accelerator
+from engine.datasets import IMAGENET_MEAN, IMAGENET_STD
+from engine.metrics import cross_entropy
+from engine.views import ViewAverage, crop_positions
+from helpers.images import photo
+from helpers.program import TWO, run_main
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+SMALL = ["--arch", "vgg11", "--image-size", "32", "-b", "4"]
+
+
+@pytest.fixture
+def network(monkeypatch: Any) -> vgg.VGG:
+    """A narrow VGG whose predictions differ from image to image, in evaluation mode."""
+    monkeypatch.setattr(vgg, "WIDTHS", (8, 8, 16, 16, 16))
+    monkeypatch.setattr(vgg, "HIDDEN", 32)
+    torch.manual_seed(0)
+    network = vgg.VGG("vgg11", 5).eval()
+    for layer in network.classifier:
+        if isinstance(layer, torch.nn.Linear):
+            torch.nn.init.kaiming_normal_(layer.weight)
+    return network.requires_grad_(False)
+
+
+def normalize(images: torch.Tensor) -> torch.Tensor:
+    return Accelerator("cpu").normalizer(IMAGENET_MEAN, IMAGENET_STD)(images)
+
+
+def whole(height: int, width: int, count: int = 2) -> torch.Tensor:
+    """(count, height, width, 3) uint8"""
+    return torch.from_numpy(np.stack([photo(width, height, seed) for seed in range(count)]))
+
+
+def probabilities(network: vgg.VGG, images: torch.Tensor, **options: Any) -> torch.Tensor:
+    """Of one group of images."""
+    average = ViewAverage(network, normalize, **options)
+    return average([(torch.arange(len(images)), images)]).exp()
+
+
+# --- dense ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [32, 64, 224, 288])
+def test_dense_on_a_crop_is_the_mean_of_the_crop_and_its_mirror_image(network: vgg.VGG, size: int) -> None:
+    images = whole(size, size)
+    dense = probabilities(network, images, view="dense", size=size, mirrored=True)
+    crops = normalize(images)
+    expected = (network(crops).softmax(1) + network(crops.flip(3)).softmax(1)) / 2
+    assert torch.allclose(dense, expected, rtol=0, atol=1e-5)
+    assert (expected[0] - expected[1]).abs().max() > 0.01  # the network tells the images apart
+
+
+@pytest.mark.parametrize("size", [32, 64, 224])
+def test_dense_logits_are_those_of_the_classifier_slid_over_the_maps(network: vgg.VGG, size: int) -> None:
+    """Window by window, one every 32 pixels: the windows see the rest of the image where a crop sees zeros."""
+    images, side = normalize(whole(size + 70, size + 133)), size // 32
+    maps = network.features(images)
+    rows, columns = maps.shape[2] - side + 1, maps.shape[3] - side + 1
+    windows = [
+        network.classify(maps[..., top : top + side, left : left + side])
+        for top in range(rows)
+        for left in range(columns)
+    ]
+    assert rows * columns > 6
+    assert torch.allclose(network.forward_dense(images, size), torch.stack(windows).mean(0), rtol=0, atol=1e-5)
+
+
+# --- crops ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("height, width", [(40, 57), (41, 40), (32, 32)])
+def test_ten_crops_are_torchvisions(network: vgg.VGG, height: int, width: int) -> None:
+    images = whole(height, width, 1)
+    crops = transforms.TenCrop(32)(Image.fromarray(images[0].numpy()))
+    expected = network(normalize(torch.from_numpy(np.stack([np.asarray(crop) for crop in crops])))).softmax(1).mean(0)
+    found = probabilities(network, images, view="ten-crop", size=32, mirrored=True)[0]
+    assert torch.allclose(found, expected, rtol=0, atol=1e-6)
+
+
+def test_multi_crop_is_a_grid_of_five_by_five_from_edge_to_edge() -> None:
+    positions = crop_positions("multi-crop", 256, 384, 224)
+    assert len(set(positions)) == 25
+    assert {top for top, _ in positions} == {0, 8, 16, 24, 32}
+    assert {left for _, left in positions} == {0, 40, 80, 120, 160}
+
+
+def test_without_mirror_images_one_centered_crop_is_the_network_itself(network: vgg.VGG) -> None:
+    images = whole(32, 32)
+    for view in ("center", "ten-crop", "multi-crop", "dense"):
+        found = probabilities(network, images, view=view, size=32, mirrored=False)
+        assert torch.allclose(found, network(normalize(images)).softmax(1), rtol=0, atol=1e-5), view
+
+
+def test_scales_and_sizes_are_averaged_image_by_image(network: vgg.VGG) -> None:
+    """Two images whose sizes differ, each at two scales, in the order that the loader groups them."""
+    first, second = whole(40, 50, 1), whole(50, 40, 1)
+    larger = [whole(48, 60, 1), whole(60, 48, 1)]
+    groups = [(torch.tensor([0]), first), (torch.tensor([0]), larger[0])]
+    groups += [(torch.tensor([1]), larger[1]), (torch.tensor([1]), second)]
+    options = {"view": "ten-crop", "size": 32, "mirrored": True}
+    found = ViewAverage(network, normalize, **options)(groups).exp()
+    for position, pair in enumerate([(first, larger[0]), (second, larger[1])]):
+        expected = sum(probabilities(network, images, **options)[0] for images in pair) / 2
+        assert torch.allclose(found[position], expected, rtol=0, atol=1e-6)
+
+
+def test_a_very_wrong_prediction_has_a_finite_loss(network: vgg.VGG) -> None:
+    network.classifier[-1].bias[0] = 1000.0
+    logits = ViewAverage(network, normalize, view="dense", size=32, mirrored=True)(
+        [(torch.tensor([0]), whole(40, 40, 1))]
+    )
+    assert 500 < cross_entropy(logits, torch.tensor([1])).item() < 2000
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder37: str, tmp_path_factory: Any) -> Any:
+    output = tmp_path_factory.mktemp("trained")
+    result = run_main(folder37, *SMALL, "--epochs", 3, "--output-dir", output)
+    assert result.code == 0, result.err
+    return output / "checkpoint.pth.tar"
+
+
+def predictions(path: Any) -> list[list[str]]:
+    with open(str(path), newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return list(csv.reader(file))
+
+
+@pytest.mark.parametrize("view", ["center", "ten-crop", "dense", "multi-crop"])
+def test_each_image_is_counted_once_on_any_number_of_processes(
+    folder37: str, checkpoint: Any, tmp_path: Any, view: str
+) -> None:
+    flags = [folder37, *SMALL, "-e", "--resume", checkpoint, "--eval-view", view, "--eval-scales", 36, 48]
+    tables = []
+    for number, processes in enumerate([["-j", 0], [*TWO, "-j", 2, "-b", 6]]):
+        path = tmp_path / f"{number} 图.csv"
+        result = run_main(*flags, "--predictions", path, "--output-dir", tmp_path, *processes)
+        assert result.code == 0, result.err
+        tables.append(predictions(path))
+    header = ["path", "target", "prediction", "probability", "prediction2", "probability2"]
+    assert tables[0][0] == tables[1][0] == header
+    assert len(tables[0]) == len(tables[1]) == 1 + 37
+    assert len({row[0] for row in tables[0][1:]}) == 37 and all(os.path.isfile(row[0]) for row in tables[0][1:])
+    for first, second in zip(tables[0][1:], tables[1][1:]):
+        assert first[:2] == second[:2]
+        assert float(first[3]) == pytest.approx(float(second[3]), abs=2e-5)
+    correct = sum(row[1] == row[2] for row in tables[1][1:])
+    assert result.accuracy()[0] == f"{100 * correct / 37:.3f}"
+
+
+def test_a_crop_larger_than_a_scale_is_refused(folder37: str, checkpoint: Any, tmp_path: Any) -> None:
+    flags = [folder37, *SMALL, "-e", "--resume", checkpoint, "--output-dir", tmp_path, "--eval-view", "dense"]
+    result = run_main(*flags, "--image-size", 64, "--eval-scales", 96, 48)
+    assert result.code == 2 and "--eval-scales must be at least the crop, --image-size 64, got 48" in result.err
