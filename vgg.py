@@ -10,7 +10,6 @@ import re
 from collections import OrderedDict
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 # Convolutions in each of the five stages: columns A, B, D and E of the paper's table 1.
@@ -49,19 +48,13 @@ class VGG(nn.Module):
     def forward_dense(self, images: torch.Tensor, size: int) -> torch.Tensor:
         """Return the mean of the logits at all positions of larger images, for a network trained on `size` pixels.
 
-        The linear layers are applied as convolutions, one position every 32 pixels (the paper's section 3.2).
-
-        images: (N, 3, H, W), H and W at least `size`. Returns (N, num_classes).
+        The linear layers slide over the maps, one position every 32 pixels: convolutions, as in the paper's section
+        3.2. images: (N, 3, H, W), H and W at least `size`. Returns (N, num_classes).
         """
-        first, second, last = (layer for layer in self.classifier if isinstance(layer, nn.Linear))
-        kernel = first.weight.view(first.out_features, -1, 7, 7)
-        pool = _average_pool_7x7(
-            torch.eye((size // 32) ** 2, dtype=kernel.dtype, device=kernel.device).view(1, -1, size // 32, size // 32)
-        )[0]  # one map for each pixel of a crop's maps: how it contributes to the 7×7
-        kernel = torch.einsum("ochw,phw->ocp", kernel, pool).view(first.out_features, -1, size // 32, size // 32)
-        maps = F.relu(F.conv2d(self.features(images), kernel, first.bias))
-        maps = F.relu(F.conv2d(maps, second.weight[..., None, None], second.bias))
-        return F.conv2d(maps, last.weight[..., None, None], last.bias).mean((2, 3))
+        maps, side = self.features(images), size // 32
+        windows = maps.unfold(2, side, 1).unfold(3, side, 1)  # (N, 512, rows, columns, side, side)
+        logits = self.classify(windows.permute(0, 2, 3, 1, 4, 5).flatten(0, 2))
+        return logits.view(len(images), -1, logits.shape[1]).mean(1)
 
     def classify(self, maps: torch.Tensor) -> torch.Tensor:
         """maps: (N, 512, h, w), the output of `features`. Returns logits (N, num_classes)."""

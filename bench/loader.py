@@ -5,6 +5,7 @@
     python bench/loader.py --width 2000 --height 1500 --count 24
     python bench/loader.py --workers 2 --count 640        # end to end, through the DataLoader into batches
     python bench/loader.py --data /data/imagenet/train    # a folder of your own: DIR/class/image
+    python bench/loader.py --augmentations                # ours with each augmentation, one core
 
 All load the same images with RandomResizedCrop(224) and flip, one thread per core, in turn: A B A B …; the first turn
 warms up and is left out; medians. The last line is JSON. Requires torch (1.7 with --workers), torchvision, simplejpeg.
@@ -138,6 +139,29 @@ def one_core(root: str, count: int) -> Contestants:
     return contestants
 
 
+def each_augmentation(root: str, count: int) -> Contestants:
+    """Our dataset with one augmentation at a time, in this process."""
+    options: dict[str, dict[str, Any]] = {
+        "ours": {},
+        "--train-scale 256 512": {"train_scale": (256, 512)},
+        "--color-shift": {"color_shift": True},
+        "--auto-augment ta_wide": {"auto_augment": "ta_wide"},
+        "--auto-augment ra": {"auto_augment": "ra"},
+        "--auto-augment aa": {"auto_augment": "aa"},
+        "--random-erasing 0.25": {"random_erasing": 0.25},
+    }
+    indices = np.arange(count)
+
+    def load(batches: BatchDataset) -> Callable[[int], Any]:
+        return lambda turn: batches[turn, indices]
+
+    dataset = ImageFolder(root)
+    return {
+        name: load(BatchDataset(dataset, size=SIZE, augmentation=Augmentation(**values)))
+        for name, values in options.items()
+    }
+
+
 def end_to_end(root: str, batch_size: int, workers: int) -> Contestants:
     """Batches through worker processes, as they reach the training loop. Each turn is an epoch of its own."""
     options: dict[str, Any] = {"num_workers": workers, "persistent_workers": True, "multiprocessing_context": "fork"}
@@ -157,6 +181,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=150, help="images (default: %(default)s)")
     parser.add_argument("--turns", type=int, default=7, help="turns that count (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="end to end with this many (default: one core alone)")
+    parser.add_argument("--augmentations", action="store_true", help="ours with each augmentation, one core")
     parser.add_argument("--batch-size", type=int, default=32, help="end to end (default: %(default)s)")
     return parser.parse_args()
 
@@ -177,7 +202,8 @@ def main() -> None:
             contestants = end_to_end(root, args.batch_size, args.workers)
             images = len(paths) // args.batch_size * args.batch_size
         else:
-            contestants, images = one_core(root, len(paths)), len(paths)
+            contestants = (each_augmentation if args.augmentations else one_core)(root, len(paths))
+            images = len(paths)
         rates: dict[str, list[float]] = {name: [] for name in contestants}
         for turn in range(args.turns + 1):
             for name, load in contestants.items():

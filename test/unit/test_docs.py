@@ -18,7 +18,7 @@ from helpers.program import MAIN, REPOSITORY, run, run_python
 
 import pytest
 
-ENGLISH = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+ENGLISH = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "recipes/README.md"]
 ENGLISH += sorted(os.path.relpath(path, REPOSITORY) for path in glob.glob(os.path.join(REPOSITORY, "docs", "*.md")))
 CHINESE = ["README.zh-CN.md", "docs/zh/distributed.md", "docs/zh/reference.md", "docs/zh/troubleshooting.md"]
 TRANSLATED = [(name.replace("README.zh-CN", "README").replace("docs/zh/", "docs/"), name) for name in CHINESE]
@@ -85,6 +85,7 @@ def test_commands_of_main_py_are_accepted(name, tmp_path):
             continue
         flags = words[words.index("main.py") + 1 :]
         flags = [str(weights) if flag.endswith((".tar", ".pth")) else flag for flag in flags]
+        flags = [f"@{REPOSITORY}/{flag[1:]}" if flag.startswith("@") else flag for flag in flags]
         parse_args([str(tmp_path) if flag.startswith("/data") else flag for flag in flags])
 
 
@@ -99,6 +100,12 @@ def test_scripts_files_and_options_exist(name):
     known = set(re.findall(r"--\w+(?==)", text("test/common.sh")))
     for option in re.findall(r"(--[a-z]+_[a-z_]+)=", content):
         assert option in known, option
+
+
+@pytest.mark.parametrize("path", sorted(glob.glob(os.path.join(REPOSITORY, "recipes", "*.txt"))), ids=os.path.basename)
+def test_recipes_are_accepted_and_listed(path):
+    parse_args([f"@{path}"])
+    assert f"({os.path.basename(path)})" in text("recipes/README.md")
 
 
 def test_every_option_of_the_scripts_is_explained():
@@ -156,6 +163,7 @@ def followed(folder, tmp_path_factory):
     results = {}
     for command in dict.fromkeys(commands("README.md") + commands("docs/deployment.md")):
         words = shlex.split(command.partition(" > ")[0].replace("/data/flowers", shlex.quote(folder)))
+        words = ["vgg16-397923af.pth" if word == "imagenet" else word for word in words]  # nothing is downloaded
         script = words[1] if words[0] == "python" else ""
         if script not in ("main.py", "predict.py", "export.py") or "/data" in command.replace("/data/flowers", ""):
             continue

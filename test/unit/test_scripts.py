@@ -127,6 +127,7 @@ def test_train_best_8p_uses_mindcvs_recipe(clone, tmp_path):
         "--min-lr 1e-4",
         "--label-smoothing 0.1",
         "--wd 4e-5",
+        "--no-bias-decay",
     ):
         assert words in flags, words
 
