@@ -49,7 +49,7 @@ from engine.logger import Logger, ProgressMeter
 from engine.metrics import AccuracyCounter, Predictions, Throughput, Totals, cross_entropy, zero_unless_finite
 from engine.optimizer import LossScaler, ModelEma
 from engine.pretrained import imagenet_weights
-from engine.run_info import log_run_info, versions
+from engine.run_info import log_run_info, program_checksum, versions
 from engine.sampler import ResumableBatchSampler
 from engine.signals import StopSignals
 from engine.transforms import decoder_name
@@ -126,8 +126,8 @@ def build_loader(
 ) -> Loader:
     """Return the batches of this process; synthetic ones if there is no dataset.
 
-    Training continues from `start` (epoch, step) over all epochs without a pause; validation is one pass, over whole
-    images if `scales` are given.
+    Training continues from `start` (epoch, images used of it) over all epochs without a pause; validation is one pass,
+    over whole images if `scales` are given.
     """
     group, accelerator = runtime.group, runtime.accelerator
     sampler = ResumableBatchSampler(
@@ -213,9 +213,11 @@ def train_one_epoch(
     meter = ProgressMeter(f"Epoch: [{state.epoch}]", steps, state.step_in_epoch, counter.read())
     vote, stopping = StopVote(group), False
 
-    with logger.progress(steps * global_batch, state.step_in_epoch * global_batch, f"Epoch {state.epoch}"):
+    left = (steps - state.step_in_epoch) * global_batch
+    with logger.progress(state.images_in_epoch + left, state.images_in_epoch, f"Epoch {state.epoch}"):
         while state.step_in_epoch < steps and not stopping:
             train_step(args, runtime, training, batches, meter)
+            state.images_in_epoch += global_batch
             throughput.step(global_batch, accelerator.synchronize)
             logger.advance(global_batch)
 
@@ -226,7 +228,7 @@ def train_one_epoch(
                 totals = counter.read()  # a synchronization, and so is the next line
                 training.scaler.check_finite(state.step)
                 logger.line(meter.line(done, totals))
-                logger.event("train", samples=done * global_batch, lr=lr, **totals.metrics(), **state.position())
+                logger.event("train", samples=state.images_in_epoch, lr=lr, **totals.metrics(), **state.position())
             if args.save_freq and state.step % args.save_freq == 0 and done < steps and not stopping:
                 throughput.pause()
                 save(args, runtime, training)
@@ -239,7 +241,7 @@ def train_one_epoch(
     logger.line(f"[npu id: 0 ] * FPS@all {rate:.3f}")
     if state.step_in_epoch == steps:
         timing = {"images_per_second": rate, "seconds": throughput.seconds()}
-        logger.event("epoch", samples=steps * global_batch, lr=lr, **timing, **totals.metrics(), **state.position())
+        logger.event("epoch", samples=state.images_in_epoch, lr=lr, **timing, **totals.metrics(), **state.position())
     return stopping
 
 
@@ -330,8 +332,9 @@ def train(
 ) -> int:
     """Train all epochs that are left. Returns the exit code."""
     group, state = runtime.group, training.state
-    batches, steps = iter(loader), loader.sampler.steps_per_epoch
+    batches = iter(loader)
     while state.epoch < args.epochs and (args.stop_step_num is None or state.step < args.stop_step_num):
+        steps = state.step_in_epoch + loader.sampler.steps_left(state.images_in_epoch)
         if state.step_in_epoch < steps and train_one_epoch(args, runtime, training, batches, steps):
             save(args, runtime, training, final=True)
             return 0 if state.step == args.stop_step_num else EXIT_STOPPED
@@ -349,7 +352,7 @@ def train(
                 return EXIT_STOPPED
             best = totals.acc1 >= state.best_acc1
             state.best_acc1 = max(totals.acc1, state.best_acc1)
-        state.epoch, state.step_in_epoch = state.epoch + 1, 0
+        state.epoch, state.step_in_epoch, state.images_in_epoch = state.epoch + 1, 0, 0
         training.counter = AccuracyCounter(runtime.accelerator.device)
         save(args, runtime, training, best=best, final=last)
         if validates:
@@ -393,20 +396,24 @@ def warn_of_failed_save(args: argparse.Namespace, runtime: Runtime, training: Tr
 def run_job(args: argparse.Namespace, runtime: Runtime) -> int:
     """Build everything, then train and validate, or only evaluate. Returns the exit code."""
     group, accelerator, logger = runtime.group, runtime.accelerator, runtime.logger
-    check_same_flags(group, {**resolve.shared_flags(args), "the JPEG decoder": decoder_name()})
+    others = {"the JPEG decoder": decoder_name(), "the program's SHA-256": program_checksum()}
+    check_same_flags(group, {**resolve.shared_flags(args), **others})
     train_set, val_set = build_datasets(args, runtime)
     dataset_kind = val_set if val_set is not None else ImageFolder  # synthetic images are treated like a folder's
     args.image_size = args.image_size or dataset_kind.default_size
     classes = val_set.classes if val_set is not None else [str(number) for number in range(1000)]
     preprocessing = preprocessing_of(dataset_kind, args.image_size)
-    identity = resolve.resolve_identity(args, train_set)
-    info = ModelInfo(args.arch, classes, preprocessing, decoder_name(), group.world_size, identity)
     log_run_info(args, group, accelerator, logger, train_set, val_set)
 
-    accelerator.seed(args.seed)
-    network = vgg.VGG(args.arch, len(classes))
     loaded = find_checkpoint(args.resume, args.auto_resume, args.output_dir, logger) if group.rank == 0 else None
     checkpoint = group.broadcast(loaded)
+    batch, line = resolve.resolve_batch(args, checkpoint)
+    if line is not None:
+        logger.line(line)
+    identity = resolve.resolve_identity(args, train_set)
+    info = ModelInfo(args.arch, classes, preprocessing, decoder_name(), group.world_size, identity, batch)
+    accelerator.seed(args.seed)
+    network = vgg.VGG(args.arch, len(classes))
     if checkpoint is not None:
         check_resumable(checkpoint, info, evaluate=args.evaluate)
         load_weights(network, model_weights(checkpoint, "--resume", ema=args.evaluate), "--resume")
@@ -425,7 +432,7 @@ def run_job(args: argparse.Namespace, runtime: Runtime) -> int:
     if checkpoint is not None:
         restore(checkpoint, training.state, training.counter, info, training.scaler, training.ema, logger, group.rank)
         del checkpoint, loaded  # a gigabyte
-    start = training.state.epoch, training.state.step_in_epoch
+    start = training.state.epoch, training.state.images_in_epoch
     loader = build_loader(train_set, args, runtime, training=True, start=start)
     val_loader = None if val_set is None else build_loader(val_set, args, runtime, training=False)
     logger.event("start", **training.state.position())

@@ -27,6 +27,7 @@ class TrainState:
 
     epoch: int = 0  # epochs completed
     step_in_epoch: int = 0  # optimizer steps of the current epoch
+    images_in_epoch: int = 0  # images of the current epoch that these steps have used, over all processes
     step: int = 0  # total optimizer steps
     best_acc1: float = 0.0  # percent
 
@@ -43,7 +44,8 @@ class ModelInfo:
     preprocessing: dict[str, Any]  # image_size, crop, mean, std: for predict.py and export.py
     decoder: str  # of the training images
     world_size: int
-    identity: dict[str, Any] = field(default_factory=dict)  # what must agree for a mid-epoch resume
+    identity: dict[str, Any] = field(default_factory=dict)  # what must agree for a mid-epoch resume, but "global batch"
+    batch: dict[str, int] = field(default_factory=dict)  # see resolve_batch
 
 
 def build_checkpoint(
@@ -65,9 +67,11 @@ def build_checkpoint(
         "amp": scaler.state_dict(),
         "step": state.step,
         "step_in_epoch": state.step_in_epoch,
+        "images_in_epoch": state.images_in_epoch,
         "counts": list(totals),
         "classes": info.classes,
         "identity": info.identity,
+        "batch": info.batch,
         "world_size": info.world_size,
         "preprocessing": info.preprocessing,
         "decoder": info.decoder,
@@ -190,7 +194,7 @@ def check_resumable(checkpoint: dict[str, Any], info: ModelInfo, *, evaluate: bo
     if checkpoint.get("step_in_epoch") and not evaluate:
         saved = checkpoint.get("identity") or {}
         for name in {**info.identity, **saved}:
-            if saved.get(name) != info.identity.get(name):
+            if saved.get(name) != info.identity.get(name) and name != "global batch":
                 raise UsageError(
                     f"--resume: the checkpoint was saved within an epoch with {name} {saved.get(name)}, this run has "
                     f"{info.identity.get(name)}"
@@ -214,6 +218,8 @@ def restore(
         if ema is not None and "state_dict_ema" in checkpoint:
             ema.load_state_dict(vgg.to_torchvision_names(checkpoint["state_dict_ema"]))
         state.epoch, state.step_in_epoch = int(checkpoint["epoch"]), int(checkpoint.get("step_in_epoch", 0))
+        saved_batch = (checkpoint.get("identity") or {}).get("global batch", 0)
+        state.images_in_epoch = int(checkpoint.get("images_in_epoch", state.step_in_epoch * saved_batch))
         state.step, state.best_acc1 = int(checkpoint.get("step", 0)), float(checkpoint.get("best_acc1", 0.0))
         if state.step_in_epoch and rank == 0:  # the counts are sums over all processes
             counter.load(checkpoint["counts"])
@@ -229,8 +235,13 @@ def restore(
     saved_on = checkpoint.get("world_size", info.world_size)
     if saved_on != info.world_size:
         logger.line(
-            f"=> resumed on {info.world_size} processes, saved on {saved_on}: same images in the same order, "
-            "rounding may differ"
+            f"=> resumed on {info.world_size} processes, saved on {saved_on}: the same images in the same order, but "
+            "dropout and rounding differ"
+        )
+    if state.step_in_epoch and saved_batch != info.identity["global batch"]:
+        logger.line(
+            f"=> resumed with {info.identity['global batch']} images per step, saved with {saved_batch}: this epoch "
+            f"continues after its first {state.images_in_epoch:,} images"
         )
     decoder = checkpoint.get("decoder", info.decoder)
     if state.step_in_epoch and decoder != info.decoder:

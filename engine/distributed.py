@@ -217,16 +217,16 @@ class _TensorUnpickler(pickle.Unpickler):
 
 
 def check_same_flags(group: ProcessGroup, flags: dict[str, Any]) -> None:
-    """Raise UsageError on every process if one of them has other flags than rank 0. flags: {name as shown: value}."""
+    """Raise UsageError on every process if one of them was started otherwise than rank 0. flags: {name: value}."""
     expected = group.broadcast(flags)
     different = [
-        f"{name} is {flags[name]} here and {expected[name]} on rank 0"
-        for name in sorted(flags)
-        if flags[name] != expected[name]
+        f"{name} is {flags.get(name)} here and {expected.get(name)} on rank 0"
+        for name in sorted({**flags, **expected})
+        if flags.get(name) != expected.get(name)
     ]
     if group.any(different):
         details = ", ".join(different) or "another node has others than rank 0"
-        raise UsageError(f"the nodes were started with different flags: {details}")
+        raise UsageError(f"the nodes were started differently: {details}")
 
 
 def check_same_parameters(group: ProcessGroup, model: nn.Module) -> None:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 REPORT_SECONDS = 15  # between two log lines that name the missing nodes
 POLL_SECONDS = 0.5
 STORE_SECONDS = 45  # timeout of one operation on the store
+SECOND_RANK_0_SECONDS = 10
 
 
 @dataclass
@@ -75,8 +76,11 @@ def rendezvous(url: str, member: Member) -> Rendezvous:
                 host, _, port = address[len("tcp://") :].rstrip("/").rpartition(":")
                 master = host.strip("[]"), int(port)
                 is_host = rank == 0 and not agent_store
-                if is_host:
-                    _check_own_address(master, address, resolve_host=url != "env://")
+                if is_host and url != "env://" and not _is_own_address(master[0]):
+                    is_host = False  # if rank 0 is there, this process is a second one, and _check_in says so
+                    _await_rank_0(master, address)
+                elif is_host:
+                    _check_port(master[1], address)
                 else:
                     _await_store(master, waiting)
                 # World size 1: otherwise TCPStore blocks until all have joined, and logs nothing.
@@ -129,9 +133,8 @@ def _seconds(seconds: float) -> datetime.timedelta:
     return datetime.timedelta(seconds=seconds)
 
 
-def _check_own_address(master: tuple[str, int], address: str, *, resolve_host: bool) -> None:
-    """Raise RendezvousError if rank 0 cannot listen there. torch would raise an untyped RuntimeError, or hang."""
-    host, port = master
+def _check_port(port: int, address: str) -> None:
+    """Raise RendezvousError if rank 0 cannot listen on a port. torch would raise an untyped RuntimeError."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -142,18 +145,30 @@ def _check_own_address(master: tuple[str, int], address: str, *, resolve_host: b
                     f"{address}: the port is in use; choose a free one with --dist-url tcp://HOST:PORT"
                 ) from error
             raise
-    if resolve_host:
-        family, _, _, _, own = socket.getaddrinfo(host, 0)[0]
-        with socket.socket(family) as probe:
-            try:
-                probe.bind(own)
-            except OSError as error:
-                if error.errno == errno.EADDRNOTAVAIL:
-                    raise RendezvousError(
-                        f"{address}: {host} is not an address of this host, and rank 0 must listen there; check --addr "
-                        "and --rank"
-                    ) from error
-                raise
+
+
+def _is_own_address(host: str) -> bool:
+    family, _, _, _, own = socket.getaddrinfo(host, 0)[0]
+    with socket.socket(family) as probe:
+        try:
+            probe.bind(own)
+        except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                return False
+            raise
+    return True
+
+
+def _await_rank_0(master: tuple[str, int], address: str) -> None:
+    """Return if another process is rank 0 there. Raises RendezvousError if none is within ten seconds."""
+    for _ in range(int(SECOND_RANK_0_SECONDS / POLL_SECONDS)):
+        with contextlib.suppress(OSError):
+            socket.create_connection(master, timeout=POLL_SECONDS).close()
+            return
+        time.sleep(POLL_SECONDS)
+    raise RendezvousError(
+        f"{address}: {master[0]} is not an address of this host, and rank 0 must listen there; check --addr and --rank"
+    )
 
 
 def _await_store(master: tuple[str, int], waiting: _Waiting) -> None:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import argparse
+import glob
+import hashlib
 import json
 import os
 import platform
@@ -78,6 +80,16 @@ def versions(accelerator: Accelerator) -> dict[str, Any]:
         "hardware": accelerator.name(),
         "commit": git_commit(),
     }
+
+
+def program_checksum() -> str:
+    """Return the start of the SHA-256 of this program's files, which tells two versions of it apart."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    checksum = hashlib.sha256()
+    for path in sorted([*glob.glob(os.path.join(root, "*.py")), *glob.glob(os.path.join(root, "engine", "*.py"))]):
+        with open(path, "rb") as file:
+            checksum.update(file.read())
+    return checksum.hexdigest()[:12]
 
 
 def git_commit() -> str | None:

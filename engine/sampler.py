@@ -31,7 +31,7 @@ class ResumableBatchSampler:
         count: number of images in the dataset.
         local_batch: images per batch of this process.
         accum_steps: batches per optimizer step.
-        start: (epoch, step) to begin at.
+        start: (epoch, number of its images that an earlier run has used).
         with_previous: put the image before the slice in front of each batch, for BatchMixer. Before the first of a
             global batch comes its last.
     """
@@ -55,17 +55,22 @@ class ResumableBatchSampler:
         self.with_previous = with_previous
         self.global_batch = local_batch * world_size
         self.step_images = self.global_batch * accum_steps
-        self.steps_per_epoch = count // self.step_images if shuffle else -(-count // self.step_images)
+        self.steps_per_epoch = self.steps_left(0)
+
+    def steps_left(self, images_done: int) -> int:
+        """Return the optimizer steps that are left of an epoch of which an earlier run has used some images."""
+        left = self.count - images_done
+        return left // self.step_images if self.shuffle else -(-left // self.step_images)
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        epoch, step = self.start
+        epoch, done = self.start
         while epoch < self.epochs:
             order = permutation(self.seed, epoch, self.count) if self.shuffle else np.arange(self.count)
-            for batch in range(step * self.accum_steps, self.steps_per_epoch * self.accum_steps):
-                first = (batch * self.world_size + self.rank) * self.local_batch
+            for batch in range(self.steps_left(done) * self.accum_steps):
+                first = done + (batch * self.world_size + self.rank) * self.local_batch
                 indices = order[first : first + self.local_batch]
                 if self.with_previous:
                     previous = first - 1 if self.rank else first - 1 + self.global_batch
                     indices = np.concatenate([order[previous : previous + 1], indices])
                 yield epoch, indices
-            epoch, step = epoch + 1, 0
+            epoch, done = epoch + 1, 0

@@ -35,7 +35,7 @@ usage: bash test/$(basename "$0") --data_path=DIR [options]
 USAGE
     if [ "$nodes" = many ]; then
         cat <<USAGE
-  --nnodes=N             number of nodes                          (1)
+  --nnodes=N             number of nodes; with torchrun also MIN:MAX  (1)
   --node_rank=N          rank of this node, from 0                (0)
   --local_addr=IP        address of this node
   --master_addr=IP       address of node 0                        (127.0.0.1)
@@ -89,6 +89,11 @@ parse_options() { # the script's arguments
 checkpoint.pth.tar in --output; copy the checkpoint there" ;;
         *) fail "--launcher must be spawn or torchrun, got $launcher" ;;
     esac
+    if ! [[ $nnodes =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]]; then fail "--nnodes: expected N or MIN:MAX, got $nnodes"; fi
+    if [ "$nnodes" != "${nnodes#*:}" ]; then
+        [ "$launcher" = torchrun ] || fail "--nnodes=$nnodes requires --launcher=torchrun"
+        [ "${nnodes%:*}" -le "${nnodes#*:}" ] || fail "--nnodes=$nnodes: MIN must be at most MAX"
+    fi
 }
 
 # Sets `python`: PYTHON, the .venv that quickstart.sh made, or the active one.
@@ -265,7 +270,7 @@ run_training() { # the script's arguments
 # Prints the metrics and writes them to CASE.log. Other people's parsers read both: the lines are frozen.
 report() { # duration in seconds
     local ranks=1 images_per_second accuracy loss
-    if [ "$cards" != 1 ]; then ranks=$(($(count_cards) * nnodes)); fi
+    if [ "$cards" != 1 ]; then ranks=$(($(count_cards) * ${nnodes#*:})); fi
     images_per_second=$(last_match '\* FPS@all \([0-9.]*\)')
     accuracy=$(last_match '\[AVG-ACC\] \* Acc@1 \([0-9.]*\)')
     sed -n 's|^Epoch:.*Loss *\([0-9.naif]*\) .*|\1|p' "$log" >"$output/train_${case_name}_loss.txt"
@@ -283,7 +288,7 @@ report() { # duration in seconds
         echo "CaseName = $case_name"
         if [ -n "$images_per_second" ]; then
             echo "ActualFPS = $images_per_second"
-            echo "TrainingTime = $(awk -v b="$batch_size" -v n="$nnodes" -v f="$images_per_second" \
+            echo "TrainingTime = $(awk -v b="$batch_size" -v n="${nnodes#*:}" -v f="$images_per_second" \
                 'BEGIN { printf "%.2f", (f > 0) ? b * n * 1000 / f : 0 }')"
         fi
         if [ -n "$accuracy" ]; then echo "TrainAccuracy = $accuracy"; fi

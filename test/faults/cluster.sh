@@ -3,7 +3,7 @@
 # Tests multi-node training on one host: each node is a network namespace with its own address. Takes some minutes and
 # needs root. The Slurm part also needs Slurm's daemons (on Debian: slurm-wlm). Parts that cannot run here are skipped.
 # Prints a table at the end and exits with code 1 if something failed.
-#   bash test/faults/cluster.sh [nodes | torchrun | faults | slurm]...
+#   bash test/faults/cluster.sh [nodes | torchrun | elastic | faults | slurm]...
 # The model is VGG16 with fully connected layers of width 64; WIDTH=4096 is the real one, at 4 GB of memory per process.
 set -euo pipefail
 test_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -236,6 +236,53 @@ try_torchrun() {
     remove_checkpoints one
 }
 
+# A job of two or three nodes: one is disconnected, two go on, it returns, three go on.
+try_elastic() {
+    local options=(train_full_multinodes --batch_size=2 --epochs=200 --launcher=torchrun --nnodes=2:3) log begin
+    log=$(log_of resized 0)
+    start_job resized 3 "${options[@]}"
+    wait_for 180 grep -q '^Epoch: \[5\]' "$log" || true
+    begin=$SECONDS
+    namespaces disconnect "$net" 2
+    wait_for 240 grep -q 'resized to 2 nodes' "$log" || true
+    check "elastic: two nodes go on without the third, after $((SECONDS - begin)) s" grep -q 'resized to 2 nodes' "$log"
+    wait_for 60 goes_on_after 'resized to 2 nodes' || true
+    namespaces kill "$net" 2
+    namespaces connect "$net" 2
+    begin=$SECONDS
+    run_node_of_job resized 2 3 "${options[@]}" &
+    wait_for 240 returned || true
+    check "elastic: the third returns and three go on, after $((SECONDS - begin)) s" returned
+    wait
+    check "elastic: all nodes exit with code 0" exited_with resized 0
+    check "elastic: every epoch is there, each validation image counted once" every_epoch_counted
+    remove_checkpoints resized
+}
+
+goes_on_after() { # text of a line of the log: a validation comes after it
+    sed "1,/$1/d" "$(log_of resized 0)" | grep -q 'AVG-ACC'
+}
+
+returned() { sed '1,/resized to 2 nodes/d' "$(log_of resized 0)" | grep -q '=> vgg16 on 3 × cpu'; }
+
+every_epoch_counted() {
+    "$python" - "$scratch/resized/out.0/metrics.jsonl" <<'PYTHON'
+import json
+import sys
+
+validations, epochs = {}, {}
+for line in open(sys.argv[1]):
+    record = json.loads(line)
+    if record["event"] == "validate":
+        validations[record["epoch"]] = record
+    elif record["event"] == "epoch":
+        epochs[record["epoch"]] = record
+print("   loss by epoch:", " ".join(f"{epochs[epoch]['loss']:.3f}" for epoch in sorted(epochs)[::20]))
+assert sorted(validations) == sorted(epochs) == list(range(200)), (sorted(validations), sorted(epochs))
+assert all(record["samples"] == 37 for record in validations.values())
+PYTHON
+}
+
 try_faults() {
     local begin=$SECONDS node
     run_on_node alone 2 train_full_multinodes --device_list=0 --batch_size=2 --nnodes=2 --node_rank=1 \
@@ -388,12 +435,12 @@ preempted_and_completed() { # job
 # --- from start to end ------------------------------------------------------------------------------------------------
 
 parts=("$@")
-if [ "${#parts[@]}" = 0 ]; then parts=(nodes torchrun faults slurm); fi
+if [ "${#parts[@]}" = 0 ]; then parts=(nodes torchrun elastic faults slurm); fi
 for part in "${parts[@]}"; do
     case $part in
-        nodes | torchrun | faults | slurm) ;;
+        nodes | torchrun | elastic | faults | slurm) ;;
         *)
-            echo "cluster.sh: error: unknown part $part; expected nodes, torchrun, faults or slurm" >&2
+            echo "cluster.sh: error: unknown part $part; expected nodes, torchrun, elastic, faults or slurm" >&2
             exit 2
             ;;
     esac

@@ -206,7 +206,9 @@ def test_a_checkpoint_of_another_run_is_refused_with_both_values():
     with pytest.raises(UsageError, match="number 1 is 'b' in the checkpoint and 'x' in the data"):
         check_resumable(checkpoint, Run(classes=["a", "x", "c", "d"]).info, evaluate=False)
     other = Run(identity={"seed": 7, "global batch": 24}).info
-    with pytest.raises(UsageError, match="within an epoch with global batch 12, this run has 24"):
+    check_resumable(checkpoint, other, evaluate=False)  # continues at the next image
+    other = Run(identity={"seed": 8, "global batch": 12}).info
+    with pytest.raises(UsageError, match="within an epoch with seed 7, this run has 8"):
         check_resumable(checkpoint, other, evaluate=False)
     check_resumable(checkpoint, other, evaluate=True)
     check_resumable({**checkpoint, "step_in_epoch": 0}, other, evaluate=False)  # between epochs it may change

@@ -90,7 +90,7 @@ def test_different_flags_and_decoders_are_refused_on_every_process(tmp_path):
     )
     assert "--batch-size is 9 here and 8 on rank 0" in outputs[1]
     assert "the JPEG decoder is Pillow here and simplejpeg on rank 0" in outputs[1]
-    assert outputs[0].count("the nodes were started with different flags") == 2
+    assert outputs[0].count("the nodes were started differently") == 2
 
 
 @pytest.mark.parametrize("altered", [False, True])

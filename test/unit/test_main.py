@@ -16,6 +16,8 @@ import vgg
 from engine.checkpoint_file import load
 from engine.errors import UserError
 from engine.flags import parse_args
+from engine.launcher import free_port
+from engine.resolve import resolve_batch
 from engine.transforms import decoder_name
 from engine.versions import TORCH
 from helpers.images import make_folder, write_cifar10
@@ -235,6 +237,52 @@ def test_a_run_stopped_within_an_epoch_continues_bit_for_bit(folder, tmp_path, e
         assert torch.equal(entry["momentum_buffer"], second["optimizer"]["state"][position]["momentum_buffer"])
     for key in ("epoch", "step", "best_acc1"):
         assert first[key] == second[key], key
+
+
+def test_a_run_continues_on_fewer_nodes_with_the_same_images(folder, tmp_path):
+    """Two nodes stop within an epoch; one goes on with twice as many batches per step."""
+    flags = [folder, *SMALL, "-b", 3, "--epochs", 1, "-p", 1]
+    url = f"tcp://127.0.0.1:{free_port()}"
+
+    def two_nodes(output, *more):
+        words = ["--world-size", 2, "--dist-url", url, "--output-dir", output, *more]
+        other = start_main(*flags, *words, "--rank", 1)
+        result = run_main(*flags, *words, "--rank", 0)
+        other.communicate(timeout=60)
+        assert (result.code, other.returncode) == (0, 0), result.err
+
+    two_nodes(tmp_path / "whole")
+    two_nodes(tmp_path / "parts", "--stop-step-num", 1)
+    result = run_main(*flags, "--output-dir", tmp_path / "parts", "--auto-resume")
+    assert result.code == 0, result.err
+    assert "=> resized to 1 node: 2 batches per step keep its 6 images" in result.out
+    whole, parts = (events(tmp_path / name, "epoch")[-1] for name in ("whole", "parts"))
+    assert whole["samples"] == parts["samples"] == 24 and whole["step"] == parts["step"] == 4
+    assert parts["loss"] == pytest.approx(whole["loss"], abs=0.05)  # dropout differs, images do not
+
+
+def test_a_resize_that_cannot_keep_the_images_per_step_scales_the_learning_rate(folder, tmp_path):
+    flags = [folder, *SMALL, "--epochs", 2, "--output-dir", tmp_path, "--lr", 0.01, "-p", 1]
+    args = parse_args([str(flag) for flag in flags] + ["-b", "4"])
+    args.nodes = 3
+    saved, line = resolve_batch(args, None)
+    assert saved == {"batch_size": 4, "accum_steps": 1, "images_per_step": 12} and line is None
+    args.nodes = 2
+    again, line = resolve_batch(args, {"batch": saved})
+    assert again == saved and "8 images per step in place of 12, so learning rates are multiplied by 0.6667" in line
+    assert args.lr == pytest.approx(0.01 * 2 / 3) and args.accum_steps == 1
+    args.batch_size = 5  # a flag that was changed counts as it is
+    assert resolve_batch(args, {"batch": saved})[1] is None
+
+
+def test_a_run_continues_within_an_epoch_with_another_batch_size(folder, tmp_path):
+    flags = [folder, *SMALL, "--epochs", 1, "--output-dir", tmp_path, "-p", 1]
+    assert run_main(*flags, "-b", 6, "--stop-step-num", 2).code == 0
+    result = run_main(*flags, "-b", 4, "--auto-resume")
+    assert result.code == 0, result.err
+    line = "=> resumed with 4 images per step, saved with 6: this epoch continues after its first 12 images"
+    assert line in result.out and "Epoch: [0][5/5]" in result.out
+    assert events(tmp_path, "epoch")[-1]["samples"] == 24
 
 
 def test_a_compiled_run_continues_bit_for_bit(tmp_path):

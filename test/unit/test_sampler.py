@@ -37,13 +37,22 @@ def test_the_order_of_an_epoch_is_the_same_on_every_version_of_numpy():
 def test_training_resumes_at_any_step():
     whole = stream(2, 6)
     for done in range(len(whole)):
-        assert stream(2, 6, start=divmod(done, 8)) == whole[done:]
+        assert stream(2, 6, start=(done // 8, done % 8 * 12)) == whole[done:]
+
+
+def test_training_continues_at_the_next_image_with_another_batch_size():
+    """36 of 103 images used; then 6 steps of 11, and whole epochs again."""
+    used = [index for _, part in stream(2, 6)[:3] for index in part]
+    rest = stream(1, 11, start=(0, 36))
+    first = [index for epoch, part in rest if epoch == 0 for index in part]
+    assert used + first == list(permutation(7, 0, 103)[: 36 + 66])
+    assert sum(epoch == 1 for epoch, _ in rest) == 103 // 11
 
 
 def test_training_resumes_at_any_step_of_accumulated_batches():
     whole = stream(2, 2, accum_steps=3)
     for done in range(16):
-        assert stream(2, 2, accum_steps=3, start=divmod(done, 8)) == whole[3 * done :]
+        assert stream(2, 2, accum_steps=3, start=(done // 8, done % 8 * 12)) == whole[3 * done :]
 
 
 def test_accumulated_batches_are_the_images_of_one_large_batch():
