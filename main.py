@@ -17,7 +17,7 @@ import math
 import os
 import time
 from dataclasses import dataclass
-from typing import Any, Callable, ContextManager, Iterable, Iterator, Sequence
+from typing import Any, Callable, ContextManager, Iterator, Sequence
 
 import vgg
 from engine import resolve
@@ -100,14 +100,10 @@ def build_datasets(args: argparse.Namespace, runtime: Runtime) -> tuple[ImageDat
     """
     group, logger = runtime.group, runtime.logger
 
-    def check_images(reasons: Iterable[str | None], count: int) -> Iterable[str | None]:
-        logger.line(f"=> checking {count:,} images, once")
-        return logger.track(reasons, count, "Checking")
-
+    check = logger.track_check if args.bad_images == "skip" else None
     datasets: tuple[ImageDataset | None, ImageDataset | None] = (None, None)
     with group.local_main_first():
         if not args.dummy:
-            check = check_images if args.bad_images == "skip" else None
             datasets = open_datasets(args.data, evaluate=args.evaluate, check=check, val_split=args.val_split)
     fingerprints = [dataset.fingerprint for dataset in datasets if dataset is not None]
     if group.any(fingerprints != group.broadcast(fingerprints)):
@@ -377,7 +373,7 @@ def save(
     totals = Totals(*runtime.group.sum(training.counter.read()))
     if runtime.group.rank == 0:
         checkpoint = build_checkpoint(state, totals, training.info, training.scaler, training.ema)
-        warn_of_failed_save(args, runtime, training)
+        training.writer.wait_or_warn(logger.warning)
         path, best_path = os.path.join(args.output_dir, LATEST), os.path.join(args.output_dir, BEST)
         training.writer.save(checkpoint, path, also=best_path if best else None)
         if final:
@@ -385,12 +381,6 @@ def save(
             if error is not None:
                 raise SaveError(f"{path}: could not write the last checkpoint ({error}); the one before it is intact")
     logger.event("checkpoint", seconds=time.perf_counter() - begin, **state.position())
-
-
-def warn_of_failed_save(args: argparse.Namespace, runtime: Runtime, training: Training) -> None:
-    error = training.writer.wait()
-    if error is not None:
-        runtime.logger.warning(f"{args.output_dir}: checkpoint not saved ({error}); training continues")
 
 
 def run_job(args: argparse.Namespace, runtime: Runtime) -> int:
@@ -407,9 +397,7 @@ def run_job(args: argparse.Namespace, runtime: Runtime) -> int:
 
     loaded = find_checkpoint(args.resume, args.auto_resume, args.output_dir, logger) if group.rank == 0 else None
     checkpoint = group.broadcast(loaded)
-    batch, line = resolve.resolve_batch(args, checkpoint)
-    if line is not None:
-        logger.line(line)
+    batch = resolve.resolve_batch(args, checkpoint, logger.line)
     identity = resolve.resolve_identity(args, train_set)
     info = ModelInfo(args.arch, classes, preprocessing, decoder_name(), group.world_size, identity, batch)
     accelerator.seed(args.seed)
@@ -444,11 +432,11 @@ def run_job(args: argparse.Namespace, runtime: Runtime) -> int:
         with trace as training.profiler, watch_workers(loader, val_loader):
             code = train(args, runtime, training, loader, val_loader)
     finally:
-        warn_of_failed_save(args, runtime, training)  # waits: a failure does not cost the checkpoint being written
-    if code == EXIT_STOPPED:
+        training.writer.wait_or_warn(logger.warning)  # a failure does not cost the checkpoint being written
+    stopped = code == EXIT_STOPPED
+    if stopped:
         logger.line(f"=> stopped on a signal after step {training.state.step}, checkpoint saved")
-    event = "stop" if code == EXIT_STOPPED else "done"
-    logger.event(event, acc1=training.state.best_acc1, **training.state.position())
+    logger.event("stop" if stopped else "done", acc1=training.state.best_acc1, **training.state.position())
     return code
 
 
@@ -484,8 +472,7 @@ def evaluate(
         group.max_(predictions.probabilities)
     if group.rank == 0:
         facts = {**versions(accelerator), "weights": args.resume or args.pretrained, "data": args.data or EMBEDDED}
-        for line in write_evaluation(args, dataset, totals, predictions, facts):
-            runtime.logger.line(line)
+        write_evaluation(args, dataset, totals, predictions, facts, runtime.logger.line)
     return 0
 
 

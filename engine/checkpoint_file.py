@@ -20,7 +20,7 @@ import shutil
 import struct
 import threading
 import zipfile
-from typing import IO, Any
+from typing import IO, Any, Callable
 
 from engine.errors import CheckpointError
 from engine.safe_pickle import CarriesCodeError, Storages, load_tensors
@@ -45,6 +45,7 @@ class CheckpointWriter:
         self._buffer = io.BytesIO()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._path = ""  # of the last save
 
     def save(self, state: Any, path: str, also: str | None = None) -> None:
         """Start to write a state of tensors and plain values to `path`, and link the finished file to `also`.
@@ -55,6 +56,7 @@ class CheckpointWriter:
         self._buffer.seek(0)
         torch.save(state, self._buffer, _use_new_zipfile_serialization=True)  # torch 1.5 has it, but not by default
         self._buffer.truncate()
+        self._path = path
         self._thread = threading.Thread(target=self._write, args=(path, also))
         self._thread.start()
 
@@ -73,6 +75,12 @@ class CheckpointWriter:
             self._thread.join()
         error, self._thread, self._error = self._error, None, None
         return error
+
+    def wait_or_warn(self, warn: Callable[[str], None]) -> None:
+        """Wait until the last save is on the disk; warn if it failed."""
+        error = self.wait()
+        if error is not None:
+            warn(f"{self._path}: checkpoint not saved ({error}); training continues")
 
 
 def _write(content: memoryview, path: str) -> None:

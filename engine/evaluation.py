@@ -8,7 +8,7 @@ import csv
 import json
 import math
 import os
-from typing import Any
+from typing import Any, Callable
 
 from engine.datasets import ImageDataset, ImageFolder
 from engine.errors import UsageError
@@ -22,17 +22,17 @@ def write_evaluation(
     totals: Totals,
     predictions: Predictions | None,
     facts: dict[str, Any],
-) -> list[str]:
-    """Write metrics.json, and the files of --predictions and --report. Returns log lines. Raises UsageError.
+    log: Callable[[str], None],
+) -> None:
+    """Write metrics.json, and the files of --predictions and --report. Raises UsageError.
 
     facts: versions, hardware, weights and data.
     """
     views = {"eval_view": args.eval_view, "eval_scales": args.eval_scales, "image_size": args.image_size}
     write_metrics(args.output_dir, totals, {"arch": args.arch, **views, **facts})
-    lines = []
     if args.predictions and predictions is not None:
         write_predictions(args.predictions, dataset, predictions)
-        lines.append(f"=> predictions written to {args.predictions}")
+        log(f"=> predictions written to {args.predictions}")
     if args.report and predictions is not None:
         path = write_report(
             args.report,
@@ -44,8 +44,7 @@ def write_evaluation(
             facts={**vars(args), **facts},
             training_folders=[os.path.dirname(str(facts["weights"])) or ".", args.output_dir],
         )
-        lines.append(f"=> report written to {path}")
-    return lines
+        log(f"=> report written to {path}")
 
 
 def write_metrics(folder: str, totals: Totals, facts: dict[str, Any]) -> None:

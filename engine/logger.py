@@ -143,12 +143,13 @@ class Logger:
         if self.bar is not None:
             self.bar.update(min(images, self.bar.total - self.bar.n))  # the last validation batch is a smaller one
 
-    def track(self, items: Iterable[Any], total: int, label: str) -> Iterator[Any]:
-        """Yield `total` items with a progress bar."""
-        with self.progress(total, 0, label):
-            for item in items:
+    def track_check(self, reasons: Iterable[str | None], count: int) -> Iterator[str | None]:
+        """Pass the results of checking `count` images on, with a progress bar (a Check of folder_index.py)."""
+        self.line(f"=> checking {count:,} images, once")
+        with self.progress(count, 0, "Checking"):
+            for reason in reasons:
                 self.advance(1)
-                yield item
+                yield reason
 
     def event(self, event: str, **fields: Any) -> None:
         """Write a line of metrics.jsonl. event: start, train, epoch, validate, checkpoint, stop or done."""

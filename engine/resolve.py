@@ -7,7 +7,7 @@ import argparse
 import importlib.util
 import os
 import tempfile
-from typing import Any
+from typing import Any, Callable
 
 from engine import device, precision
 from engine.augmentation import CROP_SCALE, Augmentation, require_torchvision
@@ -131,28 +131,29 @@ def resolve_scales(args: argparse.Namespace, dataset: ImageDataset) -> list[int]
     return scales
 
 
-def resolve_batch(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> tuple[dict[str, int], str | None]:
+def resolve_batch(
+    args: argparse.Namespace, checkpoint: dict[str, Any] | None, log: Callable[[str], None]
+) -> dict[str, int]:
     """Keep the images per step if the number of nodes has changed since a checkpoint, but no flag has.
 
     With more batches per step if that is possible, else with learning rates in proportion to the images per step
-    (Goyal et al., arXiv:1706.02677, section 2.1). Changes args; returns (what a checkpoint holds of it, a log line).
+    (Goyal et al., arXiv:1706.02677, section 2.1). Changes args, says so, and returns what a checkpoint holds of it.
     """
     saved = (checkpoint or {}).get("batch") or {}
     flags = {"batch_size": args.batch_size, "accum_steps": args.accum_steps}
     own = args.batch_size * args.nodes
     wanted = saved["images_per_step"] if saved and flags.items() <= saved.items() else own * args.accum_steps
-    line = None
     if wanted != own * args.accum_steps:
         nodes = f"{args.nodes} {'node' if args.nodes == 1 else 'nodes'}"
         if wanted % own == 0:
             args.accum_steps = wanted // own
-            line = f"=> resized to {nodes}: {args.accum_steps} batches per step keep its {wanted:,} images"
+            log(f"=> resized to {nodes}: {args.accum_steps} batches per step keep its {wanted:,} images")
         else:
             factor = own * args.accum_steps / wanted
             args.lr, args.min_lr = args.lr * factor, args.min_lr * factor
             now = f"{own * args.accum_steps:,} images per step in place of {wanted:,}"
-            line = f"=> resized to {nodes}: {now}, so learning rates are multiplied by {factor:.4g}"
-    return {**flags, "images_per_step": wanted}, line
+            log(f"=> resized to {nodes}: {now}, so learning rates are multiplied by {factor:.4g}")
+    return {**flags, "images_per_step": wanted}
 
 
 def resolve_identity(args: argparse.Namespace, train_set: ImageDataset | None) -> dict[str, Any]:

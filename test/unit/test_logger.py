@@ -175,7 +175,7 @@ def test_a_progress_bar_on_a_terminal_ends_at_its_total_and_leaves_the_lines_int
 
 def test_without_a_terminal_there_is_no_progress_bar(capsys: Any) -> None:
     logger = Logger(prints=True, writes=False)
-    assert list(logger.track("abc", 3, "Checking")) == ["a", "b", "c"]
+    assert list(logger.track_check([None, "corrupt"], 2)) == [None, "corrupt"]
     assert capsys.readouterr().err == ""
 
 

@@ -265,14 +265,16 @@ def test_a_resize_that_cannot_keep_the_images_per_step_scales_the_learning_rate(
     flags = [folder, *SMALL, "--epochs", 2, "--output-dir", tmp_path, "--lr", 0.01, "-p", 1]
     args = parse_args([str(flag) for flag in flags] + ["-b", "4"])
     args.nodes = 3
-    saved, line = resolve_batch(args, None)
-    assert saved == {"batch_size": 4, "accum_steps": 1, "images_per_step": 12} and line is None
+    lines: list[str] = []
+    saved = resolve_batch(args, None, lines.append)
+    assert saved == {"batch_size": 4, "accum_steps": 1, "images_per_step": 12} and lines == []
     args.nodes = 2
-    again, line = resolve_batch(args, {"batch": saved})
-    assert again == saved and "8 images per step in place of 12, so learning rates are multiplied by 0.6667" in line
+    assert resolve_batch(args, {"batch": saved}, lines.append) == saved
+    assert "8 images per step in place of 12, so learning rates are multiplied by 0.6667" in lines.pop()
     assert args.lr == pytest.approx(0.01 * 2 / 3) and args.accum_steps == 1
     args.batch_size = 5  # a flag that was changed counts as it is
-    assert resolve_batch(args, {"batch": saved})[1] is None
+    resolve_batch(args, {"batch": saved}, lines.append)
+    assert lines == []
 
 
 def test_a_run_continues_within_an_epoch_with_another_batch_size(folder, tmp_path):
