@@ -278,7 +278,8 @@ for line in open(sys.argv[1]):
     elif record["event"] == "epoch":
         epochs[record["epoch"]] = record
 print("   loss by epoch:", " ".join(f"{epochs[epoch]['loss']:.3f}" for epoch in sorted(epochs)[::20]))
-assert sorted(validations) == sorted(epochs) == list(range(200)), (sorted(validations), sorted(epochs))
+assert sorted(validations) == list(range(200)), sorted(validations)
+assert len(epochs) >= 198, sorted(epochs)  # an epoch may end at a resize: fewer images are left than a step takes
 assert all(record["samples"] == 37 for record in validations.values())
 PYTHON
 }
@@ -417,10 +418,22 @@ try_slurm() {
     sbatch --partition=high --ntasks="$(nproc)" --output="$scratch/slurm/high" --wrap 'echo ran' >/dev/null
     wait_for 240 job_ended "$job" || true
     check "Slurm: a job is preempted, saves, is requeued, resumes and completes" preempted_and_completed "$job"
+    # shellcheck disable=SC2016 # the task expands the variable
+    printf '#!/bin/sh\nif [ "$SLURM_PROCID" = 1 ]; then sleep 40; fi\nexec "%s" "$@"\n' "$python" >"$scratch/late python"
+    chmod +x "$scratch/late python"
+    job=$(PYTHON="$scratch/late python" sbatch --parsable --partition=low --ntasks-per-node=2 --output="$log.late" \
+        test/slurm/train.sbatch "${flags[@]}" --stop-step-num 5 --output-dir "$scratch/slurm/late")
+    wait_for 240 job_ended "$job" || true
+    check "Slurm: a task that is 40 s late is waited for" late_and_completed "$job"
     if [ "$code" != 0 ]; then
         scontrol show job "$job" >&2
-        tail -n 20 "$log" >&2
+        tail -n 20 "$log" "$log.late" >&2
     fi
+}
+
+late_and_completed() { # job
+    scontrol show job "$1" | grep -q 'JobState=COMPLETED' && grep -q '=> waiting for .* 30 s of 600 s' "$scratch/slurm/log.late" &&
+        grep -q '^Epoch: \[0\]\[ *5/' "$scratch/slurm/log.late"
 }
 
 job_ended() { scontrol show job "$1" | grep -q 'JobState=\(COMPLETED\|FAILED\|CANCELLED\)'; } # job
