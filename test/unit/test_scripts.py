@@ -9,7 +9,7 @@ import stat
 import subprocess
 import sys
 
-from helpers.images import make_folder
+from helpers.images import write_cifar10
 from helpers.program import REPOSITORY, run
 
 import pytest
@@ -259,7 +259,7 @@ def test_a_signal_to_the_script_reaches_main_py(clone, tmp_path):
 
 def test_training_and_evaluation_with_the_real_program(clone, tmp_path):
     """train_full_8p.sh and train_eval_8p.sh on two CPU processes: the evaluation repeats the training's accuracy."""
-    data = make_folder(tmp_path / "some data", classes=2, train=3, val=2, size=(60, 50))
+    write_cifar10(tmp_path / "some data", binary=True, count=2)
     common = ["--data_path=some data", "--device=cpu", "--device_list=0,1", "--batch_size=2", "--workers=2"]
     trained = bash(clone, "train_full_8p", *common, "--epochs=1", cwd=tmp_path)
     assert trained.code == 0, trained.err
@@ -270,4 +270,3 @@ def test_training_and_evaluation_with_the_real_program(clone, tmp_path):
         return [line for line in result.out.splitlines() if "Accuracy" in line]
 
     assert accuracy(trained) == accuracy(evaluated) != []
-    assert os.path.isdir(data)
