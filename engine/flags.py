@@ -40,7 +40,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def _build_parser() -> OneLineParser:
     parser = OneLineParser(
-        "main.py", "Train VGG on ImageNet, CIFAR-10 or a folder of images, on an NPU, a GPU or a CPU."
+        "main.py",
+        "Train VGG on ImageNet, CIFAR-10 or a folder of images, on an NPU, a GPU or a CPU. @FILE reads flags from a file.",
     )
     default = "(default: %(default)s)"
     data = parser.add_argument_group("data")
@@ -83,7 +84,14 @@ def _build_parser() -> OneLineParser:
     )
 
     model = parser.add_argument_group("model")
-    model.add_argument("-a", "--arch", default="vgg16", choices=vgg.ARCHITECTURES, help=default)
+    model.add_argument(
+        "-a",
+        "--arch",
+        default="vgg16",
+        choices=vgg.ARCHITECTURES,
+        metavar="NAME",
+        help=f"vgg11, vgg13, vgg16 or vgg19, each also with _bn {default}",
+    )
     model.add_argument(
         "--pretrained",
         metavar="PATH",
@@ -172,14 +180,14 @@ def _build_parser() -> OneLineParser:
     augment.add_argument(
         "--auto-augment",
         choices=list(AUTO_AUGMENT),
-        help="TrivialAugmentWide, RandAugment or AutoAugment (torchvision, torch 2)",
+        help="TrivialAugmentWide, RandAugment or AutoAugment (torchvision, torch 2.1)",
     )
     augment.add_argument(
         "--random-erasing",
         type=number(float, 0, 1),
         default=0.0,
         metavar="P",
-        help="probability that a rectangle is erased (torchvision, torch 2; default: 0)",
+        help="probability that a rectangle is erased (torchvision, torch 2.1; default: 0)",
     )
     for flag, what in (("--mixup", "blend each image with another"), ("--cutmix", "paste a part of another image")):
         augment.add_argument(
@@ -187,7 +195,7 @@ def _build_parser() -> OneLineParser:
             type=number(float, 0),
             default=0.0,
             metavar="ALPHA",
-            help=f"{what}; training accuracy is then of the larger part (torchvision, torch 2; default: 0, off)",
+            help=f"{what}; training accuracy is then of the larger part (torchvision, torch 2.1; default: 0, off)",
         )
 
     run = parser.add_argument_group("evaluating, resuming, recording")
