@@ -41,7 +41,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def _build_parser() -> OneLineParser:
     parser = OneLineParser(
         "main.py",
-        "Train VGG on ImageNet, CIFAR-10 or a folder of images, on an NPU, a GPU or a CPU. @FILE reads flags from a file.",
+        "Train VGG on ImageNet, CIFAR-10 or a folder of images, on an NPU, a GPU or a CPU. @FILE holds more flags.",
     )
     default = "(default: %(default)s)"
     data = parser.add_argument_group("data")
