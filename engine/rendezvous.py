@@ -211,8 +211,15 @@ def _is_beating(store: Any, rank: int) -> bool:
 
 
 def _name_missing(store: Any, member: Member) -> list[str]:
-    ranks = [rank for rank in range(0, member.world_size, member.local_world_size) if store.add(f"rank {rank}", 0) == 0]
-    return [member.node(rank) for rank in ranks] or ["a process of a node that has joined"]
+    """Name the nodes of which ranks are missing."""
+    names, size = [], member.local_world_size
+    for first in range(0, member.world_size, size):
+        missing = [rank for rank in range(first, first + size) if store.add(f"rank {rank}", 0) == 0]
+        if len(missing) == size:
+            names.append(member.node(first))
+        elif missing:
+            names.append(f"node {first // size} (of it rank {', '.join(map(str, missing))})")
+    return names or ["a process"]  # it joins at this moment
 
 
 def _fail_all(store: Any, text: str, member: Member) -> None:

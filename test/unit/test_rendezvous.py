@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+from engine import rendezvous
 from engine.launcher import free_port
 from helpers.program import environment, run_main
 
@@ -82,6 +83,15 @@ def test_processes_meet_in_any_order_and_name_who_is_missing(url, order):
     for process in joined:
         process.read_until("met")
     assert [process.finish() for process in joined] == [0, 0, 0]
+
+
+def test_a_missing_process_of_a_node_that_is_there_is_named():
+    class Store:
+        def add(self, key, value):
+            return 0 if key in ("rank 1", "rank 2", "rank 3") else 1
+
+    member = rendezvous.Member(rank=0, world_size=6, local_rank=0, local_world_size=2, timeout=1)
+    assert rendezvous._name_missing(Store(), member) == ["node 0 (of it rank 1)", "node 1 (ranks 2 to 3)"]
 
 
 def test_a_process_that_does_not_come_is_named_at_the_end(url):
