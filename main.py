@@ -41,7 +41,7 @@ from engine.checkpoint_file import CheckpointWriter
 from engine.datasets import EMBEDDED, ImageDataset, ImageFolder, open_datasets, preprocessing_of
 from engine.distributed import ProcessGroup, StopVote, check_same_flags, check_same_parameters
 from engine.errors import EXIT_STOPPED, SaveError, UsageError, run_script
-from engine.evaluation import write_evaluation
+from engine.evaluation_files import write_evaluation
 from engine.flags import parse_args
 from engine.launcher import launch
 from engine.loader import Batch, BatchLoader, Loader, SyntheticLoader, watch_workers
@@ -331,7 +331,8 @@ def train(
     batches = iter(loader)
     while state.epoch < args.epochs and (args.stop_step_num is None or state.step < args.stop_step_num):
         steps = state.step_in_epoch + loader.sampler.steps_left(state.images_in_epoch)
-        if state.step_in_epoch < steps and train_one_epoch(args, runtime, training, batches, steps):
+        stopping = state.step_in_epoch < steps and train_one_epoch(args, runtime, training, batches, steps)
+        if stopping:
             save(args, runtime, training, final=True)
             return 0 if state.step == args.stop_step_num else EXIT_STOPPED
         if group.world_size > 1:
@@ -397,7 +398,8 @@ def run_job(args: argparse.Namespace, runtime: Runtime) -> int:
 
     loaded = find_checkpoint(args.resume, args.auto_resume, args.output_dir, logger) if group.rank == 0 else None
     checkpoint = group.broadcast(loaded)
-    batch = resolve.resolve_batch(args, checkpoint, logger.line)
+    # Before resolve_identity: it may change args.accum_steps, or args.lr and args.min_lr.
+    batch = resolve.keep_images_per_step(args, checkpoint, logger.line)
     identity = resolve.resolve_identity(args, train_set)
     info = ModelInfo(args.arch, classes, preprocessing, decoder_name(), group.world_size, identity, batch)
     accelerator.seed(args.seed)
@@ -408,7 +410,7 @@ def run_job(args: argparse.Namespace, runtime: Runtime) -> int:
     elif args.pretrained:
         path = imagenet_weights(args.arch) if args.pretrained == "imagenet" and group.rank == 0 else args.pretrained
         pretrained = group.broadcast(load_checkpoint(path) if group.rank == 0 else None)
-        load_pretrained(network, pretrained, args.pretrained, logger)
+        load_pretrained(network, pretrained, args.pretrained, logger, new_last_layer=not args.evaluate)
     if args.freeze_features:
         network.features.requires_grad_(False)
     normalize = accelerator.normalizer(dataset_kind.mean, dataset_kind.std)

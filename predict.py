@@ -23,18 +23,18 @@ import vgg
 from engine import device
 from engine.accelerator import Accelerator
 from engine.cli import OneLineParser, number
-from engine.errors import EXIT_USAGE, UsageError, print_message, run_script
+from engine.errors import EXIT_USAGE, UsageError, UserError, print_message, run_script
 from engine.flags import DEVICE_HELP, DEVICES
 from engine.folder_index import EXTENSIONS
 from engine.inference import CLASSES_HELP, Model, load_model
-from engine.loader import unchanged
+from engine.loader import share, unchanged
 from engine.logger import Logger
 from engine.transforms import printable, read_rgb, reason_of, resize, resize_center_crop
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 MAX_HEATMAPS = 24
 CJK_FONTS = [
@@ -93,7 +93,7 @@ class ImageBatches:
     def __init__(self, model: Model) -> None:
         self.center_crop, self.size = model.center_crop, model.image_size
 
-    def __getitem__(self, paths: list[str]) -> tuple[list[str], torch.Tensor, list[str]]:
+    def __getitem__(self, paths: list[str]) -> tuple[list[str], torch.Tensor, list[str]] | UserError:
         read, images, errors = [], [np.empty((0, self.size, self.size, 3), np.uint8)], []
         for path in paths:
             try:
@@ -106,7 +106,13 @@ class ImageBatches:
                 continue
             read.append(path)
             images.append(crop[None])
-        return read, torch.from_numpy(np.concatenate(images)), errors
+        pixels = torch.from_numpy(np.concatenate(images))
+        if get_worker_info() is not None:
+            try:
+                share(pixels)
+            except UserError as error:  # /dev/shm is full
+                return error
+        return read, pixels, errors
 
 
 def load_images(paths: list[str], model: Model, batch_size: int, accelerator: Accelerator) -> DataLoader:
@@ -212,7 +218,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.csv:
         logger.line("image,rank,class,probability")
     with torch.no_grad(), logger.progress(len(paths), 0, "Images"):
-        for read, images, errors in load_images(paths, model, args.batch_size, accelerator):
+        for batch in load_images(paths, model, args.batch_size, accelerator):
+            if isinstance(batch, UserError):
+                raise batch
+            read, images, errors = batch
             for error in errors:
                 print_message("error", error)
                 code = EXIT_USAGE

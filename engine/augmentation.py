@@ -59,7 +59,7 @@ class Augmentation:
             image = shift_colors(image, rng)
         if self.transforms:
             with seeded(int(rng.randint(2**31))):
-                pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+                pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
                 for transform in self.transforms:
                     pixels = transform(pixels)
                 image = pixels.permute(1, 2, 0).numpy()

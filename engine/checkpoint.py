@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -44,8 +45,10 @@ class ModelInfo:
     preprocessing: dict[str, Any]  # image_size, crop, mean, std: for predict.py and export.py
     decoder: str  # of the training images
     world_size: int
-    identity: dict[str, Any] = field(default_factory=dict)  # what must agree for a mid-epoch resume, but "global batch"
-    batch: dict[str, int] = field(default_factory=dict)  # see resolve_batch
+    identity: dict[str, Any] = field(
+        default_factory=dict
+    )  # must agree to resume within an epoch; "global batch" is only recorded
+    batch: dict[str, int] = field(default_factory=dict)  # see keep_images_per_step
 
 
 def build_checkpoint(
@@ -84,16 +87,18 @@ def build_checkpoint(
 def save_safetensors(state_dict: dict[str, torch.Tensor], path: str, **info: Any) -> None:
     """Write weights for other programs; info (arch, classes, preprocessing) goes to the file's metadata as JSON.
 
-    Requires the package safetensors.
+    Requires the package safetensors. Raises OSError.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     metadata = {"format": "pt", **{key: json.dumps(value) for key, value in info.items()}}
-    save_file({name: tensor.contiguous() for name, tensor in state_dict.items()}, path, metadata=metadata)
+    content = save({name: tensor.contiguous() for name, tensor in state_dict.items()}, metadata)
+    with open(path, "wb") as file:
+        file.write(content)
 
 
 def load_safetensors(path: str) -> dict[str, Any]:
-    """Read what save_safetensors wrote, or any other such file. Raises CheckpointError."""
+    """Read what save_safetensors wrote, or any other such file, whose metadata is ignored. Raises CheckpointError."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
@@ -102,11 +107,16 @@ def load_safetensors(path: str) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-        info = {key: json.loads(metadata[key]) for key in ("arch", "classes", "preprocessing") if key in metadata}
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or first_line(error)}") from error
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: corrupt, or not a safetensors file ({first_line(error)})") from error
+    info: dict[str, Any] = {}
+    for key, kind in (("arch", str), ("classes", list), ("preprocessing", dict)):
+        with contextlib.suppress(KeyError, ValueError):
+            value = json.loads(metadata[key])
+            if isinstance(value, kind):
+                info[key] = value
     return {"state_dict": weights, **info}
 
 
@@ -169,12 +179,18 @@ def load_weights(network: vgg.VGG, weights: dict[str, torch.Tensor], path: str) 
     network.load_state_dict(weights, strict=False)
 
 
-def load_pretrained(network: vgg.VGG, checkpoint: dict[str, Any], path: str, logger: Logger) -> None:
-    """Load the weights of a checkpoint; keep the initial last layer if that is for another number of classes."""
+def load_pretrained(
+    network: vgg.VGG, checkpoint: dict[str, Any], path: str, logger: Logger, *, new_last_layer: bool
+) -> None:
+    """Load the weights of a checkpoint. Raises UsageError if they do not fit.
+
+    new_last_layer: keep the initial last layer if that of the checkpoint is for another number of classes.
+    """
     weights = model_weights(checkpoint, path)
     for name in (f"{vgg.LAST_LAYER}.weight", f"{vgg.LAST_LAYER}.bias"):
         own = network.state_dict()[name]
-        if name in weights and weights[name].shape != own.shape and weights[name].shape[1:] == own.shape[1:]:
+        other_count = name in weights and weights[name].shape[1:] == own.shape[1:] and len(weights[name]) != len(own)
+        if new_last_layer and other_count:
             logger.line(f"=> {name}: {len(weights[name])} classes in {path}, {len(own)} here: re-initialized")
             weights[name] = own
     load_weights(network, weights, path)

@@ -14,14 +14,22 @@ from engine.errors import EXIT_USAGE
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, which reads flags from @FILE, and takes `-b8` on Python 3.7 too."""
+    """An ArgumentParser whose errors are one line, and which takes `-b8` on Python 3.7 too.
 
-    def __init__(self, prog: str, description: str) -> None:
-        super().__init__(prog, description=description, allow_abbrev=False, fromfile_prefix_chars="@")
+    files: whether @FILE reads flags from a file.
+    """
+
+    def __init__(self, prog: str, description: str, *, files: bool = False) -> None:
+        super().__init__(
+            prog, description=description, allow_abbrev=False, fromfile_prefix_chars="@" if files else None
+        )
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        """Split a line of an @file: `--flag value`, quoted as in a shell; # starts a comment."""
-        return shlex.split(arg_line, comments=True)
+        """Split a line of an @file: `--flag value`, quoted as in a shell. A word with # in front starts a comment."""
+        try:
+            return shlex.split(re.sub(r"(^|\s)#.*", "", arg_line))
+        except ValueError as error:
+            self.error(f"{arg_line.strip()}: {error}")
 
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument ([^:]+): (?=must)", r"\1 ", message)  # "--epochs must be at least 1, got 0"

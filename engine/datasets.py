@@ -43,7 +43,7 @@ class ImageFolder:
     """ROOT/class/**/image, read as torchvision's ImageFolder reads it: the same classes, files and order.
 
     check: None, or what leaves unreadable images out; see folder_index.open_index.
-    split: None for all images, or the part that split_by_name makes.
+    split: None for all images, or the part that split_by_name makes. index: of the root, if it is open already.
     Raises DataError if the folder is missing or has no classes, or if a class is empty.
     """
 
@@ -52,8 +52,10 @@ class ImageFolder:
     default_hflip = 0.5
     center_crop = True  # validation resizes and crops the center; otherwise it resizes the whole image
 
-    def __init__(self, root: str, check: Check | None = None, split: Split | None = None) -> None:
-        self.index = open_index(root, check)
+    def __init__(
+        self, root: str, check: Check | None = None, *, split: Split | None = None, index: FolderIndex | None = None
+    ) -> None:
+        self.index = index or open_index(root, check)
         self.classes, self.labels, self.fingerprint = self.index.classes, self.index.labels, self.index.fingerprint
         self.unreadable = [(printable(os.path.join(root, name)), reason) for name, reason in self.index.unreadable]
         self.positions: np.ndarray | None = None  # of the images in the index, if not all
@@ -111,7 +113,8 @@ def split_by_name(index: FolderIndex, split: Split) -> np.ndarray:
     """Return the positions of a part's images, sorted. Raises DataError if a class has a single image.
 
     An image is for validation if the SHA-256 of its path below the folder, as a number in [0, 1), is below the share.
-    So adding files moves none. A class without such an image gives the one with the smallest number.
+    So adding files moves none; but a class without such an image gives the one with the smallest number, and one
+    without any other keeps the one with the largest for training.
     """
     labels = np.asarray(index.labels)
     digests = b"".join(hashlib.sha256(index.name(position)).digest()[:8] for position in range(len(labels)))
@@ -203,11 +206,13 @@ def open_datasets(
 def _split_folder(
     root: str | None, share: float, *, evaluate: bool, check: Check | None
 ) -> tuple[ImageDataset | None, ImageDataset | None]:
-    if root is None or find_cifar10(root) or os.path.isdir(os.path.join(root, "val")):
-        what = "the embedded digits have" if root is None else f"{printable(root)} has"
-        raise UsageError(f"--val-split: {what} validation images already: leave it out")
-    training = None if evaluate else ImageFolder(root, check, Split(validation=False, share=share))
-    return training, ImageFolder(root, check, Split(validation=True, share=share))
+    folders = ["train", "val"]
+    if root is None or find_cifar10(root) or any(os.path.isdir(os.path.join(root, name)) for name in folders):
+        what = "the embedded digits are" if root is None else f"{printable(root)} is"
+        raise UsageError(f"--val-split: {what} split already (CIFAR-10, train/ or val/): leave it out")
+    index = open_index(root, check)
+    training = None if evaluate else ImageFolder(root, split=Split(validation=False, share=share), index=index)
+    return training, ImageFolder(root, split=Split(validation=True, share=share), index=index)
 
 
 def check_same_classes(first: Sequence[str], second: Sequence[str], first_name: str, second_name: str) -> None:

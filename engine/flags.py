@@ -42,6 +42,7 @@ def _build_parser() -> OneLineParser:
     parser = OneLineParser(
         "main.py",
         "Train VGG on ImageNet, CIFAR-10 or a folder of images, on an NPU, a GPU or a CPU. @FILE holds more flags.",
+        files=True,
     )
     default = "(default: %(default)s)"
     data = parser.add_argument_group("data")
@@ -220,7 +221,8 @@ def _build_parser() -> OneLineParser:
         type=number(int, 32),
         nargs="+",
         metavar="Q",
-        help="with -e: short sides of the images in pixels, such as 256 384 512 (default: 256/224 of --image-size)",
+        help="with -e: short sides of the images in pixels, such as 256 384 512 (default: 256/224 of --image-size; "
+        "CIFAR-10 and digits: --image-size)",
     )
     run.add_argument("--predictions", metavar="FILE.csv", help="with -e: also write the predictions for each image")
     run.add_argument("--report", metavar="DIR", help="with -e: also write an evaluation page, DIR/index.html")

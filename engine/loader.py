@@ -60,7 +60,7 @@ class BatchDataset:
             targets, indices_tensor = torch.from_numpy(self.dataset.labels[indices]), torch.as_tensor(indices)
             if get_worker_info() is not None:
                 # DataLoader would do this in a thread whose errors are lost: with /dev/shm full, the run would hang.
-                targets, indices_tensor = _share(targets), _share(indices_tensor)
+                targets, indices_tensor = share(targets), share(indices_tensor)
             return images, targets, indices_tensor
         except UserError as error:
             return error
@@ -84,11 +84,11 @@ class BatchDataset:
             for scale in self.scales:
                 image = self.dataset.whole_image(index, scale)
                 groups.setdefault(image.shape, []).append((position, image))
-        share = _share if get_worker_info() is not None else lambda tensor: tensor
+        share_in_worker = share if get_worker_info() is not None else lambda tensor: tensor
         return [
             (
-                share(torch.tensor([position for position, _ in group])),
-                share(torch.from_numpy(np.stack([image for _, image in group]))),
+                share_in_worker(torch.tensor([position for position, _ in group])),
+                share_in_worker(torch.from_numpy(np.stack([image for _, image in group]))),
             )
             for group in groups.values()
         ]
@@ -103,12 +103,13 @@ class BatchDataset:
         if len(self.buffers) == KEPT_BUFFERS and len(self.buffers[0]) >= count:
             self.buffers.append(self.buffers.pop(0))
         else:
-            new = _share(torch.empty(count, self.size, self.size, 3, dtype=torch.uint8))
+            new = share(torch.empty(count, self.size, self.size, 3, dtype=torch.uint8))
             self.buffers = self.buffers[1 - KEPT_BUFFERS :] + [new]
         return self.buffers[-1][:count]
 
 
-def _share(tensor: torch.Tensor) -> torch.Tensor:
+def share(tensor: torch.Tensor) -> torch.Tensor:
+    """Move a tensor to shared memory. Raises LoaderWorkerError if there is none left."""
     try:
         return tensor.share_memory_()
     except (RuntimeError, OSError) as error:

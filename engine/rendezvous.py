@@ -161,7 +161,8 @@ def _is_own_address(host: str) -> bool:
 
 def _await_rank_0(master: tuple[str, int], address: str) -> None:
     """Return if another process is rank 0 there. Raises RendezvousError if none is within ten seconds."""
-    for _ in range(int(SECOND_RANK_0_SECONDS / POLL_SECONDS)):
+    deadline = time.monotonic() + SECOND_RANK_0_SECONDS
+    while time.monotonic() < deadline:
         with contextlib.suppress(OSError):
             socket.create_connection(master, timeout=POLL_SECONDS).close()
             return
@@ -191,10 +192,10 @@ def _check_in(store: Any, address: str, member: Member, waiting: _Waiting) -> No
         _fail_all(store, f"{address}: the nodes have different world sizes: {sizes}", member)
     if store.add(f"rank {member.rank}", 1) == 1:
         store.add("joined", 1)
-    elif store.add(f"beat/{member.rank}", 0):  # of the Heartbeat
-        raise RendezvousError(f"{address}: the job has started already, with another process of rank {member.rank}")
     elif _is_beating(store, member.rank):
         _fail_all(store, f"{address}: two processes are rank {member.rank}: give each node its own --rank", member)
+    elif store.add(f"beat/{member.rank}", 0):  # of the Heartbeat
+        raise RendezvousError(f"{address}: the job has started already, with another process of rank {member.rank}")
     while store.add("joined", 0) < member.world_size:
         store.add(f"beat {member.rank}", 1)
         _raise_if_failed(store, member)

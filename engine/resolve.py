@@ -71,6 +71,8 @@ def make_output_folders(args: argparse.Namespace) -> None:
     folders = {"--output-dir": args.output_dir, "--report": args.report}
     if args.predictions:
         folders["--predictions"] = os.path.dirname(args.predictions) or "."
+    if args.predictions and os.path.isdir(args.predictions):
+        raise UsageError(f"--predictions {args.predictions}: expected a file, this is a folder")
     for flag, folder in folders.items():
         if folder:
             try:
@@ -131,23 +133,23 @@ def resolve_scales(args: argparse.Namespace, dataset: ImageDataset) -> list[int]
     return scales
 
 
-def resolve_batch(
+def keep_images_per_step(
     args: argparse.Namespace, checkpoint: dict[str, Any] | None, log: Callable[[str], None]
 ) -> dict[str, int]:
-    """Keep the images per step if the number of nodes has changed since a checkpoint, but no flag has.
+    """Keep the images per step if only the number of nodes has changed since a checkpoint, with more batches per step.
 
-    With more batches per step if that is possible, else with learning rates in proportion to the images per step
-    (Goyal et al., arXiv:1706.02677, section 2.1). Changes args, says so, and returns what a checkpoint holds of it.
+    If they do not divide evenly, scale the learning rates (Goyal et al., arXiv:1706.02677, section 2.1). Changes args,
+    and returns what a checkpoint holds of it.
     """
     saved = (checkpoint or {}).get("batch") or {}
     flags = {"batch_size": args.batch_size, "accum_steps": args.accum_steps}
     own = args.batch_size * args.nodes
     wanted = saved["images_per_step"] if saved and flags.items() <= saved.items() else own * args.accum_steps
-    if wanted != own * args.accum_steps:
+    if wanted != own * args.accum_steps and not args.evaluate:
         nodes = f"{args.nodes} {'node' if args.nodes == 1 else 'nodes'}"
         if wanted % own == 0:
             args.accum_steps = wanted // own
-            log(f"=> resized to {nodes}: {args.accum_steps} batches per step keep its {wanted:,} images")
+            log(f"=> resized to {nodes}: {args.accum_steps} batches per step, so a step still has {wanted:,} images")
         else:
             factor = own * args.accum_steps / wanted
             args.lr, args.min_lr = args.lr * factor, args.min_lr * factor
@@ -164,8 +166,13 @@ def resolve_identity(args: argparse.Namespace, train_set: ImageDataset | None) -
         "data": train_set.fingerprint if train_set is not None else "dummy",
         "image size": args.image_size,
     }
-    flags = [(name, getattr(args, name)) for name in AUGMENTATION]
-    given = [f"{name} {value}" for name, value in flags if (value if name != "hflip" else value is not None)]
-    if given:  # older checkpoints have no entry
+    # Older checkpoints have no entry, and mean the defaults.
+    defaults: dict[str, Any] = {"crop_scale": list(CROP_SCALE), "random_erasing": 0, "mixup": 0, "cutmix": 0}
+    if train_set is not None:
+        defaults["hflip"] = train_set.default_hflip
+    flags = {name: getattr(args, name) for name in AUGMENTATION}
+    changed = {name: value for name, value in flags.items() if value not in (None, defaults.get(name))}
+    given = [f"{name} {value}" for name, value in changed.items() if value is not False]
+    if given:
         identity["augmentation"] = ", ".join(given)
     return identity

@@ -32,8 +32,7 @@ class ResumableBatchSampler:
         local_batch: images per batch of this process.
         accum_steps: batches per optimizer step.
         start: (epoch, number of its images that an earlier run has used).
-        with_previous: put the image before the slice in front of each batch, for BatchMixer. Before the first of a
-            global batch comes its last.
+        with_previous: put the image that precedes the slice in its global batch in front (cyclically), for BatchMixer.
     """
 
     def __init__(

@@ -159,7 +159,7 @@ def test_resuming_with_the_same_decoder_or_between_epochs_says_nothing(capsys):
 
 def test_resuming_on_another_number_of_processes_says_so(capsys):
     Run(world_size=1).resume(Run(world_size=8).train(2).checkpoint())
-    assert "=> resumed on 1 processes, saved on 8: same images in the same order" in capsys.readouterr().out
+    assert "=> resumed on 1 processes, saved on 8: the same images in the same order" in capsys.readouterr().out
 
 
 def test_the_counts_of_an_epoch_continue_on_the_main_process_alone():
@@ -289,7 +289,7 @@ def test_weights_that_do_not_fit_are_named():
 def test_pretrained_weights_of_other_classes_keep_a_new_last_layer(logger, capsys):
     network, pretrained = SmallNet(num_classes=2), Run().train(1).checkpoint()
     before = network.state_dict()[f"{vgg.LAST_LAYER}.weight"].clone()
-    load_pretrained(network, pretrained, "x.pth", logger)
+    load_pretrained(network, pretrained, "x.pth", logger, new_last_layer=True)
     after = network.state_dict()
     assert torch.equal(after[f"{vgg.LAST_LAYER}.weight"], before)
     assert torch.equal(after["classifier.3.weight"], pretrained["state_dict_ema"]["classifier.3.weight"])

@@ -12,9 +12,20 @@ import pytest
 
 def test_flags_come_from_a_file_and_later_ones_win(tmp_path: Any) -> None:
     recipe = tmp_path / "my recipe.txt"
-    recipe.write_text("# a recipe\n--lr 0.2 --epochs 30\n--output-dir 'a folder'  # quoted\n-b 8\n\n", encoding="utf-8")
+    recipe.write_text(
+        "# a recipe\n--lr 0.2 --epochs 30\n--output-dir 'a folder#1'  # quoted\n-b 8\n\n", encoding="utf-8"
+    )
     args = parse_args([f"@{recipe}", "--epochs", "40", "-a", "vgg11"])
-    assert (args.lr, args.epochs, args.output_dir, args.batch_size, args.arch) == (0.2, 40, "a folder", 8, "vgg11")
+    assert (args.lr, args.epochs, args.output_dir, args.batch_size, args.arch) == (0.2, 40, "a folder#1", 8, "vgg11")
+
+
+def test_an_unbalanced_quote_in_a_file_is_one_line(tmp_path: Any, capsys: Any) -> None:
+    recipe = tmp_path / "recipe.txt"
+    recipe.write_text("--output-dir 'a folder\n", encoding="utf-8")
+    with pytest.raises(SystemExit) as leaving:
+        parse_args([f"@{recipe}"])
+    err = capsys.readouterr().err
+    assert leaving.value.code == 2 and "'a folder: No closing quotation" in err and len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

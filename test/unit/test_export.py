@@ -11,6 +11,7 @@ from typing import Any
 
 import export
 import vgg
+from engine.checkpoint import load_safetensors
 from engine.checkpoint_file import load
 from engine.datasets import ImageFolder
 from engine.errors import CheckpointError, UsageError
@@ -152,6 +153,13 @@ def test_safetensors_go_out_and_come_in_with_all_that_predictions_need(root: Any
     assert outputs[0].code == 0 and outputs[0].out == outputs[1].out, outputs[1].err
     flags = [folder, *FLAGS, "-e", "--pretrained", path, "--output-dir", tmp_path]
     assert run_main(*flags).code == 0
+    assert path.stat().st_mode & 0o077 == (root / "model_best.pth.tar").stat().st_mode & 0o077
+    safetensors.save_file(weights, str(tmp_path / "foreign.safetensors"), metadata={"arch": "vgg11", "classes": "3"})
+    assert load_safetensors(str(tmp_path / "foreign.safetensors")).keys() == {"state_dict"}
+    missing = run_script(
+        "export.py", "--checkpoint", root / "model_best.pth.tar", "--output", tmp_path / "no" / "x.safetensors"
+    )
+    assert missing.code == 2 and len(missing.err.splitlines()) == 1, missing.err
     path.write_bytes(path.read_bytes()[:-50])
     result = run_main(*flags)
     assert result.code == 2 and "corrupt, or not a safetensors file" in result.err, result.err

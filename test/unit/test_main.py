@@ -17,7 +17,7 @@ from engine.checkpoint_file import load
 from engine.errors import UserError
 from engine.flags import parse_args
 from engine.launcher import free_port
-from engine.resolve import resolve_batch
+from engine.resolve import keep_images_per_step
 from engine.transforms import decoder_name
 from engine.versions import TORCH
 from helpers.images import make_folder, write_cifar10
@@ -255,7 +255,7 @@ def test_a_run_continues_on_fewer_nodes_with_the_same_images(folder, tmp_path):
     two_nodes(tmp_path / "parts", "--stop-step-num", 1)
     result = run_main(*flags, "--output-dir", tmp_path / "parts", "--auto-resume")
     assert result.code == 0, result.err
-    assert "=> resized to 1 node: 2 batches per step keep its 6 images" in result.out
+    assert "=> resized to 1 node: 2 batches per step, so a step still has 6 images" in result.out
     whole, parts = (events(tmp_path / name, "epoch")[-1] for name in ("whole", "parts"))
     assert whole["samples"] == parts["samples"] == 24 and whole["step"] == parts["step"] == 4
     assert parts["loss"] == pytest.approx(whole["loss"], abs=0.05)  # dropout differs, images do not
@@ -266,21 +266,21 @@ def test_a_resize_that_cannot_keep_the_images_per_step_scales_the_learning_rate(
     args = parse_args([str(flag) for flag in flags] + ["-b", "4"])
     args.nodes = 3
     lines: list[str] = []
-    saved = resolve_batch(args, None, lines.append)
+    saved = keep_images_per_step(args, None, lines.append)
     assert saved == {"batch_size": 4, "accum_steps": 1, "images_per_step": 12} and lines == []
     args.nodes = 2
-    assert resolve_batch(args, {"batch": saved}, lines.append) == saved
+    assert keep_images_per_step(args, {"batch": saved}, lines.append) == saved
     assert "8 images per step in place of 12, so learning rates are multiplied by 0.6667" in lines.pop()
     assert args.lr == pytest.approx(0.01 * 2 / 3) and args.accum_steps == 1
     args.batch_size = 5  # a flag that was changed counts as it is
-    resolve_batch(args, {"batch": saved}, lines.append)
+    keep_images_per_step(args, {"batch": saved}, lines.append)
     assert lines == []
 
 
 def test_a_run_continues_within_an_epoch_with_another_batch_size(folder, tmp_path):
     flags = [folder, *SMALL, "--epochs", 1, "--output-dir", tmp_path, "-p", 1]
     assert run_main(*flags, "-b", 6, "--stop-step-num", 2).code == 0
-    result = run_main(*flags, "-b", 4, "--auto-resume")
+    result = run_main(*flags, "-b", 4, "--auto-resume", "--hflip", 0.5, "--crop-scale", 0.08, 1)  # the defaults
     assert result.code == 0, result.err
     line = "=> resumed with 4 images per step, saved with 6: this epoch continues after its first 12 images"
     assert line in result.out and "Epoch: [0][5/5]" in result.out
@@ -371,6 +371,11 @@ def test_pretrained_weights_of_another_class_count_get_a_new_last_layer(trained,
     new, old = weights(tmp_path / "checkpoint.pth.tar"), weights(best)
     assert new["classifier.6.weight"].shape[0] == 10
     assert torch.allclose(new["features.0.weight"], old["features.0.weight"], atol=0.02)
+
+
+def test_weights_of_another_class_count_are_not_evaluated(trained, tmp_path):
+    result = run_main(*SMALL, "-e", "--pretrained", trained[0] / "model_best.pth.tar", "--output-dir", tmp_path)
+    assert result.code == 2 and "classifier.6.weight: expected shape (10, 32), got (3, 32)" in result.err, result.err
 
 
 def test_a_trace_is_written_and_compressed_gradients_stay_close(folder, tmp_path):

@@ -8,12 +8,13 @@ import json
 import os
 import re
 import shutil
+from types import SimpleNamespace
 from typing import Any
 
 import predict
 import vgg
 from engine.datasets import ImageFolder, read_digits
-from engine.errors import UsageError
+from engine.errors import LoaderWorkerError, UsageError
 from helpers.program import Result
 from helpers.trained import CLASSES, PRETRAINED, expected_predictions, run_script, train_classifier
 
@@ -101,6 +102,17 @@ def test_any_number_of_predictions_in_batches_of_any_size(root: Any, folder: str
     assert len(tables[0]) == 15 * 2
     for first, second in zip(*tables):
         assert first[0] == second[0] and float(first[1]) == pytest.approx(float(second[1]), abs=1e-5)
+
+
+def test_a_worker_without_shared_memory_returns_the_error(folder: str, monkeypatch: Any) -> None:
+    def full(_: Any) -> None:
+        raise LoaderWorkerError("no shared memory is left")
+
+    path, _ = validation_image(folder)
+    batches = predict.ImageBatches(SimpleNamespace(center_crop=True, image_size=32))
+    monkeypatch.setattr(predict, "get_worker_info", lambda: object())
+    monkeypatch.setattr(predict, "share", full)
+    assert isinstance(batches[[path]], LoaderWorkerError)
 
 
 def test_a_heatmap_has_a_row_for_each_image(root: Any, folder: str, tmp_path: Any) -> None:

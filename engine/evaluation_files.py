@@ -48,11 +48,15 @@ def write_evaluation(
 
 
 def write_metrics(folder: str, totals: Totals, facts: dict[str, Any]) -> None:
-    """Write folder/metrics.json. facts: what was evaluated, and on what."""
+    """Write folder/metrics.json. facts: what was evaluated, and on what. Raises UsageError if it cannot be written."""
     metrics = {name: value if math.isfinite(value) else None for name, value in totals.metrics().items()}
-    with open(os.path.join(folder, "metrics.json"), "w", encoding="utf-8") as file:
-        json.dump({**metrics, "images": int(totals.images), **facts}, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+    content = json.dumps({**metrics, "images": int(totals.images), **facts}, indent=2, ensure_ascii=False)
+    path = os.path.join(folder, "metrics.json")
+    try:
+        with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(f"{content}\n")
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
 
 
 def write_predictions(path: str, dataset: ImageDataset, predictions: Predictions) -> None:
