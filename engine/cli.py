@@ -45,7 +45,12 @@ class OneLineParser(argparse.ArgumentParser):
                 words += [word[:2], word[2:].lstrip("=")]
             else:
                 words.append(word)
-        return super().parse_args(words, namespace)
+        try:
+            return super().parse_args(words, namespace)
+        except UnicodeDecodeError as error:
+            self.error(f"an @file is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8")
+        except RecursionError:
+            self.error("an @file names itself")
 
 
 def number(

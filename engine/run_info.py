@@ -42,7 +42,10 @@ def log_run_info(
         logger.line(f"=> {describe_balance(train_set.classes, train_set.labels)}")
         if args.mixup or args.cutmix:
             logger.line("=> images are mixed: the training accuracy is that of the larger part of each")
-    unreadable = [image for dataset in datasets.values() if dataset is not None for image in dataset.unreadable]
+    # Both parts of --val-split name the same images.
+    unreadable = list(
+        dict.fromkeys(image for dataset in (train_set, val_set) if dataset for image in dataset.unreadable)
+    )
     if unreadable:
         path = os.path.join(args.output_dir, "bad_images.txt")
         logger.line(f"=> skipping {len(unreadable):,} unreadable images, listed in {path}")

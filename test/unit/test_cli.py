@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from engine.flags import parse_args
@@ -26,6 +27,24 @@ def test_an_unbalanced_quote_in_a_file_is_one_line(tmp_path: Any, capsys: Any) -
         parse_args([f"@{recipe}"])
     err = capsys.readouterr().err
     assert leaving.value.code == 2 and "'a folder: No closing quotation" in err and len(err.splitlines()) == 1
+
+
+def test_a_file_that_names_itself_is_one_line(tmp_path: Any, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop.txt").write_bytes(b"@loop.txt")
+    with pytest.raises(SystemExit) as leaving:
+        parse_args(["@loop.txt"])
+    err = capsys.readouterr().err
+    assert leaving.value.code == 2 and "names itself" in err and len(err.splitlines()) == 1, err
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="argparse of Python 3.12 reads any bytes")
+def test_a_file_in_another_encoding_is_one_line(tmp_path: Any, capsys: Any) -> None:
+    (tmp_path / "gbk.txt").write_bytes("--data 中文".encode("gbk"))
+    with pytest.raises(SystemExit) as leaving:
+        parse_args([f"@{tmp_path / 'gbk.txt'}"])
+    err = capsys.readouterr().err
+    assert leaving.value.code == 2 and "save it as UTF-8" in err and len(err.splitlines()) == 1, err
 
 
 @pytest.mark.parametrize(
