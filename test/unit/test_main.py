@@ -556,6 +556,16 @@ def test_unreadable_images_stop_the_run_or_are_skipped_and_listed(tmp_path, proc
     assert losses[0] == losses[1]
 
 
+def test_an_unreadable_image_of_a_folder_that_is_split_is_listed_once(tmp_path):
+    root = os.path.join(make_folder(tmp_path / "data"), "train")
+    with open(os.path.join(root, "class 1", "bad.jpg"), "wb") as file:
+        file.write(b"no image")
+    flags = [root, *SMALL, "-b", 4, "--val-split", 0.3, "--bad-images", "skip", "--output-dir", tmp_path / "o"]
+    result = run_main(*flags, "--stop-step-num", 1)
+    assert result.code == 0 and "=> skipping 1 unreadable images" in result.out, result.err
+    assert len((tmp_path / "o" / "bad_images.txt").read_text(encoding="utf-8").splitlines()) == 1
+
+
 def test_a_class_without_a_readable_image_is_named(tmp_path):
     root = make_folder(tmp_path)
     for name in os.listdir(os.path.join(root, "val", "class 1")):
