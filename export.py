@@ -13,11 +13,12 @@ metadata, so that --pretrained, predict.py and export.py read the file like a ch
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import warnings
-from typing import Any, Sequence
+from typing import Any, Iterator, Sequence
 
 import vgg
 from engine.accelerator import onnx_export_options
@@ -69,10 +70,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def new_file(path: str) -> Iterator[str]:
+    """Yield a temporary name; the file becomes `path` if the block succeeds, else it is removed.
+
+    Raises UsageError if it cannot be written.
+    """
+    temporary = f"{path}.tmp"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UsageError(f"--output {path}: {error.strerror or error}") from error
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
 def export_safetensors(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("safetensors") is None:
         raise UsageError("safetensors is not installed: pip install safetensors")
-    model, temporary = load_model(args.checkpoint, args.classes), f"{args.output}.tmp"
+    model = load_model(args.checkpoint, args.classes)
     preprocessing = {
         "image_size": model.image_size,
         "crop": model.center_crop,
@@ -80,16 +98,10 @@ def export_safetensors(args: argparse.Namespace) -> None:
         "std": list(model.std),
     }
     weights = model.network.state_dict()
-    try:
+    with new_file(args.output) as temporary:
         save_safetensors(
             weights, temporary, arch=vgg.architecture_of(weights), classes=model.classes, preprocessing=preprocessing
         )
-        os.replace(temporary, args.output)
-    except OSError as error:
-        raise UsageError(f"--output {args.output}: {error.strerror or error}") from error
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
     print(f"{args.output}: {len(weights)} tensors, {len(model.classes)} classes")
 
 
@@ -101,9 +113,9 @@ def export_onnx(args: argparse.Namespace) -> None:
         raise UsageError(f"{error.name} is not installed: pip install onnx onnxruntime") from error
     source = load_model(args.checkpoint, args.classes)
     model = FromBytes(source.network.requires_grad_(False), source.mean, source.std).eval()
-    size, temporary = source.image_size, f"{args.output}.tmp"
+    size = source.image_size
     images = torch.randint(0, 256, (5, size, size, 3), generator=torch.Generator().manual_seed(0)).byte()
-    try:
+    with new_file(args.output) as temporary:
         trace(model, images[:2], temporary)
         content = onnx.load(temporary)
         metadata = {
@@ -122,12 +134,6 @@ def export_onnx(args: argparse.Namespace) -> None:
                 f"onnxruntime and torch differ by {difference:.1e}, more than {TOLERANCE:.0e}: {args.output} is not "
                 "written"
             )
-        os.replace(temporary, args.output)
-    except OSError as error:
-        raise UsageError(f"--output {args.output}: {error.strerror or error}") from error
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
     print(
         f"{args.output}: {len(source.classes)} classes, {size} pixels per side, differs from torch by at most "
         f"{difference:.1e} (onnxruntime {onnxruntime.__version__})"
