@@ -34,7 +34,7 @@ from engine.transforms import printable, read_rgb, reason_of, resize, resize_cen
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader
 
 MAX_HEATMAPS = 24
 CJK_FONTS = [
@@ -106,13 +106,10 @@ class ImageBatches:
                 continue
             read.append(path)
             images.append(crop[None])
-        pixels = torch.from_numpy(np.concatenate(images))
-        if get_worker_info() is not None:
-            try:
-                share(pixels)
-            except UserError as error:  # /dev/shm is full
-                return error
-        return read, pixels, errors
+        try:
+            return read, share(torch.from_numpy(np.concatenate(images))), errors
+        except UserError as error:  # /dev/shm is full
+            return error
 
 
 def load_images(paths: list[str], model: Model, batch_size: int, accelerator: Accelerator) -> DataLoader:

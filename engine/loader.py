@@ -57,11 +57,7 @@ class BatchDataset:
         epoch, indices = request
         try:
             images = self._whole_images(indices) if self.scales else self._images(epoch, indices)
-            targets, indices_tensor = torch.from_numpy(self.dataset.labels[indices]), torch.as_tensor(indices)
-            if get_worker_info() is not None:
-                # DataLoader would do this in a thread whose errors are lost: with /dev/shm full, the run would hang.
-                targets, indices_tensor = share(targets), share(indices_tensor)
-            return images, targets, indices_tensor
+            return images, share(torch.from_numpy(self.dataset.labels[indices])), share(torch.as_tensor(indices))
         except UserError as error:
             return error
 
@@ -84,11 +80,10 @@ class BatchDataset:
             for scale in self.scales:
                 image = self.dataset.whole_image(index, scale)
                 groups.setdefault(image.shape, []).append((position, image))
-        share_in_worker = share if get_worker_info() is not None else lambda tensor: tensor
         return [
             (
-                share_in_worker(torch.tensor([position for position, _ in group])),
-                share_in_worker(torch.from_numpy(np.stack([image for _, image in group]))),
+                share(torch.tensor([position for position, _ in group])),
+                share(torch.from_numpy(np.stack([image for _, image in group]))),
             )
             for group in groups.values()
         ]
@@ -109,7 +104,12 @@ class BatchDataset:
 
 
 def share(tensor: torch.Tensor) -> torch.Tensor:
-    """Move a tensor to shared memory. Raises LoaderWorkerError if there is none left."""
+    """In a worker, move a tensor to shared memory. Raises LoaderWorkerError if there is none left.
+
+    DataLoader would do it in a thread whose errors are lost: with /dev/shm full, the run would hang.
+    """
+    if get_worker_info() is None:
+        return tensor
     try:
         return tensor.share_memory_()
     except (RuntimeError, OSError) as error:

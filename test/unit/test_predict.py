@@ -110,7 +110,6 @@ def test_a_worker_without_shared_memory_returns_the_error(folder: str, monkeypat
 
     path, _ = validation_image(folder)
     batches = predict.ImageBatches(SimpleNamespace(center_crop=True, image_size=32))
-    monkeypatch.setattr(predict, "get_worker_info", lambda: object())
     monkeypatch.setattr(predict, "share", full)
     assert isinstance(batches[[path]], LoaderWorkerError)
 
