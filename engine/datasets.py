@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from typing import IO, Any, Iterator, NamedTuple, Sequence, Union
+from typing import IO, Any, Iterator, Sequence, Union
 
 from engine.augmentation import Augmentation
 from engine.errors import DataError, ImageError, UsageError
@@ -43,7 +43,7 @@ class ImageFolder:
     """ROOT/class/**/image, read as torchvision's ImageFolder reads it: the same classes, files and order.
 
     check: None, or what leaves unreadable images out; see folder_index.open_index.
-    split: None for all images, or the part that split_by_name makes. index: of the root, if it is open already.
+    index, positions: of the root if it is open already, and of the images in it, if not all.
     Raises DataError if the folder is missing or has no classes, or if a class is empty.
     """
 
@@ -53,16 +53,19 @@ class ImageFolder:
     center_crop = True  # validation resizes and crops the center; otherwise it resizes the whole image
 
     def __init__(
-        self, root: str, check: Check | None = None, *, split: Split | None = None, index: FolderIndex | None = None
+        self,
+        root: str,
+        check: Check | None = None,
+        *,
+        index: FolderIndex | None = None,
+        positions: np.ndarray | None = None,
     ) -> None:
         self.index = index or open_index(root, check)
         self.classes, self.labels, self.fingerprint = self.index.classes, self.index.labels, self.index.fingerprint
         self.unreadable = [(printable(os.path.join(root, name)), reason) for name, reason in self.index.unreadable]
-        self.positions: np.ndarray | None = None  # of the images in the index, if not all
-        if split is not None:
-            self.positions = split_by_name(self.index, split)
-            self.labels = np.asarray(self.labels)[self.positions]
-            self.fingerprint += f" {split}"
+        self.positions = positions
+        if positions is not None:
+            self.labels = np.asarray(self.labels)[positions]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -99,18 +102,8 @@ class ImageFolder:
             ) from error
 
 
-class Split(NamedTuple):
-    """One of the two parts of a folder that has no train/ and val/."""
-
-    validation: bool
-    share: float  # of the images that are for validation
-
-    def __str__(self) -> str:
-        return f"{'validation' if self.validation else 'training'} part, --val-split {self.share}"
-
-
-def split_by_name(index: FolderIndex, split: Split) -> np.ndarray:
-    """Return the positions of a part's images, sorted. Raises DataError if a class has a single image.
+def split_by_name(index: FolderIndex, share: float) -> np.ndarray:
+    """Return which images are for validation: (N,) bool. Raises DataError if a class has a single image.
 
     An image is for validation if the SHA-256 of its path below the folder, as a number in [0, 1), is below the share.
     So adding files moves none; but a class without such an image gives the one with the smallest number, and one
@@ -119,14 +112,14 @@ def split_by_name(index: FolderIndex, split: Split) -> np.ndarray:
     labels = np.asarray(index.labels)
     digests = b"".join(hashlib.sha256(index.name(position)).digest()[:8] for position in range(len(labels)))
     numbers = np.frombuffer(digests, ">u8") / 2.0**64
-    validation = numbers < split.share
+    validation = numbers < share
     for label, name in enumerate(index.classes):
         positions = np.flatnonzero(labels == label)
         if len(positions) < 2:
             raise DataError(f"{printable(name)}: a single image in this class, and --val-split needs two")
         order = positions[np.argsort(numbers[positions])]
         validation[order[0]], validation[order[-1]] = True, False
-    return np.flatnonzero(validation == split.validation)
+    return validation
 
 
 class ArrayDataset:
@@ -211,8 +204,14 @@ def _split_folder(
         what = "the embedded digits are" if root is None else f"{printable(root)} is"
         raise UsageError(f"--val-split: {what} split already (CIFAR-10, train/ or val/): leave it out")
     index = open_index(root, check)
-    training = None if evaluate else ImageFolder(root, split=Split(validation=False, share=share), index=index)
-    return training, ImageFolder(root, split=Split(validation=True, share=share), index=index)
+    for_validation = split_by_name(index, share)
+
+    def part(name: str, chosen: np.ndarray) -> ImageFolder:
+        dataset = ImageFolder(root, index=index, positions=np.flatnonzero(chosen))
+        dataset.fingerprint += f" {name} part, --val-split {share}"
+        return dataset
+
+    return None if evaluate else part("training", ~for_validation), part("validation", for_validation)
 
 
 def check_same_classes(first: Sequence[str], second: Sequence[str], first_name: str, second_name: str) -> None:
