@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import math
 import os
 import time
@@ -84,9 +85,10 @@ class Training:
     mixer: BatchMixer | None = None
     profiler: Any = None
 
-    def predict(self, images: torch.Tensor) -> torch.Tensor:
-        """(N, S, S, 3) uint8 to logits (N, classes)."""
-        return self.network(self.normalize(images))
+
+def predict_crops(network: torch.nn.Module, normalize: Callable[[Any], torch.Tensor], images: Any) -> torch.Tensor:
+    """Return logits (N, classes) of (N, S, S, 3) uint8 images."""
+    return network(normalize(images))
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -340,9 +342,10 @@ def train(
         best, last = False, state.epoch + 1 == args.epochs
         validates = val_loader is not None and (last or (state.epoch + 1) % args.eval_freq == 0)
         if val_loader is not None and validates:
+            predict = functools.partial(predict_crops, training.network, training.normalize)
             with training.ema.swapped_in() if training.ema is not None else contextlib.nullcontext():
                 totals = validate(
-                    runtime, training.network, training.predict, val_loader, state=state, print_freq=args.print_freq
+                    runtime, training.network, predict, val_loader, state=state, print_freq=args.print_freq
                 )
             if totals is None:
                 save(args, runtime, training, final=True)
@@ -456,9 +459,10 @@ def evaluate(
         runtime.logger.line("=> evaluating the EMA weights (--ema-decay)")
     accelerator.place(network)
     scales = resolve.resolve_scales(args, dataset)
-    view = args.eval_view if scales else None  # None: the center crop as it is made for training's validation
-    mirrored = resolve.resolve_hflip(args, dataset) > 0
-    predict = ViewAverage(network, normalize, view=view, size=args.image_size, mirrored=mirrored)
+    predict: Callable[[Any], torch.Tensor] = functools.partial(predict_crops, network, normalize)
+    if scales:
+        mirrored = resolve.resolve_hflip(args, dataset) > 0
+        predict = ViewAverage(network, normalize, view=args.eval_view, size=args.image_size, mirrored=mirrored)
     loader = build_loader(dataset, args, runtime, training=False, scales=scales)
     state = TrainState(epoch=max(0, int(checkpoint.get("epoch", 1)) - 1))  # the last epoch trained
     records = args.report or args.predictions

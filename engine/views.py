@@ -7,7 +7,7 @@ Simonyan & Zisserman, arXiv:1409.1556, sections 3.2 and 4.3.
 from __future__ import annotations
 
 import math
-from typing import Any, Callable, List, Tuple
+from typing import Callable, List, Tuple
 
 import vgg
 
@@ -25,8 +25,7 @@ class ViewAverage:
 
     Args:
         normalize: from (n, H, W, 3) uint8 to (n, 3, H, W) on the device.
-        view: center, ten-crop, dense or multi-crop; None: images are crops already, and the network's logits are
-            returned as they are.
+        view: center, ten-crop, dense or multi-crop.
         size: pixels per side of a crop.
         mirrored: also use the mirror image (not for center).
     """
@@ -36,22 +35,18 @@ class ViewAverage:
         network: vgg.VGG,
         normalize: Callable[[torch.Tensor], torch.Tensor],
         *,
-        view: str | None,
+        view: str,
         size: int,
         mirrored: bool,
     ) -> None:
         self.network, self.normalize, self.view, self.size = network, normalize, view, size
         self.mirrored = mirrored and view != "center"
 
-    def __call__(self, images: Any) -> torch.Tensor:
+    def __call__(self, groups: SizeGroups) -> torch.Tensor:
         """Return logits (N, classes): the logarithms of the mean probabilities, whose softmax is that mean.
 
-        images: SizeGroups, or (N, S, S, 3) uint8 if there is no view. The sum is taken in logarithms, because a very
-        small probability is 0 in fp32.
+        The sum is taken in logarithms, because a very small probability is 0 in fp32.
         """
-        if self.view is None:
-            return self.network(self.normalize(images))
-        groups: SizeGroups = images
         parts: dict[int, list[torch.Tensor]] = {}
         for positions, pixels in groups:
             scores = self._log_probabilities(self.normalize(pixels))
@@ -72,7 +67,7 @@ class ViewAverage:
         return _log_mean_exp(F.log_softmax(torch.stack(scores).float(), dim=2))
 
 
-def crop_positions(view: str | None, height: int, width: int, size: int) -> list[tuple[int, int]]:
+def crop_positions(view: str, height: int, width: int, size: int) -> list[tuple[int, int]]:
     """Return (top, left) of each crop; the ten-crop view's five are those of torchvision's FiveCrop."""
     bottom, right = height - size, width - size
     center = int(round(bottom / 2.0)), int(round(right / 2.0))
