@@ -55,9 +55,14 @@ class FromBytes(torch.nn.Module):
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser("export.py", (__doc__ or "").splitlines()[0])
     parser.add_argument("--checkpoint", metavar="FILE", required=True, help="main.py's, ModelZoo's or torchvision's")
-    parser.add_argument("--output", metavar="FILE", default="vgg16.onnx", help="(default: %(default)s)")
+    parser.add_argument(
+        "--output", metavar="FILE", default="vgg16.onnx", help="*.onnx or *.safetensors (default: %(default)s)"
+    )
     parser.add_argument("--classes", metavar="FILE", help=CLASSES_HELP)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not args.output.endswith((".onnx", ".safetensors")):
+        parser.error(f"--output {args.output}: the name must end in .onnx or .safetensors")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ import math
 import os
 import time
 from dataclasses import dataclass
-from typing import Any, Callable, ContextManager, Iterator, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import vgg
 from engine import resolve
@@ -32,14 +32,14 @@ from engine.checkpoint import (
     build_checkpoint,
     check_resumable,
     find_checkpoint,
-    load_checkpoint,
     load_pretrained,
     load_weights,
+    log_changes,
     model_weights,
     restore,
 )
 from engine.checkpoint_file import CheckpointWriter
-from engine.datasets import EMBEDDED, ImageDataset, ImageFolder, open_datasets, preprocessing_of
+from engine.datasets import EMBEDDED, ImageDataset, open_datasets
 from engine.distributed import ProcessGroup, StopVote, check_same_flags, check_same_parameters
 from engine.errors import EXIT_STOPPED, SaveError, UsageError, run_script
 from engine.evaluation_files import write_evaluation
@@ -49,8 +49,8 @@ from engine.loader import Batch, BatchLoader, Loader, SyntheticLoader, watch_wor
 from engine.logger import Logger, ProgressMeter
 from engine.metrics import AccuracyCounter, Predictions, Throughput, Totals, cross_entropy, zero_unless_finite
 from engine.optimizer import LossScaler, ModelEma
-from engine.pretrained import imagenet_weights
-from engine.run_info import log_run_info, program_checksum, versions
+from engine.pretrained import read_pretrained
+from engine.run_info import log_run_info, program_checksum, versions, write_args
 from engine.sampler import ResumableBatchSampler
 from engine.signals import StopSignals
 from engine.transforms import decoder_name
@@ -101,7 +101,6 @@ def build_datasets(args: argparse.Namespace, runtime: Runtime) -> tuple[ImageDat
     DataError, or UsageError if the processes see different files.
     """
     group, logger = runtime.group, runtime.logger
-
     check = logger.track_check if args.bad_images == "skip" else None
     datasets: tuple[ImageDataset | None, ImageDataset | None] = (None, None)
     with group.local_main_first():
@@ -143,6 +142,7 @@ def build_loader(
     if sampler.steps_per_epoch == 0:
         raise UsageError(
             f"{sampler.count} images are fewer than the {sampler.step_images} of one step: use a smaller --batch-size"
+            + (" or --val-split" if args.val_split else "")
         )
     if dataset is None:
         return SyntheticLoader(sampler, args.image_size, accelerator.device)
@@ -276,13 +276,12 @@ def train_step(
 
 
 def validate(
+    args: argparse.Namespace,
     runtime: Runtime,
     network: torch.nn.Module,
     predict: Callable[[Any], torch.Tensor],
     loader: Loader,
-    *,
     state: TrainState,
-    print_freq: int = 10,
     predictions: Predictions | None = None,
 ) -> Totals | None:
     """Return the totals over all processes, each validation image counted once; None if a signal stops the run.
@@ -307,7 +306,7 @@ def validate(
                 counter.update(cross_entropy(logits, target) * len(target), logits, target)
                 if predictions is not None:
                     predictions.update(indices, logits)
-            if done == 1 or done % print_freq == 0 or done == steps:
+            if done == 1 or done % args.print_freq == 0 or done == steps:
                 logger.line(meter.line(done, counter.read()))  # a synchronization
             logger.advance(loader.sampler.global_batch)
             if vote.vote(runtime.stop):
@@ -330,6 +329,8 @@ def train(
 ) -> int:
     """Train all epochs that are left. Returns the exit code."""
     group, state = runtime.group, training.state
+    if state.epoch >= args.epochs:
+        runtime.logger.line(f"=> nothing left to train: the checkpoint is of epoch {state.epoch} of {args.epochs}")
     batches = iter(loader)
     while state.epoch < args.epochs and (args.stop_step_num is None or state.step < args.stop_step_num):
         steps = state.step_in_epoch + loader.sampler.steps_left(state.images_in_epoch)
@@ -344,9 +345,7 @@ def train(
         if val_loader is not None and validates:
             predict = functools.partial(predict_crops, training.network, training.normalize)
             with training.ema.swapped_in() if training.ema is not None else contextlib.nullcontext():
-                totals = validate(
-                    runtime, training.network, predict, val_loader, state=state, print_freq=args.print_freq
-                )
+                totals = validate(args, runtime, training.network, predict, val_loader, state)
             if totals is None:
                 save(args, runtime, training, final=True)
                 return EXIT_STOPPED
@@ -392,56 +391,62 @@ def run_job(args: argparse.Namespace, runtime: Runtime) -> int:
     group, accelerator, logger = runtime.group, runtime.accelerator, runtime.logger
     others = {"the JPEG decoder": decoder_name(), "the program's SHA-256": program_checksum()}
     check_same_flags(group, {**resolve.shared_flags(args), **others})
+    checkpoint = pretrained = None
+    if group.rank == 0:
+        checkpoint = find_checkpoint(args.resume, args.auto_resume, args.output_dir, logger)
+        if checkpoint is None and args.pretrained:
+            pretrained = read_pretrained(args.pretrained, args.arch)
+    checkpoint, pretrained = group.broadcast((checkpoint, pretrained))
+    if args.evaluate:
+        checkpoint = checkpoint or pretrained
+    resolve.resolve_arch(args, checkpoint)
     train_set, val_set = build_datasets(args, runtime)
-    dataset_kind = val_set if val_set is not None else ImageFolder  # synthetic images are treated like a folder's
-    args.image_size = args.image_size or dataset_kind.default_size
     classes = val_set.classes if val_set is not None else [str(number) for number in range(1000)]
-    preprocessing = preprocessing_of(dataset_kind, args.image_size)
+    preprocessing = resolve.resolve_preprocessing(args, val_set, checkpoint)
     log_run_info(args, group, accelerator, logger, train_set, val_set)
 
-    loaded = find_checkpoint(args.resume, args.auto_resume, args.output_dir, logger) if group.rank == 0 else None
-    checkpoint = group.broadcast(loaded)
     # Before resolve_identity: it may change args.accum_steps, or args.lr and args.min_lr.
     batch = resolve.keep_images_per_step(args, checkpoint, logger.line)
     identity = resolve.resolve_identity(args, train_set)
-    info = ModelInfo(args.arch, classes, preprocessing, decoder_name(), group.world_size, identity, batch)
+    info = ModelInfo(args.arch, classes, preprocessing, group.world_size, args.val_split, identity, batch)
     accelerator.seed(args.seed)
     network = vgg.VGG(args.arch, len(classes))
     if checkpoint is not None:
         check_resumable(checkpoint, info, evaluate=args.evaluate)
-        load_weights(network, model_weights(checkpoint, "--resume", ema=args.evaluate), "--resume")
-    elif args.pretrained:
-        path = imagenet_weights(args.arch) if args.pretrained == "imagenet" and group.rank == 0 else args.pretrained
-        pretrained = group.broadcast(load_checkpoint(path) if group.rank == 0 else None)
-        load_pretrained(network, pretrained, args.pretrained, logger, new_last_layer=not args.evaluate)
+        path = args.resume or args.pretrained or args.output_dir
+        load_weights(network, model_weights(checkpoint, path, ema=args.evaluate), path)
+    elif pretrained is not None:
+        load_pretrained(network, pretrained, args.pretrained, logger)
     if args.freeze_features:
         network.features.requires_grad_(False)
-    normalize = accelerator.normalizer(dataset_kind.mean, dataset_kind.std)
+    normalize = accelerator.normalizer(preprocessing["mean"], preprocessing["std"])
     if args.evaluate:
-        assert val_set is not None, "--dummy excludes --evaluate"
-        return evaluate(args, runtime, network, normalize, val_set, checkpoint or {})
+        assert val_set is not None and checkpoint is not None, "see _check_combinations in engine/flags.py"
+        return evaluate(args, runtime, network, normalize, val_set, checkpoint)
 
     training = build_training(network, info, normalize, args, runtime)
+    state = training.state
     if checkpoint is not None:
-        restore(checkpoint, training.state, training.counter, info, training.scaler, training.ema, logger, group.rank)
-        del checkpoint, loaded  # a gigabyte
-    start = training.state.epoch, training.state.images_in_epoch
+        restore(checkpoint, state, training.counter, training.scaler, training.ema, group.rank)
+    start = state.epoch, state.images_in_epoch
     loader = build_loader(train_set, args, runtime, training=True, start=start)
+    if checkpoint is not None:
+        log_changes(checkpoint, info, state, training.ema, loader.sampler.count, logger)
+    del checkpoint, pretrained  # up to a gigabyte
     val_loader = None if val_set is None else build_loader(val_set, args, runtime, training=False)
-    logger.event("start", **training.state.position())
+    write_args(args, accelerator, logger)
+    logger.event("start", **state.position())
     runtime.stop.training = True
-    trace: ContextManager[Any] = contextlib.nullcontext()
-    if args.profile and group.rank == 0:
-        trace = accelerator.trace(os.path.join(args.output_dir, "trace.json"), logger.line)
+    trace_path = os.path.join(args.output_dir, "trace.json") if args.profile and group.rank == 0 else None
     try:
-        with trace as training.profiler, watch_workers(loader, val_loader):
+        with accelerator.trace(trace_path, logger.line) as training.profiler, watch_workers(loader, val_loader):
             code = train(args, runtime, training, loader, val_loader)
     finally:
         training.writer.wait_or_warn(logger.warning)  # a failure does not cost the checkpoint being written
     stopped = code == EXIT_STOPPED
     if stopped:
-        logger.line(f"=> stopped on a signal after step {training.state.step}, checkpoint saved")
-    logger.event("stop" if stopped else "done", acc1=training.state.best_acc1, **training.state.position())
+        logger.line(f"=> stopped on a signal after step {state.step}, checkpoint saved: --auto-resume continues")
+    logger.event("stop" if stopped else "done", acc1=state.best_acc1, **state.position())
     return code
 
 
@@ -468,9 +473,7 @@ def evaluate(
     records = args.report or args.predictions
     predictions = Predictions(len(dataset), len(dataset.classes)) if records else None
     with watch_workers(loader):
-        totals = validate(
-            runtime, network, predict, loader, state=state, print_freq=args.print_freq, predictions=predictions
-        )
+        totals = validate(args, runtime, network, predict, loader, state, predictions)
     if totals is None:
         return EXIT_STOPPED
     if predictions is not None:

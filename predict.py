@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import importlib.util
 import io
 import json
@@ -22,12 +23,12 @@ from typing import NamedTuple, Sequence
 import vgg
 from engine import device
 from engine.accelerator import Accelerator
-from engine.cli import OneLineParser, number
-from engine.errors import EXIT_USAGE, UsageError, UserError, print_message, run_script
+from engine.cli import OneLineParser, check_file, number
+from engine.errors import EXIT_USAGE, UsageError, UserError, exit_process, print_message, run_script
 from engine.flags import DEVICE_HELP, DEVICES
 from engine.folder_index import EXTENSIONS
 from engine.inference import CLASSES_HELP, Model, load_model
-from engine.loader import share, unchanged
+from engine.loader import init_worker, share, unchanged
 from engine.logger import Logger
 from engine.transforms import printable, read_rgb, reason_of, resize, resize_center_crop
 
@@ -121,6 +122,7 @@ def load_images(paths: list[str], model: Model, batch_size: int, accelerator: Ac
         batch_size=None,
         sampler=batches,  # type: ignore[arg-type]
         collate_fn=unchanged,
+        worker_init_fn=functools.partial(init_worker, os.getpid()),
         **accelerator.loader_options(workers),
     )
 
@@ -145,6 +147,18 @@ class HeatmapRow(NamedTuple):
     image: np.ndarray  # (S, S, 3) uint8
     heat: torch.Tensor  # (h, w), on the CPU
     predictions: list[Prediction]
+
+
+def check_heatmap(path: str) -> None:
+    """Raise UsageError if a heatmap cannot be drawn or written, before any image is read."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--heatmap requires matplotlib: pip install matplotlib")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = sorted(FigureCanvasBase.get_supported_filetypes())
+    if os.path.splitext(path)[1][1:].lower() not in formats:
+        raise UsageError(f"--heatmap {path}: the name must end in .png or another of {' '.join(formats)}")
+    check_file("--heatmap", path)
 
 
 def draw_heatmaps(rows: list[HeatmapRow], path: str) -> None:
@@ -197,14 +211,24 @@ def format_predictions(path: str, predictions: list[Prediction], *, as_json: boo
     return "\n".join([path] + [f"  {rank}  {100 * p:6.2f}%  {name}" for rank, (name, p) in enumerate(predictions, 1)])
 
 
+def print_result(text: str, logger: Logger) -> None:
+    """Print a result. Raises UsageError if it is lost. Ends the program if the reader has seen enough (`| head`)."""
+    try:
+        logger.result(text)
+    except BrokenPipeError:
+        exit_process(0)
+    except OSError as error:
+        raise UsageError(f"the predictions cannot be printed ({error.strerror})") from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the predictions for every image. Returns 2 if some could not be read, else 0. Raises UserError."""
     args = parse_args(argv)
     paths = find_images(args.images)
     if args.heatmap and len(paths) > MAX_HEATMAPS:
         raise UsageError(f"--heatmap: at most {MAX_HEATMAPS} images, got {len(paths)}")
-    if args.heatmap and importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("--heatmap requires matplotlib: pip install matplotlib")
+    if args.heatmap:
+        check_heatmap(args.heatmap)
     name, count = device.resolve_device("gpu" if args.device == "cuda" else args.device)
     accelerator = Accelerator(name, device.resolve_device_list(None, args.gpu or 0, name, count, one_device=True)[0])
     model = load_model(args.checkpoint, args.classes)
@@ -213,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger, code = Logger(prints=True, writes=False), 0
     rows: list[HeatmapRow] = []
     if args.csv:
-        logger.line("image,rank,class,probability")
+        print_result("image,rank,class,probability", logger)
     with torch.no_grad(), logger.progress(len(paths), 0, "Images"):
         for batch in load_images(paths, model, args.batch_size, accelerator):
             if isinstance(batch, UserError):
@@ -231,12 +255,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for position, path in enumerate(read):
                     values, indices = top[0][position].tolist(), top[1][position].tolist()
                     predictions = [Prediction(model.classes[i], value) for value, i in zip(values, indices)]
-                    logger.line(format_predictions(path, predictions, as_json=args.json, as_csv=args.csv))
+                    print_result(format_predictions(path, predictions, as_json=args.json, as_csv=args.csv), logger)
                     if args.heatmap:
                         rows.append(HeatmapRow(path, images[position].numpy(), heat[position].cpu(), predictions))
             logger.advance(len(read) + len(errors))
     if rows:
         draw_heatmaps(rows, args.heatmap)
+        print(f"=> heatmap written to {args.heatmap}", file=sys.stderr)
     return code
 
 

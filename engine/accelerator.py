@@ -241,11 +241,14 @@ class Accelerator:
         return options
 
     @contextlib.contextmanager
-    def trace(self, path: str, log: Callable[[str], None]) -> Iterator[Any]:
+    def trace(self, path: str | None, log: Callable[[str], None]) -> Iterator[Any]:
         """Profile ten steps after five of warm-up into `path`, a Chrome trace (Perfetto, chrome://tracing).
 
-        Yields a profiler; call its `step()` after each step.
+        Yields a profiler; call its `step()` after each step. Does nothing and yields None without a path.
         """
+        if path is None:
+            yield None
+            return
         library = getattr(sys.modules.get("torch_npu"), "profiler", None) or torch.profiler
         schedule = library.schedule(wait=4, warmup=1, active=10, repeat=1)
         written = []

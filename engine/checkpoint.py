@@ -16,6 +16,7 @@ from engine.errors import CheckpointError, UsageError, first_line
 from engine.logger import Logger
 from engine.metrics import AccuracyCounter, Totals
 from engine.optimizer import LossScaler, ModelEma
+from engine.transforms import decoder_name
 
 import torch
 
@@ -43,12 +44,11 @@ class ModelInfo:
     arch: str
     classes: list[str]
     preprocessing: dict[str, Any]  # image_size, crop, mean, std: for predict.py and export.py
-    decoder: str  # of the training images
     world_size: int
-    identity: dict[str, Any] = field(
-        default_factory=dict
-    )  # must agree to resume within an epoch; "global batch" is only recorded
+    val_split: float | None = None  # --val-split
+    identity: dict[str, Any] = field(default_factory=dict)  # must agree to resume within an epoch, but "global batch"
     batch: dict[str, int] = field(default_factory=dict)  # see keep_images_per_step
+    decoder: str = field(default_factory=decoder_name)  # of the training images
 
 
 def build_checkpoint(
@@ -75,6 +75,7 @@ def build_checkpoint(
         "classes": info.classes,
         "identity": info.identity,
         "batch": info.batch,
+        "val_split": info.val_split,
         "world_size": info.world_size,
         "preprocessing": info.preprocessing,
         "decoder": info.decoder,
@@ -179,18 +180,16 @@ def load_weights(network: vgg.VGG, weights: dict[str, torch.Tensor], path: str) 
     network.load_state_dict(weights, strict=False)
 
 
-def load_pretrained(
-    network: vgg.VGG, checkpoint: dict[str, Any], path: str, logger: Logger, *, new_last_layer: bool
-) -> None:
-    """Load the weights of a checkpoint. Raises UsageError if they do not fit.
+def load_pretrained(network: vgg.VGG, checkpoint: dict[str, Any], path: str, logger: Logger) -> None:
+    """Load the weights of a checkpoint to start training from. Raises UsageError if they do not fit.
 
-    new_last_layer: keep the initial last layer if that of the checkpoint is for another number of classes.
+    A last layer for another number of classes is left as it was initialized.
     """
     weights = model_weights(checkpoint, path)
     for name in (f"{vgg.LAST_LAYER}.weight", f"{vgg.LAST_LAYER}.bias"):
         own = network.state_dict()[name]
         other_count = name in weights and weights[name].shape[1:] == own.shape[1:] and len(weights[name]) != len(own)
-        if new_last_layer and other_count:
+        if other_count:
             logger.line(f"=> {name}: {len(weights[name])} classes in {path}, {len(own)} here: re-initialized")
             weights[name] = own
     load_weights(network, weights, path)
@@ -202,18 +201,29 @@ def load_pretrained(
 
 
 def check_resumable(checkpoint: dict[str, Any], info: ModelInfo, *, evaluate: bool) -> None:
-    """Raise UsageError, with both values, if a checkpoint belongs to another model or to another epoch's images."""
-    if checkpoint.get("arch") not in (None, info.arch):
-        raise UsageError(f"--resume: the checkpoint is of --arch {checkpoint['arch']}, this run of {info.arch}")
+    """Raise UsageError, with both values, if a checkpoint does not fit what follows.
+
+    To train: the architecture, and within an epoch what decides its images. To evaluate, too: classes and --val-split.
+    """
+    if checkpoint.get("arch") not in (None, info.arch) and not evaluate:
+        saved = checkpoint["arch"]
+        raise UsageError(f"--resume: the checkpoint is of {saved}, this run of {info.arch}: use --arch {saved}")
     if checkpoint.get("classes"):
         check_same_classes(checkpoint["classes"], info.classes, "the checkpoint", "the data")
+    val_split = checkpoint.get("val_split")
+    if None not in (val_split, info.val_split) and val_split != info.val_split:
+        raise UsageError(
+            f"the checkpoint was trained with --val-split {val_split}, this run has {info.val_split}, which would "
+            f"validate on images it was trained on: use --val-split {val_split}"
+        )
     if checkpoint.get("step_in_epoch") and not evaluate:
         saved = checkpoint.get("identity") or {}
         for name in {**info.identity, **saved}:
             if saved.get(name) != info.identity.get(name) and name != "global batch":
                 raise UsageError(
                     f"--resume: the checkpoint was saved within an epoch with {name} {saved.get(name)}, this run has "
-                    f"{info.identity.get(name)}"
+                    f"{info.identity.get(name)}: finish the epoch with the same, or take its weights alone with "
+                    "--pretrained"
                 )
 
 
@@ -221,10 +231,8 @@ def restore(
     checkpoint: dict[str, Any],
     state: TrainState,
     counter: AccuracyCounter,
-    info: ModelInfo,
     scaler: LossScaler,
     ema: ModelEma | None,
-    logger: Logger,
     rank: int,
 ) -> None:
     """Load everything but the weights from a checkpoint, ours or the reference's. Raises UsageError."""
@@ -234,8 +242,8 @@ def restore(
         if ema is not None and "state_dict_ema" in checkpoint:
             ema.load_state_dict(vgg.to_torchvision_names(checkpoint["state_dict_ema"]))
         state.epoch, state.step_in_epoch = int(checkpoint["epoch"]), int(checkpoint.get("step_in_epoch", 0))
-        saved_batch = (checkpoint.get("identity") or {}).get("global batch", 0)
-        state.images_in_epoch = int(checkpoint.get("images_in_epoch", state.step_in_epoch * saved_batch))
+        images = state.step_in_epoch * _images_per_step(checkpoint)  # before checkpoints said it
+        state.images_in_epoch = int(checkpoint.get("images_in_epoch", images))
         state.step, state.best_acc1 = int(checkpoint.get("step", 0)), float(checkpoint.get("best_acc1", 0.0))
         if state.step_in_epoch and rank == 0:  # the counts are sums over all processes
             counter.load(checkpoint["counts"])
@@ -244,24 +252,39 @@ def restore(
             f"--resume: training cannot continue from this checkpoint ({type(error).__name__}: {error}); --pretrained "
             "takes its weights alone"
         ) from error
+
+
+def _images_per_step(checkpoint: dict[str, Any]) -> int:
+    return int((checkpoint.get("identity") or {}).get("global batch", 0))
+
+
+def log_changes(
+    checkpoint: dict[str, Any], info: ModelInfo, state: TrainState, ema: ModelEma | None, count: int, logger: Logger
+) -> None:
+    """Say what the continued run does otherwise than the one that saved. count: training images."""
+    lines = []
     if ema is not None and "state_dict_ema" not in checkpoint:
-        logger.line("=> the checkpoint has no EMA weights: the average starts here")
+        lines.append("the checkpoint has no EMA weights: the average starts here")
     if ema is None and "state_dict_ema" in checkpoint:
-        logger.line("=> the EMA weights of the checkpoint are dropped: --ema-decay would continue them")
+        lines.append("the EMA weights of the checkpoint are dropped: --ema-decay would continue them")
     saved_on = checkpoint.get("world_size", info.world_size)
     if saved_on != info.world_size:
-        logger.line(
-            f"=> resumed on {info.world_size} processes, saved on {saved_on}: the same images in the same order, but "
+        lines.append(
+            f"resumed on {info.world_size} processes, saved on {saved_on}: the same images in the same order, but "
             "dropout and rounding differ"
         )
-    if state.step_in_epoch and saved_batch != info.identity["global batch"]:
-        logger.line(
-            f"=> resumed with {info.identity['global batch']} images per step, saved with {saved_batch}: this epoch "
-            f"continues after its first {state.images_in_epoch:,} images"
+    images, saved_images = info.identity["global batch"], _images_per_step(checkpoint)
+    if state.step_in_epoch and saved_images != images:
+        left_out = (count - state.images_in_epoch) % images
+        lines.append(
+            f"resumed with {images} images per step, saved with {saved_images}: this epoch continues after its first "
+            f"{state.images_in_epoch:,} images" + (f", without its last {left_out:,}" if left_out else "")
         )
     decoder = checkpoint.get("decoder", info.decoder)
     if state.step_in_epoch and decoder != info.decoder:
-        logger.line(
-            f"=> resumed with {info.decoder}, saved with {decoder}: the rest of this epoch's JPEGs may differ by a "
-            "grey level"
+        lines.append(
+            f"resumed with {info.decoder}, saved with {decoder}: the rest of this epoch's JPEGs may differ by a gray "
+            "level"
         )
+    for line in lines:
+        logger.line(f"=> {line}")

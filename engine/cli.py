@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Command lines: a parser whose errors are one line, and the types of flags."""
+"""Command lines: a parser whose errors are one line, the types of flags, and checks of what will be written."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import shlex
 import sys
+import tempfile
 from typing import Any, Callable, NoReturn, Sequence
 
-from engine.errors import EXIT_USAGE
+from engine.errors import EXIT_USAGE, UsageError
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -27,13 +29,15 @@ class OneLineParser(argparse.ArgumentParser):
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         """Split a line of an @file: `--flag value`, quoted as in a shell. A word with # in front starts a comment."""
         try:
-            return shlex.split(re.sub(r"(^|\s)#.*", "", arg_line))
+            return shlex.split(re.sub(r"(^|\s)#.*", "", arg_line.lstrip("\ufeff")))  # Windows' mark of UTF-8
         except ValueError as error:
             self.error(f"{arg_line.strip()}: {error}")
 
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument ([^:]+): (?=must)", r"\1 ", message)  # "--epochs must be at least 1, got 0"
         message = re.sub(r"^argument ", "", message)
+        message = re.sub(r": ignored explicit argument (.*)$", r" takes no value, got \1", message)
+        message = re.sub(r"^\[Errno \d+\] (.*): '(.*)'$", r"@\2: \1", message)
         self.exit(EXIT_USAGE, f"{self.prog}: error: {message}; see python {self.prog} --help\n")
         raise AssertionError("unreachable: exit() raises SystemExit")
 
@@ -98,6 +102,30 @@ def device_list(text: str) -> list[int]:
     if min(devices) < 0 or len(set(devices)) < len(devices):
         raise argparse.ArgumentTypeError(f"expected different device numbers, from 0 up, got {text!r}")
     return devices
+
+
+def path(text: str) -> str:
+    """An argparse type: a path. An empty one is most likely a shell variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got an empty string")
+    return text
+
+
+def check_folder(flag: str, folder: str) -> None:
+    """Make a folder if it is missing. Raises UsageError if it cannot be written to."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"{flag} {folder}: cannot write there ({error.strerror})") from error
+
+
+def check_file(flag: str, file: str) -> None:
+    """Make the folder of a file that will be written. Raises UsageError if it cannot be written there."""
+    if os.path.isdir(file):
+        raise UsageError(f"{flag} {file}: expected a file, this is a folder")
+    check_folder(flag, os.path.dirname(file) or ".")
 
 
 def loss_scale(text: str) -> float | str:

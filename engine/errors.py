@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import signal
 import sys
 import traceback
 from typing import Callable, NoReturn
@@ -72,12 +74,23 @@ def print_message(kind: str, text: str) -> None:
     print(f"{os.path.basename(sys.argv[0])}: {kind}: {text}", file=sys.stderr, flush=True)
 
 
+_temporary_folders: list[tuple[int, str]] = []  # (the process that made it, path)
+
+
+def remove_at_exit(folder: str) -> None:
+    """Have exit_process remove a folder when this process ends; not a forked child of it."""
+    _temporary_folders.append((os.getpid(), folder))
+
+
 def exit_process(code: int) -> NoReturn:
     """End this process at once. The only call of os._exit in the program.
 
     A normal exit would wait for DataLoader workers and for the threads of a process group whose peers may be gone, and
     torch's own threads sometimes abort while Python shuts down.
     """
+    for process, folder in _temporary_folders:
+        if process == os.getpid():
+            shutil.rmtree(folder, ignore_errors=True)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # the reader of a pipe is gone, or the disk is full
             stream.flush()
@@ -85,13 +98,15 @@ def exit_process(code: int) -> NoReturn:
 
 
 def run_script(main: Callable[[], int]) -> NoReturn:
-    """Run a script's `main` and exit with the code it returns; show a UserError as one line."""
+    """Run a script's `main` and exit with the code it returns; show a UserError as one line, and Ctrl-C as nothing."""
     try:
         code = main()
     except UserError as error:
         print_message("error", str(error))
         # Inside the handler: letting go of the traceback would shut down DataLoader workers that may hang.
         exit_process(error.exit_code)
+    except KeyboardInterrupt:
+        exit_process(128 + signal.SIGINT)
     except Exception:
         traceback.print_exc()
         exit_process(EXIT_FAILURE)

@@ -28,8 +28,9 @@ def write_evaluation(
 
     facts: versions, hardware, weights and data.
     """
-    views = {"eval_view": args.eval_view, "eval_scales": args.eval_scales, "image_size": args.image_size}
-    write_metrics(args.output_dir, totals, {"arch": args.arch, **views, **facts})
+    flags = ["arch", "val_split", "image_size", "eval_view", "eval_scales", "precision", "batch_size"]
+    facts = {**{name: getattr(args, name) for name in flags}, **facts}
+    write_metrics(args.output_dir, totals, facts)
     if args.predictions and predictions is not None:
         write_predictions(args.predictions, dataset, predictions)
         log(f"=> predictions written to {args.predictions}")
@@ -41,7 +42,7 @@ def write_evaluation(
             totals,
             title=f"{args.arch}: {totals.acc1:.2f}% Acc@1",
             image_size=args.image_size,
-            facts={**vars(args), **facts},
+            facts=facts,
             training_folders=[os.path.dirname(str(facts["weights"])) or ".", args.output_dir],
         )
         log(f"=> report written to {path}")

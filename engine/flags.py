@@ -9,7 +9,7 @@ from typing import Sequence
 
 import vgg
 from engine.augmentation import AUTO_AUGMENT, CROP_SCALE
-from engine.cli import OneLineParser, device_list, loss_scale, number
+from engine.cli import OneLineParser, device_list, loss_scale, number, path
 from engine.views import VIEWS
 
 DEVICES = ["auto", "npu", "gpu", "cuda", "mps", "cpu"]
@@ -17,6 +17,7 @@ DEVICE_HELP = "(default: the first of npu, gpu, mps, cpu that works)"
 # Defaults that learn on the embedded digits: 1,438 images are too few for ImageNet's.
 DIGITS_DEFAULTS = {"batch_size": 64, "epochs": 16, "lr": 0.05, "clip_grad_norm": 1.0, "eval_freq": 4}
 DIGITS_WARMUP_EPOCHS = 2
+MAX_SIDE = 4096  # pixels: a mistyped size should not look like a lack of memory
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -29,6 +30,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if args.warmup_epochs is None:
             args.warmup_epochs = min(DIGITS_WARMUP_EPOCHS, args.epochs - 1)
     args.warmup_epochs = args.warmup_epochs or 0
+    if not args.evaluate or args.pretrained == "imagenet":
+        args.arch = args.arch or "vgg16"
     if args.dir and args.data and os.path.abspath(args.dir) != os.path.abspath(args.data):
         parser.error(f"DIR {args.dir} and --data {args.data} are different folders: give one of them")
     args.data = args.data or args.dir
@@ -46,8 +49,10 @@ def _build_parser() -> OneLineParser:
     )
     default = "(default: %(default)s)"
     data = parser.add_argument_group("data")
-    data.add_argument("dir", metavar="DIR", nargs="?", help="the same as --data")
-    data.add_argument("--data", help="folder with train/ and val/, or CIFAR-10 (default: the embedded digits)")
+    data.add_argument("dir", type=path, metavar="DIR", nargs="?", help="the same as --data")
+    data.add_argument(
+        "--data", type=path, help="folder with train/ and val/, or CIFAR-10 (default: the embedded digits)"
+    )
     data.add_argument(
         "-j",
         "--j",
@@ -59,9 +64,9 @@ def _build_parser() -> OneLineParser:
     )
     data.add_argument(
         "--image-size",
-        type=number(int, 32),
+        type=number(int, 32, MAX_SIDE),
         metavar="S",
-        help="pixels per side (default: 224; CIFAR-10 and digits: 32)",
+        help="pixels per side (default: 224; CIFAR-10 and digits: 32; with -e, those of the training)",
     )
     data.add_argument(
         "--val-split",
@@ -88,13 +93,13 @@ def _build_parser() -> OneLineParser:
     model.add_argument(
         "-a",
         "--arch",
-        default="vgg16",
         choices=vgg.ARCHITECTURES,
         metavar="NAME",
-        help=f"vgg11, vgg13, vgg16 or vgg19, each also with _bn {default}",
+        help="vgg11, vgg13, vgg16 or vgg19, each also with _bn (default: vgg16; with -e, that of the weights)",
     )
     model.add_argument(
         "--pretrained",
+        type=path,
         metavar="PATH",
         help="weights to start from: ours, torchvision's, ModelZoo's, *.safetensors; imagenet: downloads torchvision's",
     )
@@ -144,7 +149,7 @@ def _build_parser() -> OneLineParser:
     )
     train.add_argument(
         "--ema-decay",
-        type=number(float, 0, 1),
+        type=number(float, 0, below=1),
         default=0.0,
         metavar="DECAY",
         help="keep an EMA of the weights, such as 0.9999, and validate it (default: off)",
@@ -166,7 +171,7 @@ def _build_parser() -> OneLineParser:
     )
     augment.add_argument(
         "--train-scale",
-        type=number(int, 32),
+        type=number(int, 32, MAX_SIDE),
         nargs=2,
         metavar=("MIN", "MAX"),
         help="instead: resize the short side to a random length in pixels, then crop (the paper: 256 512)",
@@ -218,14 +223,16 @@ def _build_parser() -> OneLineParser:
     )
     run.add_argument(
         "--eval-scales",
-        type=number(int, 32),
+        type=number(int, 32, MAX_SIDE),
         nargs="+",
         metavar="Q",
         help="with -e: short sides of the images in pixels, such as 256 384 512 (default: 256/224 of --image-size; "
         "CIFAR-10 and digits: --image-size)",
     )
-    run.add_argument("--predictions", metavar="FILE.csv", help="with -e: also write the predictions for each image")
-    run.add_argument("--report", metavar="DIR", help="with -e: also write an evaluation page, DIR/index.html")
+    run.add_argument(
+        "--predictions", type=path, metavar="FILE.csv", help="with -e: also write the predictions for each image"
+    )
+    run.add_argument("--report", type=path, metavar="DIR", help="with -e: also write a page, DIR/index.html")
     run.add_argument(
         "--eval-freq",
         type=number(int, 1),
@@ -243,7 +250,7 @@ def _build_parser() -> OneLineParser:
         metavar="N",
         help=f"steps between log lines {default}",
     )
-    run.add_argument("--resume", metavar="PATH", help="checkpoint to continue")
+    run.add_argument("--resume", type=path, metavar="PATH", help="checkpoint to continue")
     run.add_argument(
         "--auto-resume",
         action="store_true",
@@ -256,7 +263,9 @@ def _build_parser() -> OneLineParser:
         metavar="N",
         help="also save every N steps (default: at the end of epochs only)",
     )
-    run.add_argument("--output-dir", default=".", metavar="DIR", help="checkpoints, metrics, curves (default: here)")
+    run.add_argument(
+        "--output-dir", type=path, default=".", metavar="DIR", help="checkpoints, metrics, curves (default: here)"
+    )
     run.add_argument(
         "--profile",
         action="store_true",
@@ -359,14 +368,16 @@ def _check_combinations(parser: OneLineParser, args: argparse.Namespace) -> None
         parser.error("--dummy cannot be combined with --data, --val-split or --evaluate: leave one of them out")
     if args.resume and args.auto_resume:
         parser.error("--resume cannot be combined with --auto-resume: give one of them")
-    for flag, path in (("--resume", args.resume), ("--pretrained", args.pretrained)):
+    for flag, file in (("--resume", args.resume), ("--pretrained", args.pretrained)):
         reads = args.rank <= 0 and os.environ.get("RANK", "0") == "0"  # only rank 0 does
-        if path and reads and not os.path.isfile(path) and (flag, path) != ("--pretrained", "imagenet"):
-            parser.error(f"{flag} {path}: no such file")
+        if file and reads and not os.path.isfile(file) and (flag, file) != ("--pretrained", "imagenet"):
+            parser.error(f"{flag} {file}: no such file")
     if args.data and not os.path.isdir(args.data):
         parser.error(f"--data {args.data}: no such folder")
     if args.world_size == 0:
         parser.error("--world-size must be at least 1, got 0")
+    if args.min_lr > args.lr:
+        parser.error(f"--min-lr must be at most --lr {args.lr}, got {args.min_lr}")
     for flag, epochs in (("--start-epoch", args.start_epoch), ("--warmup-epochs", args.warmup_epochs)):
         if epochs >= args.epochs:
             parser.error(f"{flag} must be less than --epochs {args.epochs}, got {epochs}")

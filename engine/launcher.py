@@ -12,7 +12,6 @@ import multiprocessing.util
 import os
 import random
 import re
-import shutil
 import signal
 import socket
 import sys
@@ -29,6 +28,7 @@ from engine.errors import (
     UserError,
     exit_process,
     print_message,
+    remove_at_exit,
 )
 from engine.signals import STOP_SIGNALS, die_with_parent
 
@@ -115,19 +115,16 @@ def launch(worker: Worker, args: argparse.Namespace, topology: Topology) -> int:
     report: how the worker says that another rank is unreachable.
     """
     # DataLoader workers put sockets in this folder. They inherit it; otherwise each would make one that stays behind.
-    sockets = multiprocessing.util.get_temp_dir()
-    try:
-        if topology.spawn:
-            return _spawn(worker, args, topology)
-        if under_torchrun():
-            die_with_parent(os.getppid())
-        else:
-            os.environ.update(
-                RANK=str(topology.node_rank), WORLD_SIZE=str(topology.nodes), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1"
-            )
-        return worker(args, functools.partial(print_message, "error"))
-    finally:
-        shutil.rmtree(sockets, ignore_errors=True)
+    remove_at_exit(multiprocessing.util.get_temp_dir())
+    if topology.spawn:
+        return _spawn(worker, args, topology)
+    if under_torchrun():
+        die_with_parent(os.getppid())
+    else:
+        os.environ.update(
+            RANK=str(topology.node_rank), WORLD_SIZE=str(topology.nodes), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1"
+        )
+    return worker(args, functools.partial(print_message, "error"))
 
 
 class Report(NamedTuple):

@@ -148,7 +148,7 @@ class BatchLoader:
             batch_size=None,
             sampler=sampler,  # type: ignore[arg-type]
             collate_fn=unchanged,
-            worker_init_fn=functools.partial(_init_worker, os.getpid()),
+            worker_init_fn=functools.partial(init_worker, os.getpid()),
             **options,
         )
 
@@ -177,7 +177,8 @@ def unchanged(batch: Any) -> Any:
     return batch
 
 
-def _init_worker(parent: int, worker_id: int) -> None:
+def init_worker(parent: int, worker_id: int) -> None:
+    """A worker_init_fn: the worker ends with its parent and on nothing else, and without a word."""
     ignore_stop_signals(parent)
     # Errors come back in place of a batch. What is left is a thread of multiprocessing that complains of a parent that
     # has been killed, before this worker is killed with it.

@@ -13,7 +13,7 @@ import time
 from typing import IO, Any, Iterable, Iterator
 
 from engine.curves import save_curves
-from engine.errors import first_line, print_message
+from engine.errors import UsageError, first_line, print_message
 from engine.metrics import Totals
 
 
@@ -56,7 +56,7 @@ class ProgressMeter:
 
 
 class Logger:
-    """Prints on the local main process of each node; writes files on rank 0 alone.
+    """Prints on the local main process of each node; writes files on rank 0 alone, from the first event on.
 
     Args:
         folder: where metrics.jsonl, curves.png and TensorBoard's events go.
@@ -70,23 +70,31 @@ class Logger:
         self.tensorboard: Any = None
         self.jsonl: IO[str] | None = None
         self.warned = False
-        if writes:
-            self.jsonl = open(os.path.join(folder, "metrics.jsonl"), "a")  # noqa: SIM115  closed by close()
-            with self._optional("TensorBoard's events are not written"):  # metrics.jsonl has the same values
-                from torch.utils.tensorboard import SummaryWriter
 
-                self.tensorboard = SummaryWriter(os.path.join(folder, "tensorboard"))
-                if hasattr(threading, "excepthook"):  # since Python 3.8
-                    threading.excepthook = self._warn_of_thread_error  # TensorBoard writes in a thread of its own
+    def _open(self) -> None:
+        path = os.path.join(self.folder, "metrics.jsonl")
+        try:
+            self.jsonl = open(path, "a")  # noqa: SIM115  closed by close()
+        except OSError as error:
+            raise UsageError(f"{path}: {error.strerror}") from error
+        with self._optional("TensorBoard's events are not written"):  # metrics.jsonl has the same values
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(os.path.join(self.folder, "tensorboard"))
+            if hasattr(threading, "excepthook"):  # since Python 3.8
+                threading.excepthook = self._warn_of_thread_error  # TensorBoard writes in a thread of its own
 
     def line(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""
-        if not self.prints:
-            return
+        if self.prints:
+            with self._ignoring_write_errors():
+                self.result(text)
+
+    def result(self, text: str) -> None:
+        """Print a line that is what the user asked for, and no loss of it is ignored. Raises OSError."""
         if self.bar is not None:
             self.bar.clear()
-        with self._ignoring_write_errors():
-            print(text, flush=True)
+        print(text, flush=True)
         if self.bar is not None:
             self.bar.refresh()
 
@@ -152,9 +160,15 @@ class Logger:
                 yield reason
 
     def event(self, event: str, **fields: Any) -> None:
-        """Write a line of metrics.jsonl. event: start, train, epoch, validate, checkpoint, stop or done."""
-        if self.jsonl is None:
+        """Write a line of metrics.jsonl. event: start, train, epoch, validate, checkpoint, stop or done.
+
+        Raises UsageError if the file cannot be opened.
+        """
+        if not self.writes:
             return
+        if self.jsonl is None:
+            self._open()
+        assert self.jsonl is not None
         record: dict[str, Any] = {"event": event}
         for key, value in fields.items():
             record[key] = None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no NaN

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""torchvision's ImageNet weights for --pretrained imagenet: found in torch.hub's cache, or downloaded once."""
+"""The weights of --pretrained; torchvision's for ImageNet are found in torch.hub's cache, or downloaded once."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import urllib.error
+from typing import Any
 
+from engine.checkpoint import load_checkpoint
 from engine.errors import UsageError, first_line
 
 import torch
@@ -23,6 +25,11 @@ FILES = {
     "vgg16_bn": "vgg16_bn-6c64b313.pth",
     "vgg19_bn": "vgg19_bn-c79401a0.pth",
 }
+
+
+def read_pretrained(name: str, arch: str) -> dict[str, Any]:
+    """Read the file of --pretrained; `imagenet`: torchvision's weights for arch. Raises CheckpointError, UsageError."""
+    return load_checkpoint(imagenet_weights(arch) if name == "imagenet" else name)
 
 
 def imagenet_weights(arch: str) -> str:

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
+import json
 import os
 import re
 import warnings
@@ -56,7 +58,7 @@ def write_report(
     Args:
         dataset: the validation images.
         facts: flags and versions. `weights`, `data` and `hardware` make up the subtitle.
-        training_folders: the curves are drawn from the first of these folders that has a metrics.jsonl.
+        training_folders: where metrics.jsonl and args.json of the training may be; the first that has them counts.
 
     Raises:
         OSError: the page cannot be written.
@@ -73,9 +75,6 @@ def write_report(
         (f"{totals.loss:.4f}", "loss"),
         (f"{len(mistakes):,}", f"wrong of {confusion.sum():,}"),
     ]
-    rows = [
-        f'<tr><td>{escape(key)}</td><td class="name">{escape(str(value))}</td></tr>' for key, value in facts.items()
-    ]
     with open(os.path.join(os.path.dirname(__file__), "report.html"), encoding="utf-8") as file:
         template = Template(file.read())
     page = template.substitute(
@@ -86,7 +85,7 @@ def write_report(
         mistakes=mistakes_section(dataset, classes, image_size, mistakes, predictions),
         confusion=confusion_section(confusion, classes),
         classes=class_table(confusion, classes),
-        configuration="".join(rows),
+        configuration=table("This evaluation", facts) + table("Training", read_flags(training_folders)),
     )
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "index.html")
@@ -119,6 +118,22 @@ def curves_section(folders: Sequence[str]) -> str:
             ]
             return f'<h2>Training</h2><div class="columns">{"".join(figures)}</div>'
     return ""
+
+
+def read_flags(folders: Sequence[str]) -> dict[str, object]:
+    """Return the flags of the training, from the first folder that has its args.json; none if no folder has."""
+    for folder in folders:
+        with contextlib.suppress(OSError, ValueError, KeyError), open(os.path.join(folder, "args.json")) as file:
+            return json.load(file)["flags"]
+    return {}
+
+
+def table(title: str, values: dict[str, object]) -> str:
+    """Return a table that is folded up until its title is clicked; nothing if it has no rows."""
+    rows = [
+        f'<tr><td>{escape(key)}</td><td class="name">{escape(str(value))}</td></tr>' for key, value in values.items()
+    ]
+    return f"<details><summary>{title}</summary><table>{''.join(rows)}</table></details>" if rows else ""
 
 
 def mistakes_section(

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
-import tempfile
 from typing import Any, Callable
 
+import vgg
 from engine import device, precision
 from engine.augmentation import CROP_SCALE, Augmentation, require_torchvision
-from engine.datasets import ImageDataset, ImageFolder
+from engine.checkpoint import model_weights
+from engine.cli import check_file, check_folder
+from engine.datasets import ImageDataset, ImageFolder, preprocessing_of
 from engine.errors import UsageError
 from engine.launcher import Topology, resolve_topology, under_torchrun
 from engine.transforms import default_scale
@@ -68,19 +69,11 @@ def resolve_flags(args: argparse.Namespace) -> Topology:
 
 def make_output_folders(args: argparse.Namespace) -> None:
     """Make the folders that the run writes to. Raises UsageError if one cannot be written to."""
-    folders = {"--output-dir": args.output_dir, "--report": args.report}
+    check_folder("--output-dir", args.output_dir)
+    if args.report:
+        check_folder("--report", args.report)
     if args.predictions:
-        folders["--predictions"] = os.path.dirname(args.predictions) or "."
-    if args.predictions and os.path.isdir(args.predictions):
-        raise UsageError(f"--predictions {args.predictions}: expected a file, this is a folder")
-    for flag, folder in folders.items():
-        if folder:
-            try:
-                os.makedirs(folder, exist_ok=True)
-                with tempfile.TemporaryFile(dir=folder):
-                    pass
-            except OSError as error:
-                raise UsageError(f"{flag} {folder}: cannot write there ({error.strerror})") from error
+        check_file("--predictions", args.predictions)
 
 
 # Flags that may differ between nodes.
@@ -92,11 +85,35 @@ def shared_flags(args: argparse.Namespace) -> dict[str, Any]:
     return {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in PER_NODE}
 
 
-# --- for the data that was found --------------------------------------------------------------------------------------
+# --- for the weights and the data that were found ---------------------------------------------------------------------
 
 # Flags that change the pixels of training images.
 AUGMENTATION = ["crop_scale", "train_scale", "hflip", "color_shift"]
 AUGMENTATION += ["auto_augment", "random_erasing", "mixup", "cutmix"]
+
+
+def resolve_arch(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> None:
+    """Set --arch, if an evaluation does not name it, to that of the weights. Raises UsageError if they are no VGG's."""
+    if args.arch is None and checkpoint is not None:
+        path = args.resume or args.pretrained
+        args.arch = vgg.architecture_of(model_weights(checkpoint, path))
+        if args.arch is None:
+            raise UsageError(f"{path}: holds weights, but not those of a VGG")
+
+
+def resolve_preprocessing(
+    args: argparse.Namespace, dataset: ImageDataset | None, checkpoint: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Return how validation images become the model's input, and set --image-size if it is not given.
+
+    An evaluation takes size, mean and standard deviation from the checkpoint. Synthetic images (no dataset) are treated
+    like a folder's.
+    """
+    trained = (checkpoint or {}).get("preprocessing") or {} if args.evaluate else {}
+    kind = ImageFolder if dataset is None else dataset
+    args.image_size = args.image_size or int(trained.get("image_size", kind.default_size))
+    preprocessing = preprocessing_of(kind, args.image_size)
+    return {**preprocessing, **{key: trained[key] for key in ("mean", "std") if key in trained}}
 
 
 def resolve_hflip(args: argparse.Namespace, dataset: ImageDataset) -> float:

@@ -30,7 +30,7 @@ def log_run_info(
     train_set: ImageDataset | None,
     val_set: ImageDataset | None,
 ) -> None:
-    """Describe the run in a few lines, in args.json, and in bad_images.txt if images are left out."""
+    """Describe the run in a few lines, and in bad_images.txt if images are left out."""
     device_name = f"{group.world_size} × {args.device} ({accelerator.name()})"
     logger.line(f"=> {args.arch} on {device_name}, {args.precision}, torch {torch.__version__}")
     datasets = {"training": train_set, "validation": val_set}
@@ -52,16 +52,17 @@ def log_run_info(
         if group.rank == 0:
             with open(path, "w", encoding="utf-8") as file:
                 file.writelines(f"{name}\t{reason}\n" for name, reason in unreadable)
-    if group.rank == 0 and not args.evaluate:
-        record = {
-            "flags": vars(args),
-            "processes": group.world_size,
-            "decoder": decoder_name(),
-            **versions(accelerator),
-        }
-        with open(os.path.join(args.output_dir, "args.json"), "w") as file:
-            json.dump(record, file, indent=2, sort_keys=True)
-            file.write("\n")
+
+
+def write_args(args: argparse.Namespace, accelerator: Accelerator, logger: Logger) -> None:
+    """Write args.json on rank 0: the flags, with what they were resolved to, and versions."""
+    if not logger.writes:
+        return
+    processes = args.nodes * args.processes
+    record = {"flags": vars(args), "processes": processes, "decoder": decoder_name(), **versions(accelerator)}
+    with open(os.path.join(args.output_dir, "args.json"), "w") as file:
+        json.dump(record, file, indent=2, sort_keys=True)
+        file.write("\n")
 
 
 def describe_balance(classes: Sequence[str], labels: np.ndarray) -> str:

@@ -13,7 +13,7 @@ import threading
 import time
 from typing import Iterator
 
-from engine.errors import EXIT_FAILURE, EXIT_STOPPED, exit_process
+from engine.errors import EXIT_FAILURE, EXIT_STOPPED, exit_process, print_message
 
 STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT] + ([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])
 SECOND_SIGNAL_SECONDS = 2  # Ctrl-C reaches a process from the terminal and again from the launcher: that is one request
@@ -44,6 +44,8 @@ class StopSignals:
             if number not in STOP_SIGNALS:
                 continue
             if not self.training:
+                if os.environ.get("RANK", "0") == "0":
+                    print_message("warning", "stopped on a signal; nothing was saved, as no training was under way")
                 exit_process(EXIT_STOPPED)
             if self.first is None:
                 self.first = time.monotonic()

@@ -68,6 +68,7 @@ parse_options() { # the script's arguments
             --device_list=*) device_list=$value ;;
             --learning_rate=*) learning_rate=$value ;;
             --opt_level=*) opt_level=$value ;;
+            --resume=) fail "--resume= is empty; leave it out to start from the beginning" ;;
             --resume=*) resume=$value ;;
             --output=*) output=$value ;;
             -h | --help) usage; exit 0 ;;

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 
@@ -27,6 +28,7 @@ runtime = main.Runtime(group, accelerator, Logger(prints=False, writes=False), S
 runtime.stop.training = True
 digits = read_digits(training=False)
 torch.manual_seed(0)
+args = argparse.Namespace(print_freq=1000)
 network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10)).eval()
 normalize = accelerator.normalizer(digits.mean, digits.std)
 
@@ -50,9 +52,7 @@ for count in range(1, 41):
     top5 = sum(int(dataset.labels[index]) in logits[index].topk(5)[1][0].tolist() for index in range(count))
     sampler = ResumableBatchSampler(count, 1 + count % 7, rank=group.rank, world_size=group.world_size, shuffle=False)
     loader = BatchLoader(dataset, sampler, 32, options={})
-    totals = main.validate(
-        runtime, network, lambda images: network(normalize(images)), loader, state=TrainState(), print_freq=1000
-    )
+    totals = main.validate(args, runtime, network, predict, loader, TrainState())
     assert totals is not None and totals[:3] == (count, top1, top5), (count, group.world_size, totals, top1, top5)
 group.close()
 exit_process(0)

@@ -166,7 +166,7 @@ def test_an_older_torch_is_refused_by_name(monkeypatch: Any) -> None:
 
 def test_flags_that_do_not_fit_the_data_are_one_line(folder: str, tmp_path: Any) -> None:
     for flags, message in (
-        ([folder, "--train-scale", 16, 64], "--train-scale must be at least 32, got 16"),
+        ([folder, "--train-scale", 16, 64], "--train-scale must be at least 32 and at most 4096, got 16"),
         ([folder, "--image-size", 64, "--train-scale", 48, 64], "at least the crop, --image-size 64, got 48"),
         (["--train-scale", 32, 64], "--train-scale are for folders of images: leave them out"),
     ):

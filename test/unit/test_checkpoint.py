@@ -13,6 +13,7 @@ from engine.checkpoint import (
     load_checkpoint,
     load_pretrained,
     load_weights,
+    log_changes,
     model_weights,
     restore,
 )
@@ -89,8 +90,8 @@ class Run:
 
     def resume(self, checkpoint, rank=0):
         load_weights(self.network, model_weights(checkpoint, "--resume", ema=False), "--resume")
-        logger = Logger(prints=True, writes=False)
-        restore(checkpoint, self.state, self.counter, self.info, self.scaler, self.ema, logger, rank)
+        restore(checkpoint, self.state, self.counter, self.scaler, self.ema, rank)
+        log_changes(checkpoint, self.info, self.state, self.ema, 100, Logger(prints=True, writes=False))
         return self
 
 
@@ -201,7 +202,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_both_values():
     run = Run().train(2)
     checkpoint = run.checkpoint()
     check_resumable(checkpoint, run.info, evaluate=False)
-    with pytest.raises(UsageError, match="is of --arch vgg16, this run of vgg19"):
+    with pytest.raises(UsageError, match="is of vgg16, this run of vgg19: use --arch vgg16"):
         check_resumable(checkpoint, Run(arch="vgg19").info, evaluate=False)
     with pytest.raises(UsageError, match="number 1 is 'b' in the checkpoint and 'x' in the data"):
         check_resumable(checkpoint, Run(classes=["a", "x", "c", "d"]).info, evaluate=False)
@@ -211,6 +212,8 @@ def test_a_checkpoint_of_another_run_is_refused_with_both_values():
     with pytest.raises(UsageError, match="within an epoch with seed 7, this run has 8"):
         check_resumable(checkpoint, other, evaluate=False)
     check_resumable(checkpoint, other, evaluate=True)
+    with pytest.raises(UsageError, match="or take its weights alone with --pretrained"):
+        check_resumable(checkpoint, Run(identity={"seed": 7, "augmentation": "mixup 0.2"}).info, evaluate=False)
     check_resumable({**checkpoint, "step_in_epoch": 0}, other, evaluate=False)  # between epochs it may change
 
 
@@ -289,7 +292,7 @@ def test_weights_that_do_not_fit_are_named():
 def test_pretrained_weights_of_other_classes_keep_a_new_last_layer(logger, capsys):
     network, pretrained = SmallNet(num_classes=2), Run().train(1).checkpoint()
     before = network.state_dict()[f"{vgg.LAST_LAYER}.weight"].clone()
-    load_pretrained(network, pretrained, "x.pth", logger, new_last_layer=True)
+    load_pretrained(network, pretrained, "x.pth", logger)
     after = network.state_dict()
     assert torch.equal(after[f"{vgg.LAST_LAYER}.weight"], before)
     assert torch.equal(after["classifier.3.weight"], pretrained["state_dict_ema"]["classifier.3.weight"])

@@ -13,8 +13,8 @@ import pytest
 
 def test_flags_come_from_a_file_and_later_ones_win(tmp_path: Any) -> None:
     recipe = tmp_path / "my recipe.txt"
-    recipe.write_text(
-        "# a recipe\n--lr 0.2 --epochs 30\n--output-dir 'a folder#1'  # quoted\n-b 8\n\n", encoding="utf-8"
+    recipe.write_text(  # with Windows' mark of UTF-8
+        "\ufeff# a recipe\n--lr 0.2 --epochs 30\n--output-dir 'a folder#1'  # quoted\n-b 8\n\n", encoding="utf-8"
     )
     args = parse_args([f"@{recipe}", "--epochs", "40", "-a", "vgg11"])
     assert (args.lr, args.epochs, args.output_dir, args.batch_size, args.arch) == (0.2, 40, "a folder#1", 8, "vgg11")
@@ -50,7 +50,12 @@ def test_a_file_in_another_encoding_is_one_line(tmp_path: Any, capsys: Any) -> N
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["@/no/such/file"], "No such file or directory: '/no/such/file'"),
+        (["@/no/such/file"], "error: @/no/such/file: No such file or directory;"),
+        (["--resume", ""], "--resume: expected a path, got an empty string"),
+        (["--color-shift=1"], "--color-shift takes no value, got '1'"),
+        (["--image-size", "99999"], "--image-size must be at least 32 and at most 4096, got 99999"),
+        (["--ema-decay", "1"], "--ema-decay must be at least 0 and below 1, got 1"),
+        (["--lr", "0.1", "--min-lr", "0.2"], "--min-lr must be at most --lr 0.1, got 0.2"),
         (["--eval-view", "dense"], "--eval-view requires --evaluate"),
         (["--predictions", "x.csv"], "--predictions requires --evaluate"),
         (["--eval-scales", "256"], "--eval-scales requires --evaluate"),

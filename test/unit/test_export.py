@@ -104,6 +104,11 @@ def test_an_output_folder_that_does_not_exist_is_named(root: Any, tmp_path: Any)
     assert len(result.err.splitlines()) == 1
 
 
+def test_an_output_of_another_kind_is_refused(tmp_path: Any) -> None:
+    result = run_script("export.py", "--checkpoint", "x.pth", "--output", tmp_path / "vgg16.pt")
+    assert result.code == 2 and "the name must end in .onnx or .safetensors" in result.err, result.err
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: Any) -> str:
     """Weights of a whole VGG, for export.py in this process."""

@@ -14,10 +14,11 @@ import sys
 import main
 import vgg
 from engine.checkpoint_file import load
+from engine.datasets import preprocessing_of, read_digits
 from engine.errors import UserError
 from engine.flags import parse_args
 from engine.launcher import free_port
-from engine.resolve import keep_images_per_step
+from engine.resolve import keep_images_per_step, resolve_preprocessing
 from engine.transforms import decoder_name
 from engine.versions import TORCH
 from helpers.images import make_folder, write_cifar10
@@ -283,8 +284,17 @@ def test_a_run_continues_within_an_epoch_with_another_batch_size(folder, tmp_pat
     result = run_main(*flags, "-b", 4, "--auto-resume", "--hflip", 0.5, "--crop-scale", 0.08, 1)  # the defaults
     assert result.code == 0, result.err
     line = "=> resumed with 4 images per step, saved with 6: this epoch continues after its first 12 images"
-    assert line in result.out and "Epoch: [0][5/5]" in result.out
+    assert f"{line}\n" in result.out and "Epoch: [0][5/5]" in result.out
     assert events(tmp_path, "epoch")[-1]["samples"] == 24
+    result = run_main(*flags, "-b", 6, "--auto-resume")
+    assert result.code == 0 and "=> nothing left to train: the checkpoint is of epoch 1 of 1" in result.out
+
+
+def test_images_that_do_not_fill_a_step_after_a_resume_are_counted(folder, tmp_path):
+    flags = [folder, *SMALL, "--epochs", 1, "--output-dir", tmp_path]
+    assert run_main(*flags, "-b", 6, "--stop-step-num", 2).code == 0
+    result = run_main(*flags, "-b", 13, "--auto-resume")  # 12 images are left
+    assert result.code == 0 and "after its first 12 images, without its last 12\n" in result.out, result.out
 
 
 def test_a_compiled_run_continues_bit_for_bit(tmp_path):
@@ -374,8 +384,53 @@ def test_pretrained_weights_of_another_class_count_get_a_new_last_layer(trained,
 
 
 def test_weights_of_another_class_count_are_not_evaluated(trained, tmp_path):
-    result = run_main(*SMALL, "-e", "--pretrained", trained[0] / "model_best.pth.tar", "--output-dir", tmp_path)
-    assert result.code == 2 and "classifier.6.weight: expected shape (10, 32), got (3, 32)" in result.err, result.err
+    best, bare = trained[0] / "model_best.pth.tar", tmp_path / "bare.pth"
+    torch.save(weights(best), str(bare))
+    for path, message in (
+        (best, "number 0 is 'class 0' in the checkpoint and '0' in the data"),
+        (bare, "classifier.6.weight: expected shape (10, 32), got (3, 32)"),
+    ):
+        result = run_main("-e", "--pretrained", path, "--output-dir", tmp_path / "o")
+        assert result.code == 2 and message in result.err, result.err
+    assert os.listdir(str(tmp_path / "o")) == []
+
+
+def test_an_evaluation_takes_network_and_size_from_the_checkpoint(trained, folder, tmp_path):
+    best = trained[0] / "model_best.pth.tar"
+    for flag in ("--resume", "--pretrained"):
+        result = run_main(folder, "-e", flag, best, "--output-dir", tmp_path)
+        assert result.code == 0, result.err
+        metrics = json.loads((tmp_path / "metrics.json").read_text())
+        assert (metrics["arch"], metrics["image_size"]) == ("vgg11", 32)
+        assert metrics["acc1"] == pytest.approx(load(str(best))["best_acc1"])
+
+
+def test_an_evaluation_normalizes_as_the_training_did():
+    dataset = read_digits(training=False)
+    args = parse_args(["-e", "--pretrained", "imagenet"])
+    trained_on = {"preprocessing": {"image_size": 48, "crop": True, "mean": [0.1] * 3, "std": [0.2] * 3}}
+    expected = {"image_size": 48, "crop": False, "mean": [0.1] * 3, "std": [0.2] * 3}
+    assert resolve_preprocessing(args, dataset, trained_on) == expected
+    args = parse_args([])  # a training from such weights is one of its own
+    assert resolve_preprocessing(args, dataset, trained_on) == preprocessing_of(dataset, 32)
+
+
+def test_another_val_split_than_that_of_the_training_is_refused_and_changes_nothing(tmp_path):
+    root = os.path.join(make_folder(tmp_path / "data"), "train")
+    output = tmp_path / "o"
+    flags = [root, *SMALL, "-b", 4, "--output-dir", output, "--epochs"]
+    result = run_main(*flags, 1, "--val-split", 0.3)
+    assert result.code == 0, result.err
+    best = output / "model_best.pth.tar"
+    names = ["args.json", "metrics.jsonl", "checkpoint.pth.tar"]
+    before = [(output / name).read_bytes() for name in names]
+    for more in (["-e", "--resume", best], ["-e", "--pretrained", best], ["--resume", best]):
+        result = run_main(*flags, 2, "--val-split", 0.5, *more)
+        assert result.code == 2 and len(result.err.splitlines()) == 1, result.err
+        assert "was trained with --val-split 0.3, this run has 0.5" in result.err
+    assert [(output / name).read_bytes() for name in names] == before
+    result = run_main(*flags, 2, "--val-split", 0.3, "--resume", best)
+    assert result.code == 0, result.err
 
 
 def test_a_trace_is_written_and_compressed_gradients_stay_close(folder, tmp_path):
@@ -415,6 +470,16 @@ def test_a_signal_saves_and_exits_with_75_and_leaves_no_temporary_file(folder, t
     assert result.code == 0 and "resuming" in result.out, result.err
     assert load(str(tmp_path / "checkpoint.pth.tar"))["step"] == state["step"] + 1
     assert os.listdir(str(temporary)) == []
+
+
+def test_a_signal_during_an_evaluation_is_one_line_and_leaves_no_temporary_file(trained, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    child = start_main(folder, "-e", "--resume", trained[0] / "checkpoint.pth.tar", "-b", 1, "-p", 1, "-j", 2)
+    wait_for_line(child, "Test: [ 1/15]")
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 75 and len(err.splitlines()) == 1 and "nothing was saved" in err, err
+    assert os.listdir(str(tmp_path)) == []
 
 
 def test_non_finite_steps_are_not_applied_and_ten_stop_the_run(folder, tmp_path):
@@ -504,7 +569,7 @@ def test_bad_data_and_bad_checkpoints_are_one_line_and_exit_code_2(folder, train
         ([no_val], "no val"),
         ([folder, "--resume", corrupt], "corrupt.pth.tar"),
         ([folder, "--resume", corrupt, *TWO], "corrupt.pth.tar"),
-        ([folder, "--resume", good, "--arch", "vgg13"], "vgg13"),
+        ([folder, "--resume", good, "--arch", "vgg13"], "use --arch vgg11"),
         (["--resume", good], "'class 0' in the checkpoint"),
     ):
         common = ["--arch", "vgg11", "--image-size", 32, "-b", 6, "--epochs", 1, "--output-dir", tmp_path / "o"]

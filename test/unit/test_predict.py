@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +16,8 @@ import predict
 import vgg
 from engine.datasets import ImageFolder, read_digits
 from engine.errors import LoaderWorkerError, UsageError
-from helpers.program import Result
-from helpers.trained import CLASSES, PRETRAINED, expected_predictions, run_script, train_classifier
+from helpers.program import REPOSITORY, Result, run
+from helpers.trained import CLASSES, PRETRAINED, RUN_SCRIPT, expected_predictions, run_script, train_classifier
 
 import pytest
 import torch
@@ -104,6 +105,16 @@ def test_any_number_of_predictions_in_batches_of_any_size(root: Any, folder: str
         assert first[0] == second[0] and float(first[1]) == pytest.approx(float(second[1]), abs=1e-5)
 
 
+def test_predictions_that_nobody_reads_end_quietly_and_lost_ones_are_an_error(root: Any) -> None:
+    words = [os.path.join(REPOSITORY, "predict.py"), "holiday", "--checkpoint", "model_best.pth.tar", "--csv", *CPU]
+    command = [sys.executable, "-c", RUN_SCRIPT, *words]
+    cwd = str(root)
+    result = run("bash", "-c", '"$@" | head -n 1', "bash", *command, "-b", 1, cwd=cwd)
+    assert result.out == "image,rank,class,probability\n" and "warning" not in result.err, result.err
+    result = run("bash", "-c", '"$@" > /dev/full', "bash", *command, cwd=cwd)
+    assert result.code == 2 and "cannot be printed (No space left on device)" in result.err, result.err
+
+
 def test_a_worker_without_shared_memory_returns_the_error(folder: str, monkeypatch: Any) -> None:
     def full(_: Any) -> None:
         raise LoaderWorkerError("no shared memory is left")
@@ -139,6 +150,8 @@ def test_wrong_use_is_one_line_and_exit_code_2(root: Any, folder: str, tmp_path:
         ([path, "--checkpoint", best, "--classes", "/no/such/file"], "--classes /no/such/file: No such file"),
         ([path, "--checkpoint", best, "--classes", str(tmp_path / "latin1")], "expected UTF-8 text"),
         ([*[path] * 25, "--checkpoint", best, "--heatmap", "map.png"], "at most 24 images, got 25"),
+        ([path, "--checkpoint", best, "--heatmap", "map.xyz"], "must end in .png|requires matplotlib"),
+        ([path, "--checkpoint", best, "--heatmap", "/proc/map.png"], "cannot write there|requires matplotlib"),
     ):
         with pytest.raises(UsageError, match=message) as refusal:
             predict.main([*words, *CPU])

@@ -83,6 +83,12 @@ def test_the_page_has_the_curves_of_the_training_and_recall_of_each_class(page: 
     assert recall == sorted(recall)
 
 
+def test_the_page_tells_the_flags_of_the_training_from_those_of_the_evaluation(page: str) -> None:
+    evaluation, training = re.findall(r"<details><summary>(.*?)</details>", page)
+    assert evaluation.startswith("This evaluation") and ">eval_view<" in evaluation and ">lr<" not in evaluation
+    assert training.startswith("Training") and '<td>lr</td><td class="name">0.02</td>' in training
+
+
 def test_the_page_is_one_file_that_loads_nothing(evaluated: Any, page: str) -> None:
     assert [path.name for path in (evaluated[0] / "page").iterdir()] == ["index.html"]
     assert "http" not in page

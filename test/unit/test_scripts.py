@@ -152,7 +152,14 @@ def test_earlier_output_is_moved_aside_and_its_checkpoint_is_found(clone, tmp_pa
 
 @pytest.mark.parametrize(
     "options",
-    [[], ["--data_path="], ["--data_path=.", "--no_such=1"], ["--data_path=/no/such"], ["--data_path=.", "--nnodes=2"]],
+    [
+        [],
+        ["--data_path="],
+        ["--data_path=.", "--no_such=1"],
+        ["--data_path=.", "--resume="],
+        ["--data_path=/no/such"],
+        ["--data_path=.", "--nnodes=2"],
+    ],
 )
 def test_wrong_options_are_one_line_and_exit_code_2(clone, tmp_path, options):
     result = bash(clone, "train_full_8p", *options, python=stub(tmp_path))

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 
-from helpers.program import environment
+from helpers.program import environment, run
 
 import pytest
 
@@ -45,6 +45,13 @@ def test_a_signal_before_training_exits_at_once_with_75():
     process = start(training=False)
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=30)[0] == "" and process.returncode == 75
+
+
+def test_ctrl_c_in_a_script_is_no_traceback():
+    code = "import os, signal, time; from engine.errors import run_script; "
+    code += "run_script(lambda: [os.kill(os.getpid(), signal.SIGINT), time.sleep(60)])"
+    result = run(sys.executable, "-c", code)
+    assert (result.code, result.out, result.err) == (128 + signal.SIGINT, "", "")
 
 
 def test_a_second_signal_exits_at_once_but_not_within_two_seconds():
