@@ -3,14 +3,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
 import textwrap
+from types import SimpleNamespace
 from typing import Any
 
+import main
+import vgg
 from engine.accelerator import Accelerator
+from engine.checkpoint import ModelInfo
+from engine.flags import parse_args
+from engine.logger import ProgressMeter
 from engine.versions import TORCH
+from helpers.fake_gpu import fake_gpu
 from helpers.program import MAIN, REPOSITORY, run, run_main, run_python
 from helpers.step import build, step
 
@@ -44,6 +52,44 @@ def test_an_npu_gets_its_options_and_its_precision(precision: str, dtype: str) -
     assert device == "npu:7 torch.contiguous_format ['set_device 7', 'jit_compile False'] True"
     assert name == "no NPU, a recorder"
     assert autocast == f"True {dtype}"
+
+
+@pytest.mark.skipif(TORCH < (2, 4), reason="torch before 2.4 has no fused SGD that skips on the device")
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--opt-level", "O0"],
+        ["--opt-level", "O1", "--arch", "vgg11_bn", "--label-smoothing", "0.1", "--no-bias-decay"],
+        ["--opt-level", "O2", "--arch", "vgg11_bn", "--ema-decay", "0.9", "--clip-grad-norm", "1"],
+        ["--opt-level", "O3", "--accum-steps", "2", "--loss-scale-value", "dynamic"],
+    ],
+    ids=lambda flags: flags[1],
+)
+def test_a_step_on_a_gpu_copies_its_batch_there_and_reads_nothing_back(
+    monkeypatch: Any, flags: list[str], dtype: str
+) -> None:
+    """So the host can run ahead of the GPU. Reading any value back would be an error here."""
+    args = parse_args(["--dummy", "64", "-b", "8", "--image-size", "64", "--device", "gpu", *flags])
+    args.nodes = args.processes = 1
+    group: Any = SimpleNamespace(rank=0, world_size=1)
+    precision = "fp32" if args.opt_level == "O0" else dtype
+    with fake_gpu(monkeypatch) as copied:
+        accelerator = Accelerator("gpu", precision=precision, opt_level=args.opt_level)
+        with torch.device("cuda", 0):
+            network = vgg.VGG(args.arch, 10)
+        info = ModelInfo(args.arch, [str(number) for number in range(10)], {}, 1)
+        normalize = accelerator.normalizer((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+        runtime: Any = SimpleNamespace(accelerator=accelerator, group=group)
+        training = main.build_training(network, info, normalize, args, runtime)
+        batch = torch.zeros(8, 64, 64, 3, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64), torch.arange(8)
+        copied.clear()
+        for _ in range(3):
+            main.train_step(args, runtime, training, itertools.repeat(batch), ProgressMeter("", 3))
+        assert copied == [torch.uint8, torch.int64] * 3 * args.accum_steps
+        with pytest.raises(Exception, match="_local_scalar_dense"):
+            training.counter.read()
+    assert training.state.step == 3
 
 
 # Stands in for Ascend's apex.amp, and scales for real.
