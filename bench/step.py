@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Images per second of the training step: ours, that of pytorch/examples, and timm's if it is installed.
+"""Images per second of the training step: ours, those of pytorch/examples and torchvision, timm's if it is installed.
 
     python bench/step.py --device cpu --batch-size 16
     python bench/step.py --device gpu --batch-size 256 --steps 20
@@ -40,6 +40,7 @@ CONTESTANTS = [
     "ours --amp",
     "ours --amp --opt-level O2",
     "ours --amp --compile",
+    "torchvision --amp --channels-last",
     "timm --amp",
     "timm --amp --torchcompile",
 ]
@@ -101,10 +102,41 @@ def ours(device_name: str, batch_size: int, flags: list[str]) -> Step:
     return step
 
 
+def torchvision(device_name: str, batch_size: int, flags: list[str]) -> Step:
+    """torchvision's references/classification/train.py: --amp is fp16 with a GradScaler, loss and accuracy are read at
+    each step. --channels-last is not a flag of it, but a change that its users often make.
+    """
+    import torchvision as library
+
+    torch.backends.cudnn.benchmark = True
+    device, amp = torch.device(TORCH_DEVICES[device_name]), "--amp" in flags
+    layout = torch.channels_last if "--channels-last" in flags else torch.contiguous_format
+    model = library.models.vgg16().to(device, memory_format=layout)
+    criterion = torch.nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp)
+    images = torch.randn(batch_size, 3, 224, 224, device=device).contiguous(memory_format=layout)
+    target = torch.randint(0, 1000, (batch_size,), device=device)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.float16, enabled=amp):
+            output = model(images)
+            loss = criterion(output, target)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        correct = output.topk(5, 1)[1].eq(target[:, None])
+        loss.item(), correct[:, :1].sum().item(), correct.sum().item()
+
+    return step
+
+
 def timm(device_name: str, batch_size: int, flags: list[str]) -> Step:
     """timm's vgg16 as its train.py runs it with --amp --amp-dtype bfloat16 --channels-last, perhaps --torchcompile."""
     import timm as library
 
+    torch.backends.cudnn.benchmark = torch.backends.cuda.matmul.allow_tf32 = True
     device = torch.device(TORCH_DEVICES[device_name])
     network = library.create_model("vgg16").to(device, memory_format=torch.channels_last)
     model = torch.compile(network) if "--torchcompile" in flags else network
@@ -133,7 +165,7 @@ def work(name: str, device: str, batch_size: int) -> None:
     if contestant == "examples":
         step = examples(device, batch_size)
     else:
-        step = {"ours": ours, "timm": timm}[contestant](device, batch_size, flags)
+        step = {"ours": ours, "torchvision": torchvision, "timm": timm}[contestant](device, batch_size, flags)
     synchronize: Step = torch.cuda.synchronize if device == "gpu" else lambda: None
     for line in sys.stdin:
         begin = time.perf_counter()
@@ -177,6 +209,9 @@ def measure(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Return {contestant: its seconds and peak memory, turn by turn}."""
     workers = {}
     for name in args.only:
+        if name.startswith("torchvision --amp") and args.device == "cpu":
+            print("torchvision's --amp is for GPUs only: left out")
+            continue
         if name.startswith("timm") and subprocess.call(
             [sys.executable, "-c", "import timm"], stderr=subprocess.DEVNULL
         ):
