@@ -397,7 +397,7 @@ def run_job(args: argparse.Namespace, runtime: Runtime) -> int:
         if checkpoint is None and args.pretrained:
             pretrained = read_pretrained(args.pretrained, args.arch)
     checkpoint, pretrained = group.broadcast((checkpoint, pretrained))
-    if args.evaluate:
+    if args.evaluate:  # either is evaluated alike
         checkpoint = checkpoint or pretrained
     resolve.resolve_arch(args, checkpoint)
     train_set, val_set = build_datasets(args, runtime)

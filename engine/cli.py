@@ -99,8 +99,8 @@ def device_list(text: str) -> list[int]:
         devices = [int(word) for word in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected device numbers such as 0,1,2,3, got {text!r}") from None
-    if min(devices) < 0 or len(set(devices)) < len(devices):
-        raise argparse.ArgumentTypeError(f"expected different device numbers, from 0 up, got {text!r}")
+    if min(devices) < 0:
+        raise argparse.ArgumentTypeError(f"expected device numbers from 0 up, got {text!r}")
     return devices
 
 

@@ -24,6 +24,8 @@ def resolve_flags(args: argparse.Namespace) -> Topology:
     one_device = not (args.multiprocessing_distributed or under_torchrun())
     args.device_list = device.resolve_device_list(args.device_list, args.gpu, args.device, count, one_device=one_device)
     args.dist_backend = device.resolve_backend(args.dist_backend, args.device)
+    if len(set(args.device_list)) < len(args.device_list) and args.dist_backend != "gloo":
+        raise UsageError("--device-list names a device twice: processes share one only with --dist-backend gloo")
     args.precision = precision.resolve_precision(
         args.device, amp=args.amp, opt_level=args.opt_level, amp_dtype=args.amp_dtype
     )

@@ -19,7 +19,7 @@ from engine.flags import parse_args
 from engine.logger import ProgressMeter
 from engine.versions import TORCH
 from helpers.fake_gpu import fake_gpu
-from helpers.program import MAIN, REPOSITORY, run, run_main, run_python
+from helpers.program import MAIN, REPOSITORY, assert_same_weights, run, run_main, run_python, weights
 from helpers.step import build, step
 
 import pytest
@@ -243,3 +243,23 @@ def test_a_run_on_a_gpu_learns_and_resumes(tmp_path: Any, opt_level: str, dtype:
     line = [line for line in result.out.splitlines() if line.startswith("Epoch")][-1]
     mean_loss = float(line.partition("\tLoss ")[2].partition("(")[2].partition(")")[0])
     assert mean_loss < 2.5
+
+
+SHARED = ["--multiprocessing-distributed", "--device-list", "0,0", "--dist-backend", "gloo"]
+
+
+@pytest.mark.gpu
+@no_gpu
+@pytest.mark.parametrize(
+    "flags",
+    [["--amp", "--ema-decay", "0.9", "-j", "2"], ["--amp", "--opt-level", "O2"], ["--compile"], ["--amp", *SHARED]],
+    ids=["workers, EMA", "O2", "compiled", "two processes"],
+)
+def test_a_run_on_a_gpu_continues_bit_for_bit(folder: str, tmp_path: Any, flags: list[str]) -> None:
+    """With --deterministic: stopped within the first epoch of four steps, it ends with the weights of a whole run."""
+    flags = [folder, "--arch", "vgg11_bn", "--image-size", "32", "-b", "6", "--epochs", "2", "--deterministic", *flags]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for output, more in ((whole, []), (parts, ["--stop-step-num", 2]), (parts, ["--auto-resume"])):
+        result = run_main(*flags, "--device", "gpu", "--output-dir", output, *more)
+        assert result.code == 0, result.err
+    assert_same_weights(*(weights(output / "checkpoint.pth.tar") for output in (whole, parts)))

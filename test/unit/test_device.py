@@ -56,6 +56,13 @@ def test_all_npus_are_found_on_any_torch() -> None:
     assert lines[-1] == "npu [0, 1, 2, 3, 4, 5, 6, 7] hccl fp32 8"
 
 
+def test_two_processes_share_a_device_only_over_gloo() -> None:
+    shared = ["--multiprocessing-distributed", "-b", "8", "--device-list", "3,3"]
+    assert run_python(RESOLVE_ON_NPU, "fp16", *shared)[-1].endswith("only with --dist-backend gloo")
+    lines = run_python(RESOLVE_ON_NPU, "fp16", *shared, "--dist-backend", "gloo")
+    assert lines[-1] == "npu [3, 3] gloo fp32 2"
+
+
 def test_a_run_on_one_device_says_which_of_several_it_uses() -> None:
     lines = run_python(RESOLVE_ON_NPU, "fp16")
     assert lines[0].startswith("=> 8 devices, and this is a one-device run: using number 0;")

@@ -302,14 +302,16 @@ def test_a_compiled_run_continues_bit_for_bit(tmp_path):
         pytest.skip("torch.compile requires torch 2")
     flags = ["--arch", "vgg11", "-b", 64, "--compile"]
     env = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
-    whole = run_main(*flags, "--stop-step-num", 4, "--output-dir", tmp_path / "whole", env=env)
+    flags += ["--stop-step-num", 4, "--save-freq", 2]
+    whole = run_main(*flags, "--output-dir", tmp_path / "whole", env=env)
     if "leave it out" in whole.err:
         pytest.skip(whole.err)  # no C++ compiler, or no headers of Python
     assert whole.code == 0, whole.err
-    for stop, resume in ((2, []), (4, ["--resume", tmp_path / "parts" / "checkpoint.pth.tar"])):
-        result = run_main(*flags, "--stop-step-num", stop, "--output-dir", tmp_path / "parts", *resume, env=env)
-        assert result.code == 0, result.err
-    assert_same_weights(*(weights(tmp_path / name / "checkpoint.pth.tar") for name in ("whole", "parts")))
+    after_two_steps = tmp_path / "whole" / "checkpoint.pth.tar.previous"
+    result = run_main(*flags, "--resume", after_two_steps, "--output-dir", tmp_path / "rest", env=env)
+    assert result.code == 0, result.err
+    assert events(tmp_path / "rest", "start")[0]["step"] == 2
+    assert_same_weights(*(weights(tmp_path / name / "checkpoint.pth.tar") for name in ("whole", "rest")))
 
 
 def test_loader_workers_overwrite_no_batch_that_is_still_needed(tmp_path):
@@ -522,7 +524,7 @@ WRONG = [
     (["--world-size", "0"], "--world-size must be at least 1, got 0"),
     (["--warmup-epochs", "16"], "--warmup-epochs must be less than --epochs 16, got 16"),
     (["--amp", "--amp-dtype", "fp16"], "bf16" if hasattr(torch, "autocast") else "1.10"),
-    (["--device-list", "0,0"], "different device numbers"),
+    (["--device-list", "0,-1"], "device numbers from 0 up"),
     (["--dist-url", "nonsense"], "tcp://"),
     (["-j", "-1"], "must be at least 0, got -1"),
     (["--report", "x"], "--report requires --evaluate"),
