@@ -104,9 +104,8 @@ def export_safetensors(args: argparse.Namespace) -> None:
     }
     weights = model.network.state_dict()
     with new_file(args.output) as temporary:
-        save_safetensors(
-            weights, temporary, arch=vgg.architecture_of(weights), classes=model.classes, preprocessing=preprocessing
-        )
+        info = {"classes": model.classes, "preprocessing": preprocessing, "val_split": model.val_split}
+        save_safetensors(weights, temporary, arch=vgg.architecture_of(weights), **info)
     print(f"{args.output}: {len(weights)} tensors, {len(model.classes)} classes")
 
 

@@ -281,12 +281,13 @@ def validate(
     network: torch.nn.Module,
     predict: Callable[[Any], torch.Tensor],
     loader: Loader,
-    state: TrainState,
+    state: TrainState | None = None,
     predictions: Predictions | None = None,
 ) -> Totals | None:
     """Return the totals over all processes, each validation image counted once; None if a signal stops the run.
 
-    predict: from the images of a batch to logits, by the network. predictions: filled with the images of this process.
+    predict: from the images of a batch to logits, by the network. state: of the training that this is part of, if any.
+    predictions: filled with the images of this process.
     """
     group, accelerator, logger = runtime.group, runtime.accelerator, runtime.logger
     network.eval()
@@ -317,7 +318,8 @@ def validate(
     totals = Totals(*group.sum(counter.read()))
     logger.line(f"[npu id: 0 ] [AVG-ACC] * Acc@1 {totals.acc1:.3f} Acc@5 {totals.acc5:.3f}")
     seconds = time.perf_counter() - start
-    logger.event("validate", samples=int(totals.images), seconds=seconds, **totals.metrics(), **state.position())
+    position = {} if state is None else state.position()
+    logger.event("validate", samples=int(totals.images), seconds=seconds, **totals.metrics(), **position)
     return totals
 
 
@@ -329,8 +331,6 @@ def train(
 ) -> int:
     """Train all epochs that are left. Returns the exit code."""
     group, state = runtime.group, training.state
-    if state.epoch >= args.epochs:
-        runtime.logger.line(f"=> nothing left to train: the checkpoint is of epoch {state.epoch} of {args.epochs}")
     batches = iter(loader)
     while state.epoch < args.epochs and (args.stop_step_num is None or state.step < args.stop_step_num):
         steps = state.step_in_epoch + loader.sampler.steps_left(state.images_in_epoch)
@@ -382,7 +382,8 @@ def save(
         if final:
             error = training.writer.wait()
             if error is not None:
-                raise SaveError(f"{path}: could not write the last checkpoint ({error}); the one before it is intact")
+                intact = "; the one before it is intact" if os.path.exists(path) else ""
+                raise SaveError(f"{path}: could not write the last checkpoint ({error}){intact}")
     logger.event("checkpoint", seconds=time.perf_counter() - begin, **state.position())
 
 
@@ -397,14 +398,13 @@ def run_job(args: argparse.Namespace, runtime: Runtime) -> int:
         if checkpoint is None and args.pretrained:
             pretrained = read_pretrained(args.pretrained, args.arch)
     checkpoint, pretrained = group.broadcast((checkpoint, pretrained))
-    if args.evaluate:  # either is evaluated alike
-        checkpoint = checkpoint or pretrained
+    if args.evaluate and checkpoint is None:  # either is evaluated alike
+        checkpoint = pretrained
     resolve.resolve_arch(args, checkpoint)
     train_set, val_set = build_datasets(args, runtime)
     classes = val_set.classes if val_set is not None else [str(number) for number in range(1000)]
     preprocessing = resolve.resolve_preprocessing(args, val_set, checkpoint)
     log_run_info(args, group, accelerator, logger, train_set, val_set)
-
     # Before resolve_identity: it may change args.accum_steps, or args.lr and args.min_lr.
     batch = resolve.keep_images_per_step(args, checkpoint, logger.line)
     identity = resolve.resolve_identity(args, train_set)
@@ -413,7 +413,7 @@ def run_job(args: argparse.Namespace, runtime: Runtime) -> int:
     network = vgg.VGG(args.arch, len(classes))
     if checkpoint is not None:
         check_resumable(checkpoint, info, evaluate=args.evaluate)
-        path = args.resume or args.pretrained or args.output_dir
+        path = args.resume or (args.pretrained if args.evaluate else "the checkpoint")
         load_weights(network, model_weights(checkpoint, path, ema=args.evaluate), path)
     elif pretrained is not None:
         load_pretrained(network, pretrained, args.pretrained, logger)
@@ -434,7 +434,10 @@ def run_job(args: argparse.Namespace, runtime: Runtime) -> int:
         log_changes(checkpoint, info, state, training.ema, loader.sampler.count, logger)
     del checkpoint, pretrained  # up to a gigabyte
     val_loader = None if val_set is None else build_loader(val_set, args, runtime, training=False)
-    write_args(args, accelerator, logger)
+    if state.epoch < args.epochs and (args.stop_step_num is None or state.step < args.stop_step_num):
+        write_args(args, accelerator, logger)
+    else:
+        logger.line(f"=> nothing left to train: {state.epoch} of {args.epochs} epochs and {state.step} steps are done")
     logger.event("start", **state.position())
     runtime.stop.training = True
     trace_path = os.path.join(args.output_dir, "trace.json") if args.profile and group.rank == 0 else None
@@ -443,10 +446,9 @@ def run_job(args: argparse.Namespace, runtime: Runtime) -> int:
             code = train(args, runtime, training, loader, val_loader)
     finally:
         training.writer.wait_or_warn(logger.warning)  # a failure does not cost the checkpoint being written
-    stopped = code == EXIT_STOPPED
-    if stopped:
-        logger.line(f"=> stopped on a signal after step {state.step}, checkpoint saved: --auto-resume continues")
-    logger.event("stop" if stopped else "done", acc1=state.best_acc1, **state.position())
+    if code == EXIT_STOPPED:
+        logger.line(f"=> stopped on a signal after step {state.step}, checkpoint saved; continue with --resume")
+    logger.event("stop" if code == EXIT_STOPPED else "done", acc1=state.best_acc1, **state.position())
     return code
 
 
@@ -469,13 +471,11 @@ def evaluate(
         mirrored = resolve.resolve_hflip(args, dataset) > 0
         predict = ViewAverage(network, normalize, view=args.eval_view, size=args.image_size, mirrored=mirrored)
     loader = build_loader(dataset, args, runtime, training=False, scales=scales)
-    state = TrainState(epoch=max(0, int(checkpoint.get("epoch", 1)) - 1))  # the last epoch trained
-    records = args.report or args.predictions
-    predictions = Predictions(len(dataset), len(dataset.classes)) if records else None
+    runtime.logger.open()  # fails now, not when all is computed
+    predictions = Predictions(len(dataset), len(dataset.classes)) if args.report or args.predictions else None
     with watch_workers(loader):
-        totals = validate(args, runtime, network, predict, loader, state, predictions)
-    if totals is None:
-        return EXIT_STOPPED
+        totals = validate(args, runtime, network, predict, loader, predictions=predictions)
+    assert totals is not None, "a signal during an evaluation ends the process: see StopSignals"
     if predictions is not None:
         group.max_(predictions.top5)  # -1 where an image was another process's
         group.max_(predictions.probabilities)

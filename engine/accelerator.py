@@ -256,7 +256,7 @@ class Accelerator:
         def write(profiler: Any) -> None:
             profiler.export_chrome_trace(path)
             written.append(path)
-            log(f"=> trace of ten steps written to {path}")
+            log(f"=> trace written to {path}")
 
         with library.profile(schedule=schedule, on_trace_ready=write) as profiler:
             yield profiler

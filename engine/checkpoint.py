@@ -21,6 +21,8 @@ from engine.transforms import decoder_name
 import torch
 
 LATEST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
+# What a checkpoint may say of its weights, and its type.
+METADATA: dict[str, type] = {"arch": str, "classes": list, "preprocessing": dict, "val_split": float}
 
 
 @dataclass
@@ -113,7 +115,7 @@ def load_safetensors(path: str) -> dict[str, Any]:
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: corrupt, or not a safetensors file ({first_line(error)})") from error
     info: dict[str, Any] = {}
-    for key, kind in (("arch", str), ("classes", list), ("preprocessing", dict)):
+    for key, kind in METADATA.items():
         with contextlib.suppress(KeyError, ValueError):
             value = json.loads(metadata[key])
             if isinstance(value, kind):
@@ -129,7 +131,8 @@ def load_checkpoint(path: str) -> dict[str, Any]:
     checkpoint = load_safetensors(path) if path.endswith(".safetensors") else load(path)
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
-    return checkpoint
+    # Another program's value of that name is not ours.
+    return {key: value for key, value in checkpoint.items() if isinstance(value, METADATA.get(key, object))}
 
 
 def find_checkpoint(resume: str | None, auto_resume: bool, folder: str, logger: Logger) -> dict[str, Any] | None:
@@ -166,8 +169,8 @@ def model_weights(checkpoint: dict[str, Any], path: str, *, ema: bool = True) ->
     weights = checkpoint.get("state_dict", checkpoint)
     if ema and "state_dict_ema" in checkpoint:
         weights = checkpoint["state_dict_ema"]
-    tensors = isinstance(weights, dict) and all(isinstance(value, torch.Tensor) for value in weights.values())
-    if not weights or not tensors:
+    named = isinstance(weights, dict) and all(isinstance(name, str) for name in weights)
+    if not weights or not named or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise UsageError(f"{path}: holds no weights (expected a state_dict of tensors)")
     return vgg.to_torchvision_names(weights)
 
@@ -203,25 +206,26 @@ def load_pretrained(network: vgg.VGG, checkpoint: dict[str, Any], path: str, log
 def check_resumable(checkpoint: dict[str, Any], info: ModelInfo, *, evaluate: bool) -> None:
     """Raise UsageError, with both values, if a checkpoint does not fit what follows.
 
-    To train: the architecture, and within an epoch what decides its images. To evaluate, too: classes and --val-split.
+    Training and evaluation: classes and --val-split. Training only: the architecture, and within an epoch what decides
+    its images.
     """
     if checkpoint.get("arch") not in (None, info.arch) and not evaluate:
         saved = checkpoint["arch"]
-        raise UsageError(f"--resume: the checkpoint is of {saved}, this run of {info.arch}: use --arch {saved}")
+        raise UsageError(f"the checkpoint is of {saved}, this run of {info.arch}: use --arch {saved}")
     if checkpoint.get("classes"):
         check_same_classes(checkpoint["classes"], info.classes, "the checkpoint", "the data")
     val_split = checkpoint.get("val_split")
     if None not in (val_split, info.val_split) and val_split != info.val_split:
         raise UsageError(
-            f"the checkpoint was trained with --val-split {val_split}, this run has {info.val_split}, which would "
-            f"validate on images it was trained on: use --val-split {val_split}"
+            f"the checkpoint was trained with --val-split {val_split}, this run has {info.val_split}, so it would not "
+            f"validate on the images that were left out then: use --val-split {val_split}"
         )
     if checkpoint.get("step_in_epoch") and not evaluate:
         saved = checkpoint.get("identity") or {}
         for name in {**info.identity, **saved}:
             if saved.get(name) != info.identity.get(name) and name != "global batch":
                 raise UsageError(
-                    f"--resume: the checkpoint was saved within an epoch with {name} {saved.get(name)}, this run has "
+                    f"the checkpoint was saved within an epoch with {name} {saved.get(name)}, this run has "
                     f"{info.identity.get(name)}: finish the epoch with the same, or take its weights alone with "
                     "--pretrained"
                 )
@@ -249,7 +253,7 @@ def restore(
             counter.load(checkpoint["counts"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UsageError(
-            f"--resume: training cannot continue from this checkpoint ({type(error).__name__}: {error}); --pretrained "
+            f"training cannot continue from this checkpoint ({type(error).__name__}: {error}); --pretrained "
             "takes its weights alone"
         ) from error
 
@@ -267,6 +271,10 @@ def log_changes(
         lines.append("the checkpoint has no EMA weights: the average starts here")
     if ema is None and "state_dict_ema" in checkpoint:
         lines.append("the EMA weights of the checkpoint are dropped: --ema-decay would continue them")
+    saved = checkpoint.get("identity") or {}
+    for name in ("seed", "image size", "augmentation"):
+        if saved and saved.get(name) != info.identity.get(name):  # between epochs: else check_resumable refuses it
+            lines.append(f"resumed with {name} {info.identity.get(name)}, saved with {saved.get(name)}")
     saved_on = checkpoint.get("world_size", info.world_size)
     if saved_on != info.world_size:
         lines.append(

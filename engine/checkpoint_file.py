@@ -80,7 +80,7 @@ class CheckpointWriter:
         """Wait until the last save is on the disk; warn if it failed."""
         error = self.wait()
         if error is not None:
-            warn(f"{self._path}: checkpoint not saved ({error}); training continues")
+            warn(f"{self._path}: checkpoint not saved ({error})")
 
 
 def _write(content: memoryview, path: str) -> None:

@@ -84,7 +84,7 @@ def number(
             raise argparse.ArgumentTypeError(f"{expected}, got {text!r}") from None
         too_low = (at_least is not None and value < at_least) or (above is not None and value <= above)
         too_high = (at_most is not None and value > at_most) or (below is not None and value >= below)
-        if not math.isfinite(value):
+        if kind is float and not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"must be finite, got {text}")
         if too_low or too_high:
             raise argparse.ArgumentTypeError(f"must be {' and '.join(bounds)}, got {text}")

@@ -33,7 +33,8 @@ PANELS = (LOSS, ACC1, Panel("Learning rate", "lr"), Panel("Throughput (images/s)
 def read_events(folder: str) -> tuple[list[dict], list[dict]]:
     """Return the `epoch` and the `validate` events of folder/metrics.jsonl, each sorted by epoch.
 
-    A run that resumes at a step replaces the events that an earlier run wrote after that step.
+    A run that resumes at a step replaces the events that an earlier run wrote after that step. Those of an evaluation
+    (-e) have no epoch and are left out.
 
     Raises:
         OSError: the file cannot be read.
@@ -52,7 +53,7 @@ def read_events(folder: str) -> tuple[list[dict], list[dict]]:
                         del events[epoch]
             elif record["event"] == "epoch":
                 train[record["epoch"]] = record
-            elif record["event"] == "validate":
+            elif record["event"] == "validate" and "epoch" in record:
                 validate[record["epoch"]] = record
     return [train[epoch] for epoch in sorted(train)], [validate[epoch] for epoch in sorted(validate)]
 

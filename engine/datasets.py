@@ -179,7 +179,7 @@ def open_datasets(
     check: leaves unreadable images of a folder out. val_split: the share of a single folder that is for validation.
     Raises DataError, or UsageError if the classes of the two differ or --val-split does not fit.
     """
-    if val_split is not None:
+    if val_split is not None and root is not None:
         return _split_folder(root, val_split, evaluate=evaluate, check=check)
     if root is None:
         return None if evaluate else read_digits(training=True), read_digits(training=False)
@@ -197,12 +197,11 @@ def open_datasets(
 
 
 def _split_folder(
-    root: str | None, share: float, *, evaluate: bool, check: Check | None
+    root: str, share: float, *, evaluate: bool, check: Check | None
 ) -> tuple[ImageDataset | None, ImageDataset | None]:
     folders = ["train", "val"]
-    if root is None or find_cifar10(root) or any(os.path.isdir(os.path.join(root, name)) for name in folders):
-        what = "the embedded digits are" if root is None else f"{printable(root)} is"
-        raise UsageError(f"--val-split: {what} split already (CIFAR-10, train/ or val/): leave it out")
+    if find_cifar10(root) or any(os.path.isdir(os.path.join(root, name)) for name in folders):
+        raise UsageError(f"--val-split: {printable(root)} is split already (CIFAR-10, train/ or val/): leave it out")
     index = open_index(root, check)
     for_validation = split_by_name(index, share)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ from typing import Callable, NoReturn
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2  # wrong use or bad input
-EXIT_STOPPED = 75  # stopped by a signal after saving; run again to continue (EX_TEMPFAIL)
+EXIT_STOPPED = 75  # stopped by a signal: everything is saved, run again to continue (EX_TEMPFAIL)
 
 
 class UserError(Exception):
@@ -97,8 +98,16 @@ def exit_process(code: int) -> NoReturn:
     os._exit(code)
 
 
+def escape_unprintable() -> None:
+    """Print what the terminal's encoding lacks as \\x…, not as an error that ends the run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
+
+
 def run_script(main: Callable[[], int]) -> NoReturn:
     """Run a script's `main` and exit with the code it returns; show a UserError as one line, and Ctrl-C as nothing."""
+    escape_unprintable()
     try:
         code = main()
     except UserError as error:

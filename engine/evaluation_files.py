@@ -10,6 +10,7 @@ import math
 import os
 from typing import Any, Callable
 
+from engine.checkpoint import BEST, LATEST
 from engine.datasets import ImageDataset, ImageFolder
 from engine.errors import UsageError
 from engine.metrics import Predictions, Totals
@@ -35,6 +36,7 @@ def write_evaluation(
         write_predictions(args.predictions, dataset, predictions)
         log(f"=> predictions written to {args.predictions}")
     if args.report and predictions is not None:
+        folder, name = os.path.split(str(facts["weights"]))
         path = write_report(
             args.report,
             dataset,
@@ -43,7 +45,7 @@ def write_evaluation(
             title=f"{args.arch}: {totals.acc1:.2f}% Acc@1",
             image_size=args.image_size,
             facts=facts,
-            training_folders=[os.path.dirname(str(facts["weights"])) or ".", args.output_dir],
+            training_folder=(folder or ".") if name.startswith((LATEST, BEST)) else None,
         )
         log(f"=> report written to {path}")
 

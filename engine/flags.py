@@ -30,7 +30,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if args.warmup_epochs is None:
             args.warmup_epochs = min(DIGITS_WARMUP_EPOCHS, args.epochs - 1)
     args.warmup_epochs = args.warmup_epochs or 0
-    if not args.evaluate or args.pretrained == "imagenet":
+    if not args.evaluate or (args.pretrained == "imagenet" and not args.resume):
         args.arch = args.arch or "vgg16"
     if args.dir and args.data and os.path.abspath(args.dir) != os.path.abspath(args.data):
         parser.error(f"DIR {args.dir} and --data {args.data} are different folders: give one of them")
@@ -366,6 +366,10 @@ def _check_combinations(parser: OneLineParser, args: argparse.Namespace) -> None
         parser.error("--freeze-features requires --pretrained PATH: without it the features are random")
     if args.dummy and (args.data or args.evaluate or args.val_split):
         parser.error("--dummy cannot be combined with --data, --val-split or --evaluate: leave one of them out")
+    if args.evaluate and args.auto_resume:
+        parser.error("--evaluate cannot be combined with --auto-resume: name the checkpoint with --resume")
+    if args.val_split and not args.data:
+        parser.error("--val-split requires --data DIR, a folder of classes")
     if args.resume and args.auto_resume:
         parser.error("--resume cannot be combined with --auto-resume: give one of them")
     for flag, file in (("--resume", args.resume), ("--pretrained", args.pretrained)):

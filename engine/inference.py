@@ -22,6 +22,7 @@ class Model(NamedTuple):
     center_crop: bool  # resize and crop the center, else resize the whole image
     mean: tuple[float, ...]  # of each channel, for pixels in [0, 1]
     std: tuple[float, ...]
+    val_split: float | None  # --val-split of its training
 
 
 def load_model(path: str, classes_file: str | None = None) -> Model:
@@ -52,6 +53,7 @@ def load_model(path: str, classes_file: str | None = None) -> Model:
         center_crop=bool(values.get("crop", True)),
         mean=values.get("mean", IMAGENET_MEAN),
         std=values.get("std", IMAGENET_STD),
+        val_split=checkpoint.get("val_split"),
     )
 
 

@@ -26,6 +26,7 @@ from engine.errors import (
     RendezvousError,
     UsageError,
     UserError,
+    escape_unprintable,
     exit_process,
     print_message,
     remove_at_exit,
@@ -205,7 +206,10 @@ def _wait_for(children: list[Any], receivers: list[Any], first_rank: int) -> int
                 deadline = time.monotonic() + GRACE_SECONDS
     causes = [report for report in reports if not report.about_peers]
     if not causes and any(child.exitcode == EXIT_STOPPED for child in children):
-        return EXIT_STOPPED  # a process that stopped before training had begun; the others lost it
+        # A process was stopped before training or in an evaluation, and the others lost it. Rank 0 says so itself.
+        if children[0].exitcode != EXIT_STOPPED:
+            print_message("warning", "a process was stopped by a signal; nothing was saved")
+        return EXIT_STOPPED
     first = next((report for report in causes if report.code is not None), None) or next(iter(causes + reports), None)
     if first is not None:
         if "\n" in first.text:
@@ -219,6 +223,7 @@ def _wait_for(children: list[Any], receivers: list[Any], first_rank: int) -> int
 def _child(worker: Worker, args: argparse.Namespace, environment: dict[str, str], pipe: Any, parent: int) -> None:
     """Run the worker in a spawned process; if it fails, send a Report through the pipe."""
     die_with_parent(parent)
+    escape_unprintable()
     os.environ.update(environment)
 
     def report_peer(text: str) -> None:

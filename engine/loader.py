@@ -178,7 +178,7 @@ def unchanged(batch: Any) -> Any:
 
 
 def init_worker(parent: int, worker_id: int) -> None:
-    """A worker_init_fn: the worker ends with its parent and on nothing else, and without a word."""
+    """A worker_init_fn: the worker ends with its parent, or when that asks for it, and without a word."""
     ignore_stop_signals(parent)
     # Errors come back in place of a batch. What is left is a thread of multiprocessing that complains of a parent that
     # has been killed, before this worker is killed with it.

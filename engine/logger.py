@@ -71,7 +71,10 @@ class Logger:
         self.jsonl: IO[str] | None = None
         self.warned = False
 
-    def _open(self) -> None:
+    def open(self) -> None:
+        """Open metrics.jsonl, and TensorBoard's file if it is installed. Raises UsageError."""
+        if self.jsonl is not None or not self.writes:
+            return
         path = os.path.join(self.folder, "metrics.jsonl")
         try:
             self.jsonl = open(path, "a")  # noqa: SIM115  closed by close()
@@ -166,8 +169,7 @@ class Logger:
         """
         if not self.writes:
             return
-        if self.jsonl is None:
-            self._open()
+        self.open()
         assert self.jsonl is not None
         record: dict[str, Any] = {"event": event}
         for key, value in fields.items():
@@ -192,4 +194,5 @@ class Logger:
             with self._ignoring_write_errors():
                 self.jsonl.close()
         if self.tensorboard is not None:
-            self.tensorboard.close()
+            with self._ignoring_write_errors():
+                self.tensorboard.close()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Callable, Sequence
 
 from engine.curves import ACC1, LOSS, draw_confusion, draw_curves, read_events
 from engine.datasets import ImageDataset, ImageFolder
-from engine.errors import ImageError
+from engine.errors import ImageError, UsageError
 from engine.metrics import Predictions, Totals
 
 import numpy as np
@@ -51,17 +51,17 @@ def write_report(
     title: str,
     image_size: int,
     facts: dict[str, object],
-    training_folders: Sequence[str],
+    training_folder: str | None,
 ) -> str:
     """Write folder/index.html and return its path. Requires matplotlib.
 
     Args:
         dataset: the validation images.
         facts: flags and versions. `weights`, `data` and `hardware` make up the subtitle.
-        training_folders: where metrics.jsonl and args.json of the training may be; the first that has them counts.
+        training_folder: where metrics.jsonl and args.json of the training are; None for weights from elsewhere.
 
     Raises:
-        OSError: the page cannot be written.
+        UsageError: the page cannot be written.
     """
     labels, predicted, confidence = dataset.labels, predictions.predicted, predictions.confidence
     classes = [" ".join(name.encode("utf-8", "replace").decode().split()) for name in dataset.classes]
@@ -81,16 +81,19 @@ def write_report(
         title=escape(title),
         subtitle=escape(", ".join(str(facts[key]) for key in ("weights", "data", "hardware") if key in facts)),
         numbers="".join(f"<div><b>{number}</b>{name}</div>" for number, name in numbers),
-        curves=curves_section(training_folders),
+        curves=curves_section(training_folder) if training_folder else "",
         mistakes=mistakes_section(dataset, classes, image_size, mistakes, predictions),
         confusion=confusion_section(confusion, classes),
         classes=class_table(confusion, classes),
-        configuration=table("This evaluation", facts) + table("Training", read_flags(training_folders)),
+        configuration=table("This evaluation", facts) + table("Training", read_flags(training_folder)),
     )
-    os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "index.html")
-    with open(path, "w", encoding="utf-8", errors="replace") as file:
-        file.write(page)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(path, "w", encoding="utf-8", errors="replace") as file:
+            file.write(page)
+    except OSError as error:
+        raise UsageError(f"--report {path}: {error.strerror}") from error
     return path
 
 
@@ -104,25 +107,23 @@ def percent(part: float, total: float) -> str:
     return f"{100 * part / total:.1f}%" if total else "–"
 
 
-def curves_section(folders: Sequence[str]) -> str:
-    """Return loss and accuracy over the epochs of the training, or nothing if no folder has its metrics."""
-    for folder in folders:
-        try:
-            train, validate = read_events(folder)
-        except (OSError, KeyError):
-            continue
-        if train:
-            figures = [
-                to_svg(f"{panel.title} per epoch", draw_curves, train, validate, [panel], (5.4, 3.1))
-                for panel in (LOSS, ACC1)
-            ]
-            return f'<h2>Training</h2><div class="columns">{"".join(figures)}</div>'
-    return ""
+def curves_section(folder: str) -> str:
+    """Return loss and accuracy over the epochs of the training, or nothing if the folder does not have its metrics."""
+    try:
+        train, validate = read_events(folder)
+    except (OSError, KeyError):
+        return ""
+    if not train:
+        return ""
+    figures = [
+        to_svg(f"{panel.title} per epoch", draw_curves, train, validate, [panel], (5.4, 3.1)) for panel in (LOSS, ACC1)
+    ]
+    return f'<h2>Training</h2><div class="columns">{"".join(figures)}</div>'
 
 
-def read_flags(folders: Sequence[str]) -> dict[str, object]:
-    """Return the flags of the training, from the first folder that has its args.json; none if no folder has."""
-    for folder in folders:
+def read_flags(folder: str | None) -> dict[str, object]:
+    """Return the flags of the training from its args.json; none if the folder has none."""
+    if folder is not None:
         with contextlib.suppress(OSError, ValueError, KeyError), open(os.path.join(folder, "args.json")) as file:
             return json.load(file)["flags"]
     return {}

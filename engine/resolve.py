@@ -79,7 +79,7 @@ def make_output_folders(args: argparse.Namespace) -> None:
 
 
 # Flags that may differ between nodes.
-PER_NODE = {"data", "workers", "output_dir", "resume", "gpu", "device_list", "rank", "addr", "dist_url"}
+PER_NODE = {"data", "workers", "output_dir", "resume", "pretrained", "gpu", "device_list", "rank", "addr", "dist_url"}
 
 
 def shared_flags(args: argparse.Namespace) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any, Sequence
 from engine.accelerator import Accelerator
 from engine.datasets import EMBEDDED, ImageDataset
 from engine.distributed import ProcessGroup
+from engine.errors import UsageError
 from engine.logger import Logger
 from engine.transforms import decoder_name, printable
 
@@ -50,8 +51,7 @@ def log_run_info(
         path = os.path.join(args.output_dir, "bad_images.txt")
         logger.line(f"=> skipping {len(unreadable):,} unreadable images, listed in {path}")
         if group.rank == 0:
-            with open(path, "w", encoding="utf-8") as file:
-                file.writelines(f"{name}\t{reason}\n" for name, reason in unreadable)
+            _write(path, "".join(f"{name}\t{reason}\n" for name, reason in unreadable))
 
 
 def write_args(args: argparse.Namespace, accelerator: Accelerator, logger: Logger) -> None:
@@ -60,9 +60,15 @@ def write_args(args: argparse.Namespace, accelerator: Accelerator, logger: Logge
         return
     processes = args.nodes * args.processes
     record = {"flags": vars(args), "processes": processes, "decoder": decoder_name(), **versions(accelerator)}
-    with open(os.path.join(args.output_dir, "args.json"), "w") as file:
-        json.dump(record, file, indent=2, sort_keys=True)
-        file.write("\n")
+    _write(os.path.join(args.output_dir, "args.json"), json.dumps(record, indent=2, sort_keys=True) + "\n")
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
 
 
 def describe_balance(classes: Sequence[str], labels: np.ndarray) -> str:

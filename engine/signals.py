@@ -44,7 +44,7 @@ class StopSignals:
             if number not in STOP_SIGNALS:
                 continue
             if not self.training:
-                if os.environ.get("RANK", "0") == "0":
+                if os.environ.get("LOCAL_RANK", "0") == "0":
                     print_message("warning", "stopped on a signal; nothing was saved, as no training was under way")
                 exit_process(EXIT_STOPPED)
             if self.first is None:

@@ -235,7 +235,9 @@ run_main() {
 exit_with_end_of_log() {
     tail -n 20 "$log" >&2
     echo "$(basename "$0"): main.py exited with code $code; the whole log is $log" >&2
-    if [ "$code" -eq 75 ] && [ "$launcher" = torchrun ]; then
+    if [ "$code" -eq 75 ] && ! grep -q '^=> stopped on a signal' "$log"; then
+        echo "stopped before there was anything to save" >&2
+    elif [ "$code" -eq 75 ] && [ "$launcher" = torchrun ]; then
         echo "stopped after saving a checkpoint; the same command continues the run" >&2
     elif [ "$code" -eq 75 ]; then
         echo "stopped after saving a checkpoint; to continue, add --resume=$output/checkpoint.pth.tar" >&2

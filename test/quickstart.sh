@@ -8,6 +8,16 @@ repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$repository/test/setup.sh"
 # shellcheck source=test/env_npu.sh
 source "$repository/test/env_npu.sh"
+evaluation=()
+for word in "$@"; do
+    case $word in
+        --output-dir* | --stop-step-num*)
+            echo "quickstart.sh: error: $word is for main.py alone: the quick start evaluates the whole run" >&2
+            exit 2 ;;
+        --auto-resume) ;;
+        *) evaluation+=("$word") ;;
+    esac
+done
 set_up_python
 
 cd "$repository"
@@ -18,7 +28,7 @@ if ! python_can "$python" 'import torch; torch.autocast'; then amp=(); fi # torc
 # tee -i: Ctrl-C stops the training, which saves, and not the log.
 "$python" -u main.py "${amp[@]}" --output-dir "$output" "$@" 2>&1 | tee -i "$output/train.log"
 
-"$python" main.py "${amp[@]}" "$@" --evaluate --resume "$output/model_best.pth.tar" --report "$output/page" \
+"$python" main.py "${amp[@]}" "${evaluation[@]}" --evaluate --resume "$output/model_best.pth.tar" --report "$output/page" \
     --output-dir "$output" >"$output/evaluate.log"
 accuracy=$(sed -n 's/.*\[AVG-ACC\] \* Acc@1 \([0-9.]*\).*/\1/p' "$output/evaluate.log" | tail -n 1)
 echo

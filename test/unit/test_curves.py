@@ -46,7 +46,8 @@ def test_a_resumed_run_replaces_the_epochs_after_its_start(tmp_path: Any) -> Non
         epoch(1, 2.1, "validate"),
         epoch(2, 1.0),
     ]
-    write_metrics(tmp_path, *before, start(10), epoch(1, 2.5), epoch(1, 2.6, "validate"))
+    evaluation = {"event": "validate", "loss": 9.9, "acc1": 1.0}
+    write_metrics(tmp_path, *before, start(10), epoch(1, 2.5), epoch(1, 2.6, "validate"), evaluation)
     train, validate = read_events(str(tmp_path))
     assert [(event["epoch"], event["loss"]) for event in train] == [(0, 3.0), (1, 2.5)]
     assert [(event["epoch"], event["loss"]) for event in validate] == [(0, 3.1), (1, 2.6)]

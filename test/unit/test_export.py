@@ -11,7 +11,7 @@ from typing import Any
 
 import export
 import vgg
-from engine.checkpoint import load_safetensors
+from engine.checkpoint import load_safetensors, save_safetensors
 from engine.checkpoint_file import load
 from engine.datasets import ImageFolder
 from engine.errors import CheckpointError, UsageError
@@ -161,6 +161,8 @@ def test_safetensors_go_out_and_come_in_with_all_that_predictions_need(root: Any
     assert path.stat().st_mode & 0o077 == (root / "model_best.pth.tar").stat().st_mode & 0o077
     safetensors.save_file(weights, str(tmp_path / "foreign.safetensors"), metadata={"arch": "vgg11", "classes": "3"})
     assert load_safetensors(str(tmp_path / "foreign.safetensors")).keys() == {"state_dict"}
+    save_safetensors(weights, str(tmp_path / "split.safetensors"), val_split=0.4)
+    assert load_safetensors(str(tmp_path / "split.safetensors"))["val_split"] == 0.4
     missing = run_script(
         "export.py", "--checkpoint", root / "model_best.pth.tar", "--output", tmp_path / "no" / "x.safetensors"
     )

@@ -196,6 +196,19 @@ def test_a_full_disk_for_metrics_is_one_warning(tmp_path: Any, capsys: Any) -> N
     assert warning.endswith("warning: log output is being lost ([Errno 28] No space left on device)")
 
 
+def test_a_full_disk_for_tensorboard_at_the_end_is_a_warning(tmp_path: Any, capsys: Any) -> None:
+    logger = Logger(str(tmp_path), prints=True, writes=True)
+    logger.event("start", step=0)
+
+    class Full:
+        def close(self) -> None:
+            raise OSError(28, "No space left on device")
+
+    logger.tensorboard = Full()
+    logger.close()
+    assert capsys.readouterr().err.endswith("log output is being lost ([Errno 28] No space left on device)\n")
+
+
 @full_disk
 def test_a_run_whose_log_is_on_a_full_disk_saves_its_checkpoint(tmp_path: Any) -> None:
     with open("/dev/full", "w") as full:

@@ -287,7 +287,7 @@ def test_a_run_continues_within_an_epoch_with_another_batch_size(folder, tmp_pat
     assert f"{line}\n" in result.out and "Epoch: [0][5/5]" in result.out
     assert events(tmp_path, "epoch")[-1]["samples"] == 24
     result = run_main(*flags, "-b", 6, "--auto-resume")
-    assert result.code == 0 and "=> nothing left to train: the checkpoint is of epoch 1 of 1" in result.out
+    assert result.code == 0 and "=> nothing left to train: 1 of 1 epochs and 5 steps are done" in result.out
 
 
 def test_images_that_do_not_fill_a_step_after_a_resume_are_counted(folder, tmp_path):
@@ -405,6 +405,19 @@ def test_an_evaluation_takes_network_and_size_from_the_checkpoint(trained, folde
         metrics = json.loads((tmp_path / "metrics.json").read_text())
         assert (metrics["arch"], metrics["image_size"]) == ("vgg11", 32)
         assert metrics["acc1"] == pytest.approx(load(str(best))["best_acc1"])
+        assert "epoch" not in events(tmp_path, "validate")[-1]  # it is no point of the training's curves
+
+
+def test_an_evaluation_that_cannot_write_its_metrics_fails_at_once(trained, folder, tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    result = run_main(folder, "-e", "--resume", trained[0] / "model_best.pth.tar", "--output-dir", tmp_path)
+    assert result.code == 2 and "metrics.jsonl: Is a directory" in result.err and "Test:" not in result.out
+
+
+def test_an_output_without_unicode_costs_no_run(folder, tmp_path):
+    flags = [folder, *SMALL, "-b", 6, "--stop-step-num", 1, "--output-dir", tmp_path]
+    result = run_main(*flags, env={"PYTHONIOENCODING": "ascii:strict"})
+    assert result.code == 0 and r"on 1 \xd7 cpu" in result.out, result.err
 
 
 def test_an_evaluation_normalizes_as_the_training_did():
@@ -562,6 +575,7 @@ def test_bad_data_and_bad_checkpoints_are_one_line_and_exit_code_2(folder, train
     (no_val / "train").mkdir(parents=True)
     corrupt, good = tmp_path / "corrupt.pth.tar", trained[0] / "checkpoint.pth.tar"
     corrupt.write_bytes(good.read_bytes()[:10000])
+    torch.save({}, str(tmp_path / "empty.pth"))
     for flags, word in (
         ([folder, "-b", 5000], "smaller --batch-size"),
         ([other], "'class 2' in train/ and 'class 9' in val/"),
@@ -570,6 +584,7 @@ def test_bad_data_and_bad_checkpoints_are_one_line_and_exit_code_2(folder, train
         ([broken, *TWO], "图 000.JPEG"),
         ([no_val], "no val"),
         ([folder, "--resume", corrupt], "corrupt.pth.tar"),
+        ([folder, "-e", "--resume", tmp_path / "empty.pth"], "holds no weights"),
         ([folder, "--resume", corrupt, *TWO], "corrupt.pth.tar"),
         ([folder, "--resume", good, "--arch", "vgg13"], "use --arch vgg11"),
         (["--resume", good], "'class 0' in the checkpoint"),

@@ -8,6 +8,7 @@ import json
 import re
 from typing import Any
 
+from engine.checkpoint_file import load
 from helpers.images import jpeg
 from helpers.program import TWO, Result, run_main
 from helpers.trained import FLAGS, TorchvisionVGG, train_classifier
@@ -87,6 +88,15 @@ def test_the_page_tells_the_flags_of_the_training_from_those_of_the_evaluation(p
     evaluation, training = re.findall(r"<details><summary>(.*?)</details>", page)
     assert evaluation.startswith("This evaluation") and ">eval_view<" in evaluation and ">lr<" not in evaluation
     assert training.startswith("Training") and '<td>lr</td><td class="name">0.02</td>' in training
+
+
+def test_weights_from_elsewhere_get_no_curves_of_a_training_in_their_folder(evaluated: Any, folder: str) -> None:
+    root = evaluated[0]
+    torch.save(load(str(root / "model_best.pth.tar"))["state_dict"], str(root / "other.pth"))
+    flags = [folder, *FLAGS, "-e", "--pretrained", root / "other.pth", "--output-dir", root / "o"]
+    result = run_main(*flags, "--report", root / "other page")
+    assert result.code == 0, result.err
+    assert "Training" not in (root / "other page" / "index.html").read_text(encoding="utf-8")
 
 
 def test_the_page_is_one_file_that_loads_nothing(evaluated: Any, page: str) -> None:

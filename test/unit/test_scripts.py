@@ -135,6 +135,16 @@ def test_train_best_8p_uses_mindcvs_recipe(clone, tmp_path):
 def test_a_failure_shows_the_log_and_keeps_the_exit_code(clone, tmp_path):
     result = bash(clone, "train_full_1p", "--data_path=.", python=stub(tmp_path), STUB_FAILS="75")
     assert result.code == 75 and "something broke" in result.err and "Final" not in result.out
+    assert "stopped before there was anything to save" in result.err
+    says = "=> stopped on a signal after step 3, checkpoint saved"
+    result = bash(clone, "train_full_1p", "--data_path=.", python=stub(tmp_path), STUB_FAILS="75", STUB_SAYS=says)
+    assert result.code == 75 and "to continue, add --resume=" in result.err
+
+
+@pytest.mark.parametrize("option", ["--output-dir=x", "--stop-step-num"])
+def test_the_quick_start_refuses_what_would_have_it_evaluate_an_older_run(clone, tmp_path, option):
+    result = bash(clone, "quickstart", option, "3", python=stub(tmp_path))
+    assert result.code == 2 and len(result.err.splitlines()) == 1 and option in result.err
 
 
 def test_earlier_output_is_moved_aside_and_its_checkpoint_is_found(clone, tmp_path):
