@@ -23,7 +23,7 @@ from typing import Any, Iterator, Sequence
 import vgg
 from engine.accelerator import onnx_export_options
 from engine.checkpoint import save_safetensors
-from engine.cli import OneLineParser
+from engine.cli import OneLineParser, nonempty_path
 from engine.errors import EXIT_FAILURE, UsageError, UserError, run_script
 from engine.inference import CLASSES_HELP, load_model
 
@@ -54,7 +54,9 @@ class FromBytes(torch.nn.Module):
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser("export.py", (__doc__ or "").splitlines()[0])
-    parser.add_argument("--checkpoint", metavar="FILE", required=True, help="main.py's, ModelZoo's or torchvision's")
+    parser.add_argument(
+        "--checkpoint", type=nonempty_path, metavar="FILE", required=True, help="main.py's, ModelZoo's or torchvision's"
+    )
     parser.add_argument(
         "--output", metavar="FILE", default="vgg16.onnx", help="*.onnx or *.safetensors (default: %(default)s)"
     )

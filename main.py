@@ -356,6 +356,8 @@ def train(
         save(args, runtime, training, best=best, final=last)
         if validates:
             runtime.logger.curves()
+    if val_loader is not None:
+        runtime.logger.line(f"=> best Acc@1 {state.best_acc1:.3f}: {os.path.join(args.output_dir, BEST)}")
     return 0
 
 
@@ -396,11 +398,11 @@ def run_job(args: argparse.Namespace, runtime: Runtime) -> int:
     if group.rank == 0:
         checkpoint = find_checkpoint(args.resume, args.auto_resume, args.output_dir, logger)
         if checkpoint is None and args.pretrained:
-            pretrained = read_pretrained(args.pretrained, args.arch)
+            pretrained = read_pretrained(args.pretrained, args.arch or resolve.DEFAULT_ARCH)
     checkpoint, pretrained = group.broadcast((checkpoint, pretrained))
     if args.evaluate and checkpoint is None:  # either is evaluated alike
         checkpoint = pretrained
-    resolve.resolve_arch(args, checkpoint)
+    resolve.resolve_from_checkpoint(args, checkpoint)
     train_set, val_set = build_datasets(args, runtime)
     classes = val_set.classes if val_set is not None else [str(number) for number in range(1000)]
     preprocessing = resolve.resolve_preprocessing(args, val_set, checkpoint)
@@ -428,10 +430,8 @@ def run_job(args: argparse.Namespace, runtime: Runtime) -> int:
     state = training.state
     if checkpoint is not None:
         restore(checkpoint, state, training.counter, training.scaler, training.ema, group.rank)
-    start = state.epoch, state.images_in_epoch
-    loader = build_loader(train_set, args, runtime, training=True, start=start)
-    if checkpoint is not None:
-        log_changes(checkpoint, info, state, training.ema, loader.sampler.count, logger)
+    loader = build_loader(train_set, args, runtime, training=True, start=(state.epoch, state.images_in_epoch))
+    log_changes(checkpoint, info, state, training.ema, loader.sampler.count, logger)
     del checkpoint, pretrained  # up to a gigabyte
     val_loader = None if val_set is None else build_loader(val_set, args, runtime, training=False)
     if state.epoch < args.epochs and (args.stop_step_num is None or state.step < args.stop_step_num):

@@ -23,7 +23,7 @@ from typing import NamedTuple, Sequence
 import vgg
 from engine import device
 from engine.accelerator import Accelerator
-from engine.cli import OneLineParser, check_file, number
+from engine.cli import OneLineParser, check_file, nonempty_path, number
 from engine.errors import EXIT_USAGE, UsageError, UserError, exit_process, print_message, run_script
 from engine.flags import DEVICE_HELP, DEVICES
 from engine.folder_index import EXTENSIONS
@@ -56,7 +56,9 @@ class Prediction(NamedTuple):
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser("predict.py", (__doc__ or "").splitlines()[0])
     parser.add_argument("images", metavar="IMAGE|DIR", nargs="+", help="images, or folders of images")
-    parser.add_argument("--checkpoint", metavar="FILE", required=True, help="main.py's, ModelZoo's or torchvision's")
+    parser.add_argument(
+        "--checkpoint", type=nonempty_path, metavar="FILE", required=True, help="main.py's, ModelZoo's or torchvision's"
+    )
     parser.add_argument("--classes", metavar="FILE", help=CLASSES_HELP)
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON object per image: image, predictions")

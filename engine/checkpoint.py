@@ -179,7 +179,9 @@ def load_weights(network: vgg.VGG, weights: dict[str, torch.Tensor], path: str) 
     """Load a state dict. Raises UsageError, naming the first parameter that does not fit."""
     problem = vgg.describe_mismatch(weights, network)
     if problem:
-        raise UsageError(f"{path}: {problem}; check --arch and the number of classes")
+        found, wanted = vgg.architecture_of(weights), vgg.architecture_of(network.state_dict())
+        advice = "check --arch and the number of classes" if found == wanted else f"it is of {found}, not of {wanted}"
+        raise UsageError(f"{path}: {problem}; {advice}")
     network.load_state_dict(weights, strict=False)
 
 
@@ -224,10 +226,10 @@ def check_resumable(checkpoint: dict[str, Any], info: ModelInfo, *, evaluate: bo
         saved = checkpoint.get("identity") or {}
         for name in {**info.identity, **saved}:
             if saved.get(name) != info.identity.get(name) and name != "global batch":
+                before, now = (str(values.get(name, "as by default"))[:120] for values in (saved, info.identity))
                 raise UsageError(
-                    f"the checkpoint was saved within an epoch with {name} {saved.get(name)}, this run has "
-                    f"{info.identity.get(name)}: finish the epoch with the same, or take its weights alone with "
-                    "--pretrained"
+                    f"the checkpoint was saved within an epoch with {name} {before}, this run has {now}: finish the "
+                    "epoch with the same flags and data, or take its weights alone with --pretrained"
                 )
 
 
@@ -263,9 +265,22 @@ def _images_per_step(checkpoint: dict[str, Any]) -> int:
 
 
 def log_changes(
-    checkpoint: dict[str, Any], info: ModelInfo, state: TrainState, ema: ModelEma | None, count: int, logger: Logger
+    checkpoint: dict[str, Any] | None,
+    info: ModelInfo,
+    state: TrainState,
+    ema: ModelEma | None,
+    count: int,
+    logger: Logger,
 ) -> None:
-    """Say what the continued run does otherwise than the one that saved. count: training images."""
+    """Say what a continued run does otherwise than the one that saved, or what a new run replaces.
+
+    count: training images.
+    """
+    if checkpoint is None:
+        path = os.path.join(logger.folder, LATEST)
+        if logger.writes and os.path.exists(path):
+            logger.warning(f"this run replaces {path} of an earlier one, which --auto-resume would continue")
+        return
     lines = []
     if ema is not None and "state_dict_ema" not in checkpoint:
         lines.append("the checkpoint has no EMA weights: the average starts here")
@@ -274,7 +289,10 @@ def log_changes(
     saved = checkpoint.get("identity") or {}
     for name in ("seed", "image size", "augmentation"):
         if saved and saved.get(name) != info.identity.get(name):  # between epochs: else check_resumable refuses it
-            lines.append(f"resumed with {name} {info.identity.get(name)}, saved with {saved.get(name)}")
+            now, before = (identity.get(name, "as by default") for identity in (info.identity, saved))
+            lines.append(f"resumed with {name} {now}, saved with {before}")
+    if saved and saved.get("data") != info.identity.get("data"):
+        lines.append("resumed with other training images: it may have been trained on what validates it now")
     saved_on = checkpoint.get("world_size", info.world_size)
     if saved_on != info.world_size:
         lines.append(

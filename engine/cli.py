@@ -104,7 +104,7 @@ def device_list(text: str) -> list[int]:
     return devices
 
 
-def path(text: str) -> str:
+def nonempty_path(text: str) -> str:
     """An argparse type: a path. An empty one is most likely a shell variable that is not set."""
     if not text:
         raise argparse.ArgumentTypeError("expected a path, got an empty string")

@@ -171,6 +171,11 @@ def preprocessing_of(dataset: ImageDataset | type[ImageFolder], size: int) -> di
     return {"image_size": size, "crop": dataset.center_crop, "mean": list(dataset.mean), "std": list(dataset.std)}
 
 
+def is_split(root: str) -> bool:
+    """Whether a folder holds training and validation images apart: CIFAR-10, train/ or val/."""
+    return find_cifar10(root) is not None or any(os.path.isdir(os.path.join(root, name)) for name in ("train", "val"))
+
+
 def open_datasets(
     root: str | None, *, evaluate: bool, check: Check | None, val_split: float | None = None
 ) -> tuple[ImageDataset | None, ImageDataset | None]:
@@ -185,10 +190,13 @@ def open_datasets(
         return None if evaluate else read_digits(training=True), read_digits(training=False)
     if find_cifar10(root):
         return None if evaluate else read_cifar10(root, training=True), read_cifar10(root, training=False)
-    if not os.path.isdir(os.path.join(root, "val")) and not os.path.isdir(os.path.join(root, "train")):
+    if not is_split(root):
         raise DataError(
             f"{printable(root)}: no train/ and val/ in it; if its folders are the classes, use --val-split 0.1"
         )
+    if not os.path.isdir(os.path.join(root, "val")):
+        train = printable(os.path.join(root, "train"))
+        raise DataError(f"{printable(root)}: no val/ in it; to split train/, use --data {train} --val-split 0.1")
     training = None if evaluate else ImageFolder(os.path.join(root, "train"), check)
     validation = ImageFolder(os.path.join(root, "val"), check)
     if training is not None:
@@ -199,8 +207,7 @@ def open_datasets(
 def _split_folder(
     root: str, share: float, *, evaluate: bool, check: Check | None
 ) -> tuple[ImageDataset | None, ImageDataset | None]:
-    folders = ["train", "val"]
-    if find_cifar10(root) or any(os.path.isdir(os.path.join(root, name)) for name in folders):
+    if is_split(root):
         raise UsageError(f"--val-split: {printable(root)} is split already (CIFAR-10, train/ or val/): leave it out")
     index = open_index(root, check)
     for_validation = split_by_name(index, share)

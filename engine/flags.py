@@ -9,7 +9,7 @@ from typing import Sequence
 
 import vgg
 from engine.augmentation import AUTO_AUGMENT, CROP_SCALE
-from engine.cli import OneLineParser, device_list, loss_scale, number, path
+from engine.cli import OneLineParser, device_list, loss_scale, nonempty_path, number
 from engine.views import VIEWS
 
 DEVICES = ["auto", "npu", "gpu", "cuda", "mps", "cpu"]
@@ -30,8 +30,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if args.warmup_epochs is None:
             args.warmup_epochs = min(DIGITS_WARMUP_EPOCHS, args.epochs - 1)
     args.warmup_epochs = args.warmup_epochs or 0
-    if not args.evaluate or (args.pretrained == "imagenet" and not args.resume):
-        args.arch = args.arch or "vgg16"
     if args.dir and args.data and os.path.abspath(args.dir) != os.path.abspath(args.data):
         parser.error(f"DIR {args.dir} and --data {args.data} are different folders: give one of them")
     args.data = args.data or args.dir
@@ -49,9 +47,9 @@ def _build_parser() -> OneLineParser:
     )
     default = "(default: %(default)s)"
     data = parser.add_argument_group("data")
-    data.add_argument("dir", type=path, metavar="DIR", nargs="?", help="the same as --data")
+    data.add_argument("dir", type=nonempty_path, metavar="DIR", nargs="?", help="the same as --data")
     data.add_argument(
-        "--data", type=path, help="folder with train/ and val/, or CIFAR-10 (default: the embedded digits)"
+        "--data", type=nonempty_path, help="folder with train/ and val/, or CIFAR-10 (default: the embedded digits)"
     )
     data.add_argument(
         "-j",
@@ -66,7 +64,7 @@ def _build_parser() -> OneLineParser:
         "--image-size",
         type=number(int, 32, MAX_SIDE),
         metavar="S",
-        help="pixels per side (default: 224; CIFAR-10 and digits: 32; with -e, those of the training)",
+        help="pixels per side (default: 224; CIFAR-10 and digits: 32; of a checkpoint: its own)",
     )
     data.add_argument(
         "--val-split",
@@ -95,11 +93,11 @@ def _build_parser() -> OneLineParser:
         "--arch",
         choices=vgg.ARCHITECTURES,
         metavar="NAME",
-        help="vgg11, vgg13, vgg16 or vgg19, each also with _bn (default: vgg16; with -e, that of the weights)",
+        help="vgg11, vgg13, vgg16 or vgg19, each also with _bn (default: that of the checkpoint, else vgg16)",
     )
     model.add_argument(
         "--pretrained",
-        type=path,
+        type=nonempty_path,
         metavar="PATH",
         help="weights to start from: ours, torchvision's, ModelZoo's, *.safetensors; imagenet: downloads torchvision's",
     )
@@ -230,9 +228,12 @@ def _build_parser() -> OneLineParser:
         "CIFAR-10 and digits: --image-size)",
     )
     run.add_argument(
-        "--predictions", type=path, metavar="FILE.csv", help="with -e: also write the predictions for each image"
+        "--predictions",
+        type=nonempty_path,
+        metavar="FILE.csv",
+        help="with -e: also write the predictions for each image",
     )
-    run.add_argument("--report", type=path, metavar="DIR", help="with -e: also write a page, DIR/index.html")
+    run.add_argument("--report", type=nonempty_path, metavar="DIR", help="with -e: also write a page, DIR/index.html")
     run.add_argument(
         "--eval-freq",
         type=number(int, 1),
@@ -250,7 +251,7 @@ def _build_parser() -> OneLineParser:
         metavar="N",
         help=f"steps between log lines {default}",
     )
-    run.add_argument("--resume", type=path, metavar="PATH", help="checkpoint to continue")
+    run.add_argument("--resume", type=nonempty_path, metavar="PATH", help="checkpoint to continue")
     run.add_argument(
         "--auto-resume",
         action="store_true",
@@ -264,7 +265,11 @@ def _build_parser() -> OneLineParser:
         help="also save every N steps (default: at the end of epochs only)",
     )
     run.add_argument(
-        "--output-dir", type=path, default=".", metavar="DIR", help="checkpoints, metrics, curves (default: here)"
+        "--output-dir",
+        type=nonempty_path,
+        default=".",
+        metavar="DIR",
+        help="checkpoints, metrics, curves (default: here)",
     )
     run.add_argument(
         "--profile",

@@ -208,7 +208,7 @@ def _wait_for(children: list[Any], receivers: list[Any], first_rank: int) -> int
     if not causes and any(child.exitcode == EXIT_STOPPED for child in children):
         # A process was stopped before training or in an evaluation, and the others lost it. Rank 0 says so itself.
         if children[0].exitcode != EXIT_STOPPED:
-            print_message("warning", "a process was stopped by a signal; nothing was saved")
+            print_message("warning", "a process was stopped by a signal; there was nothing to save")
         return EXIT_STOPPED
     first = next((report for report in causes if report.code is not None), None) or next(iter(causes + reports), None)
     if first is not None:

@@ -12,7 +12,7 @@ from engine import device, precision
 from engine.augmentation import CROP_SCALE, Augmentation, require_torchvision
 from engine.checkpoint import model_weights
 from engine.cli import check_file, check_folder
-from engine.datasets import ImageDataset, ImageFolder, preprocessing_of
+from engine.datasets import ImageDataset, ImageFolder, is_split, preprocessing_of
 from engine.errors import UsageError
 from engine.launcher import Topology, resolve_topology, under_torchrun
 from engine.transforms import default_scale
@@ -94,26 +94,38 @@ AUGMENTATION = ["crop_scale", "train_scale", "hflip", "color_shift"]
 AUGMENTATION += ["auto_augment", "random_erasing", "mixup", "cutmix"]
 
 
-def resolve_arch(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> None:
-    """Set --arch, if an evaluation does not name it, to that of the weights. Raises UsageError if they are no VGG's."""
-    if args.arch is None and checkpoint is not None:
-        path = args.resume or args.pretrained
+DEFAULT_ARCH = "vgg16"
+
+
+def resolve_from_checkpoint(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> None:
+    """Set --arch, --image-size and --val-split, as far as they are not given, to those of the checkpoint.
+
+    Raises UsageError if it does not hold the weights of a VGG.
+    """
+    if checkpoint is None:
+        args.arch = args.arch or DEFAULT_ARCH
+        return
+    if args.arch is None:
+        path = args.resume or args.pretrained or "the checkpoint"
         args.arch = vgg.architecture_of(model_weights(checkpoint, path))
         if args.arch is None:
             raise UsageError(f"{path}: holds weights, but not those of a VGG")
+    args.image_size = args.image_size or (checkpoint.get("preprocessing") or {}).get("image_size")
+    if args.val_split is None and args.data and not is_split(args.data):
+        args.val_split = checkpoint.get("val_split")
 
 
 def resolve_preprocessing(
     args: argparse.Namespace, dataset: ImageDataset | None, checkpoint: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Return how validation images become the model's input, and set --image-size if it is not given.
+    """Return how validation images become the model's input, and set --image-size if it is not known yet.
 
-    An evaluation takes size, mean and standard deviation from the checkpoint. Synthetic images (no dataset) are treated
-    like a folder's.
+    An evaluation takes mean and standard deviation from the checkpoint. Synthetic images (no dataset) are treated like
+    a folder's.
     """
     trained = (checkpoint or {}).get("preprocessing") or {} if args.evaluate else {}
     kind = ImageFolder if dataset is None else dataset
-    args.image_size = args.image_size or int(trained.get("image_size", kind.default_size))
+    args.image_size = args.image_size or kind.default_size
     preprocessing = preprocessing_of(kind, args.image_size)
     return {**preprocessing, **{key: trained[key] for key in ("mean", "std") if key in trained}}
 

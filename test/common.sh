@@ -143,7 +143,7 @@ make_output() {
     if [ -n "$moved" ]; then # a checkpoint in that folder was moved with it
         case $resume in "$output"/*) resume=$moved/${resume#"$output"/} ;; esac
     fi
-    mkdir -p "$output"
+    mkdir -p "$output" 2>/dev/null || fail "--output=$output: cannot write there"
 }
 
 # The reference leaves its checkpoints in the repository's folder. train_eval_8p.sh looks for them there.
@@ -240,7 +240,7 @@ exit_with_end_of_log() {
     elif [ "$code" -eq 75 ] && [ "$launcher" = torchrun ]; then
         echo "stopped after saving a checkpoint; the same command continues the run" >&2
     elif [ "$code" -eq 75 ]; then
-        echo "stopped after saving a checkpoint; to continue, add --resume=$output/checkpoint.pth.tar" >&2
+        printf 'stopped after saving a checkpoint; to continue, add --resume=%q\n' "$output/checkpoint.pth.tar" >&2
     fi
     exit "$code"
 }

@@ -59,10 +59,10 @@ def test_an_npu_gets_its_options_and_its_precision(precision: str, dtype: str) -
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--opt-level", "O0"],
+        ["--opt-level", "O0", "--arch", "vgg16"],
         ["--opt-level", "O1", "--arch", "vgg11_bn", "--label-smoothing", "0.1", "--no-bias-decay"],
         ["--opt-level", "O2", "--arch", "vgg11_bn", "--ema-decay", "0.9", "--clip-grad-norm", "1"],
-        ["--opt-level", "O3", "--accum-steps", "2", "--loss-scale-value", "dynamic"],
+        ["--opt-level", "O3", "--arch", "vgg13", "--accum-steps", "2", "--loss-scale-value", "dynamic"],
     ],
     ids=lambda flags: flags[1],
 )

@@ -120,7 +120,7 @@ def test_a_signal_to_a_job_that_is_starting_exits_with_75(tmp_path):
     finally:
         process.kill()
     assert process.returncode == 75 and not any(map(is_alive, ranks))
-    assert len(err.splitlines()) == 1 and "nothing was saved" in err, err
+    assert len(err.splitlines()) == 1 and "there was nothing to save" in err, err
     assert not (tmp_path / "checkpoint.pth.tar").exists()
 
 
@@ -153,7 +153,7 @@ CRASH = Report("Traceback …\n")
     [
         # Rank 0 stops on the signal while rank 1 waits for it: rank 1's failure is only a consequence.
         ([(75, None), (2, PEER)], 75, ""),
-        ([(2, PEER), (75, None)], 75, "a process was stopped by a signal; nothing was saved"),
+        ([(2, PEER), (75, None)], 75, "a process was stopped by a signal; there was nothing to save"),
         ([(2, PEER), (2, PEER)], 2, PEER.text),
         ([(1, CRASH), (2, USER)], 2, USER.text),
         ([(1, CRASH), (2, PEER)], 1, CRASH.text),

@@ -422,12 +422,12 @@ def test_an_output_without_unicode_costs_no_run(folder, tmp_path):
 
 def test_an_evaluation_normalizes_as_the_training_did():
     dataset = read_digits(training=False)
-    args = parse_args(["-e", "--pretrained", "imagenet"])
+    args = parse_args(["-e", "--pretrained", "imagenet", "--image-size", "48"])
     trained_on = {"preprocessing": {"image_size": 48, "crop": True, "mean": [0.1] * 3, "std": [0.2] * 3}}
     expected = {"image_size": 48, "crop": False, "mean": [0.1] * 3, "std": [0.2] * 3}
     assert resolve_preprocessing(args, dataset, trained_on) == expected
-    args = parse_args([])  # a training from such weights is one of its own
-    assert resolve_preprocessing(args, dataset, trained_on) == preprocessing_of(dataset, 32)
+    args = parse_args([])  # a training has its own
+    assert resolve_preprocessing(args, dataset, None) == preprocessing_of(dataset, 32)
 
 
 def test_another_val_split_than_that_of_the_training_is_refused_and_changes_nothing(tmp_path):
@@ -440,12 +440,18 @@ def test_another_val_split_than_that_of_the_training_is_refused_and_changes_noth
     names = ["args.json", "metrics.jsonl", "checkpoint.pth.tar"]
     before = [(output / name).read_bytes() for name in names]
     for more in (["-e", "--resume", best], ["-e", "--pretrained", best], ["--resume", best]):
-        result = run_main(*flags, 2, "--val-split", 0.5, *more)
+        result = run_main(*flags, 2, "--val-split", 0.5, *more)  # without it: that of the checkpoint
         assert result.code == 2 and len(result.err.splitlines()) == 1, result.err
         assert "was trained with --val-split 0.3, this run has 0.5" in result.err
     assert [(output / name).read_bytes() for name in names] == before
-    result = run_main(*flags, 2, "--val-split", 0.3, "--resume", best)
-    assert result.code == 0, result.err
+    result = run_main(root, "-e", "--resume", best, "--output-dir", tmp_path / "e")
+    assert result.code == 0 and json.loads((tmp_path / "e" / "metrics.json").read_text())["val_split"] == 0.3
+    result = run_main(root, "-b", 4, "--lr", 0.01, "--output-dir", output, "--epochs", 2, "--auto-resume")
+    assert result.code == 0 and "=> vgg11 on" in result.out and "32 pixels per side" in result.out, result.out
+    result = run_main(
+        root, "-b", 4, "--val-split", 0.3, "--output-dir", output, "--image-size", 32, "--stop-step-num", 1
+    )
+    assert result.code == 0 and "this run replaces" in result.err and "--auto-resume would continue" in result.err
 
 
 def test_a_trace_is_written_and_compressed_gradients_stay_close(folder, tmp_path):
@@ -493,7 +499,7 @@ def test_a_signal_during_an_evaluation_is_one_line_and_leaves_no_temporary_file(
     wait_for_line(child, "Test: [ 1/15]")
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=60)
-    assert child.returncode == 75 and len(err.splitlines()) == 1 and "nothing was saved" in err, err
+    assert child.returncode == 75 and len(err.splitlines()) == 1 and "there was nothing to save" in err, err
     assert os.listdir(str(tmp_path)) == []
 
 
@@ -582,7 +588,7 @@ def test_bad_data_and_bad_checkpoints_are_one_line_and_exit_code_2(folder, train
         ([empty], "nothing: no images in it"),
         ([broken], "图 000.JPEG"),
         ([broken, *TWO], "图 000.JPEG"),
-        ([no_val], "no val"),
+        ([no_val], "to split train/, use --data"),
         ([folder, "--resume", corrupt], "corrupt.pth.tar"),
         ([folder, "-e", "--resume", tmp_path / "empty.pth"], "holds no weights"),
         ([folder, "--resume", corrupt, *TWO], "corrupt.pth.tar"),
