@@ -85,7 +85,7 @@ def write_report(
         mistakes=mistakes_section(dataset, classes, image_size, mistakes, predictions),
         confusion=confusion_section(confusion, classes),
         classes=class_table(confusion, classes),
-        configuration=table("This evaluation", facts) + table("Training", read_flags(training_folder)),
+        configuration=table("This evaluation", facts) + table("Flags of the training", read_flags(training_folder)),
     )
     path = os.path.join(folder, "index.html")
     try:
@@ -130,9 +130,11 @@ def read_flags(folder: str | None) -> dict[str, object]:
 
 
 def table(title: str, values: dict[str, object]) -> str:
-    """Return a table that is folded up until its title is clicked; nothing if it has no rows."""
+    """Return a table that is folded up until its title is clicked; nothing if no value is set."""
     rows = [
-        f'<tr><td>{escape(key)}</td><td class="name">{escape(str(value))}</td></tr>' for key, value in values.items()
+        f'<tr><td>{escape(key)}</td><td class="name">{escape(str(value))}</td></tr>'
+        for key, value in values.items()
+        if value is not None and value is not False
     ]
     return f"<details><summary>{title}</summary><table>{''.join(rows)}</table></details>" if rows else ""
 
