@@ -32,6 +32,7 @@ def write_evaluation(
     flags = ["arch", "val_split", "image_size", "eval_view", "eval_scales", "precision", "batch_size"]
     facts = {**{name: getattr(args, name) for name in flags}, **facts}
     write_metrics(args.output_dir, totals, facts)
+    log(f"=> metrics written to {os.path.join(args.output_dir, 'metrics.json')}")
     if args.predictions and predictions is not None:
         write_predictions(args.predictions, dataset, predictions)
         log(f"=> predictions written to {args.predictions}")

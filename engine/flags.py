@@ -380,9 +380,11 @@ def _check_combinations(parser: OneLineParser, args: argparse.Namespace) -> None
     for flag, file in (("--resume", args.resume), ("--pretrained", args.pretrained)):
         reads = args.rank <= 0 and os.environ.get("RANK", "0") == "0"  # only rank 0 does
         if file and reads and not os.path.isfile(file) and (flag, file) != ("--pretrained", "imagenet"):
-            parser.error(f"{flag} {file}: no such file")
+            parser.error(
+                f"{flag} {file}: {'expected a file, this is a folder' if os.path.isdir(file) else 'no such file'}"
+            )
     if args.data and not os.path.isdir(args.data):
-        parser.error(f"--data {args.data}: no such folder")
+        parser.error(f"--data {args.data}: {'expected a folder' if os.path.exists(args.data) else 'no such folder'}")
     if args.world_size == 0:
         parser.error("--world-size must be at least 1, got 0")
     if args.min_lr > args.lr:

@@ -65,6 +65,8 @@ def test_a_file_in_another_encoding_is_one_line(tmp_path: Any, capsys: Any) -> N
             ["--crop-scale", "0.1", "1", "--train-scale", "256", "512"],
             "--crop-scale cannot be combined with --train-scale",
         ),
+        (["--resume", "/"], "--resume /: expected a file, this is a folder"),
+        ([sys.executable], "expected a folder"),
         (["--val-split", "0.1"], "--val-split requires --data DIR"),
         (["-e", "--auto-resume", "--pretrained", "imagenet"], "name the checkpoint with --resume"),
         (["--val-split", "1"], "--val-split must be above 0 and below 1, got 1"),
