@@ -494,13 +494,16 @@ def test_a_signal_saves_and_exits_with_75_and_leaves_no_temporary_file(folder, t
 
 
 def test_a_signal_during_an_evaluation_is_one_line_and_leaves_no_temporary_file(trained, folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    child = start_main(folder, "-e", "--resume", trained[0] / "checkpoint.pth.tar", "-b", 1, "-p", 1, "-j", 2)
+    temporary = tmp_path / "t"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    flags = ["-e", "--resume", trained[0] / "checkpoint.pth.tar", "--output-dir", tmp_path]
+    child = start_main(folder, *flags, "-b", 1, "-p", 1, "-j", 2)
     wait_for_line(child, "Test: [ 1/15]")
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=60)
     assert child.returncode == 75 and len(err.splitlines()) == 1 and "there was nothing to save" in err, err
-    assert os.listdir(str(tmp_path)) == []
+    assert os.listdir(str(temporary)) == []
 
 
 def test_non_finite_steps_are_not_applied_and_ten_stop_the_run(folder, tmp_path):
