@@ -332,7 +332,7 @@ def train(
     """Train all epochs that are left. Returns the exit code."""
     group, state = runtime.group, training.state
     batches = iter(loader)
-    while state.epoch < args.epochs and (args.stop_step_num is None or state.step < args.stop_step_num):
+    while not state.is_finished(args.epochs, args.stop_step_num):
         steps = state.step_in_epoch + loader.sampler.steps_left(state.images_in_epoch)
         stopping = state.step_in_epoch < steps and train_one_epoch(args, runtime, training, batches, steps)
         if stopping:
@@ -415,7 +415,7 @@ def run_job(args: argparse.Namespace, runtime: Runtime) -> int:
     network = vgg.VGG(args.arch, len(classes))
     if checkpoint is not None:
         check_resumable(checkpoint, info, evaluate=args.evaluate)
-        path = args.resume or (args.pretrained if args.evaluate else "the checkpoint")
+        path = resolve.checkpoint_name(args)
         load_weights(network, model_weights(checkpoint, path, ema=args.evaluate), path)
     elif pretrained is not None:
         load_pretrained(network, pretrained, args.pretrained, logger)
@@ -434,10 +434,10 @@ def run_job(args: argparse.Namespace, runtime: Runtime) -> int:
     log_changes(checkpoint, info, state, training.ema, loader.sampler.count, logger)
     del checkpoint, pretrained  # up to a gigabyte
     val_loader = None if val_set is None else build_loader(val_set, args, runtime, training=False)
-    if state.epoch < args.epochs and (args.stop_step_num is None or state.step < args.stop_step_num):
-        write_args(args, accelerator, logger)
-    else:
+    if state.is_finished(args.epochs, args.stop_step_num):
         logger.line(f"=> nothing left to train: {state.epoch} of {args.epochs} epochs and {state.step} steps are done")
+    else:
+        write_args(args, accelerator, logger)
     logger.event("start", **state.position())
     runtime.stop.training = True
     trace_path = os.path.join(args.output_dir, "trace.json") if args.profile and group.rank == 0 else None

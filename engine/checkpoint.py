@@ -35,6 +35,9 @@ class TrainState:
     step: int = 0  # total optimizer steps
     best_acc1: float = 0.0  # percent
 
+    def is_finished(self, epochs: int, stop_step_num: int | None) -> bool:
+        return self.epoch >= epochs or (stop_step_num is not None and self.step >= stop_step_num)
+
     def position(self) -> dict[str, int]:
         return {"epoch": self.epoch, "step": self.step}
 
@@ -223,14 +226,18 @@ def check_resumable(checkpoint: dict[str, Any], info: ModelInfo, *, evaluate: bo
             f"validate on the images that were left out then: use --val-split {val_split}"
         )
     if checkpoint.get("step_in_epoch") and not evaluate:
-        saved = checkpoint.get("identity") or {}
-        for name in {**info.identity, **saved}:
-            if saved.get(name) != info.identity.get(name) and name != "global batch":
-                before, now = (str(values.get(name, "as by default"))[:120] for values in (saved, info.identity))
-                raise UsageError(
-                    f"the checkpoint was saved within an epoch with {name} {before}, this run has {now}: finish the "
-                    "epoch with the same flags and data, or take its weights alone with --pretrained"
-                )
+        for name, (before, now) in _identity_changes(checkpoint, info).items():
+            raise UsageError(
+                f"the checkpoint was saved within an epoch with {name} {before}, this run has {now}: finish the epoch "
+                "with the same flags and data, or take its weights alone with --pretrained"
+            )
+
+
+def _identity_changes(checkpoint: dict[str, Any], info: ModelInfo) -> dict[str, tuple[Any, Any]]:
+    """Return {name: (saved, now)} of what decides the training images and differs."""
+    saved, now, default = checkpoint.get("identity") or {}, info.identity, "as by default"
+    names = [name for name in {**now, **saved} if saved.get(name) != now.get(name) and name != "global batch"]
+    return {name: (saved.get(name, default), now.get(name, default)) for name in names}
 
 
 def restore(
@@ -286,13 +293,13 @@ def log_changes(
         lines.append("the checkpoint has no EMA weights: the average starts here")
     if ema is None and "state_dict_ema" in checkpoint:
         lines.append("the EMA weights of the checkpoint are dropped: --ema-decay would continue them")
-    saved = checkpoint.get("identity") or {}
-    for name in ("seed", "image size", "augmentation"):
-        if saved and saved.get(name) != info.identity.get(name):  # between epochs: else check_resumable refuses it
-            now, before = (identity.get(name, "as by default") for identity in (info.identity, saved))
-            lines.append(f"resumed with {name} {now}, saved with {before}")
-    if saved and saved.get("data") != info.identity.get("data"):
-        lines.append("resumed with other training images: it may have been trained on what validates it now")
+    if checkpoint.get("identity"):  # a checkpoint of the reference has none
+        # Between epochs: within one, check_resumable refuses them.
+        for name, (before, now) in _identity_changes(checkpoint, info).items():
+            if name == "data":
+                lines.append("resumed with other training images: it may have been trained on what validates it now")
+            else:
+                lines.append(f"resumed with {name} {now}, saved with {before}")
     saved_on = checkpoint.get("world_size", info.world_size)
     if saved_on != info.world_size:
         lines.append(

@@ -184,10 +184,10 @@ def open_datasets(
     check: leaves unreadable images of a folder out. val_split: the share of a single folder that is for validation.
     Raises DataError, or UsageError if the classes of the two differ or --val-split does not fit.
     """
-    if val_split is not None and root is not None:
-        return _split_folder(root, val_split, evaluate=evaluate, check=check)
     if root is None:
         return None if evaluate else read_digits(training=True), read_digits(training=False)
+    if val_split is not None:
+        return _split_folder(root, val_split, evaluate=evaluate, check=check)
     if find_cifar10(root):
         return None if evaluate else read_cifar10(root, training=True), read_cifar10(root, training=False)
     if not is_split(root):

@@ -31,8 +31,7 @@ def write_evaluation(
     """
     flags = ["arch", "val_split", "image_size", "eval_view", "eval_scales", "precision", "batch_size"]
     facts = {**{name: getattr(args, name) for name in flags}, **facts}
-    write_metrics(args.output_dir, totals, facts)
-    log(f"=> metrics written to {os.path.join(args.output_dir, 'metrics.json')}")
+    log(f"=> metrics written to {write_metrics(args.output_dir, totals, facts)}")
     if args.predictions and predictions is not None:
         write_predictions(args.predictions, dataset, predictions)
         log(f"=> predictions written to {args.predictions}")
@@ -51,8 +50,11 @@ def write_evaluation(
         log(f"=> report written to {path}")
 
 
-def write_metrics(folder: str, totals: Totals, facts: dict[str, Any]) -> None:
-    """Write folder/metrics.json. facts: what was evaluated, and on what. Raises UsageError if it cannot be written."""
+def write_metrics(folder: str, totals: Totals, facts: dict[str, Any]) -> str:
+    """Write folder/metrics.json and return its path. Raises UsageError if it cannot be written.
+
+    facts: what was evaluated, and on what.
+    """
     metrics = {name: value if math.isfinite(value) else None for name, value in totals.metrics().items()}
     content = json.dumps({**metrics, "images": int(totals.images), **facts}, indent=2, ensure_ascii=False)
     path = os.path.join(folder, "metrics.json")
@@ -61,6 +63,7 @@ def write_metrics(folder: str, totals: Totals, facts: dict[str, Any]) -> None:
             file.write(f"{content}\n")
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
+    return path
 
 
 def write_predictions(path: str, dataset: ImageDataset, predictions: Predictions) -> None:

@@ -167,10 +167,9 @@ class Logger:
 
         Raises UsageError if the file cannot be opened.
         """
-        if not self.writes:
-            return
         self.open()
-        assert self.jsonl is not None
+        if self.jsonl is None:
+            return
         record: dict[str, Any] = {"event": event}
         for key, value in fields.items():
             record[key] = None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no NaN
@@ -190,9 +189,7 @@ class Logger:
                 save_curves(self.folder)
 
     def close(self) -> None:
-        if self.jsonl is not None:
-            with self._ignoring_write_errors():
-                self.jsonl.close()
-        if self.tensorboard is not None:
-            with self._ignoring_write_errors():
-                self.tensorboard.close()
+        for file in (self.jsonl, self.tensorboard):
+            if file is not None:
+                with self._ignoring_write_errors():
+                    file.close()

@@ -97,6 +97,11 @@ AUGMENTATION += ["auto_augment", "random_erasing", "mixup", "cutmix"]
 DEFAULT_ARCH = "vgg16"
 
 
+def checkpoint_name(args: argparse.Namespace) -> str:
+    """Return how messages name the checkpoint that is continued or evaluated."""
+    return args.resume or (args.pretrained if args.evaluate else "the checkpoint")
+
+
 def resolve_from_checkpoint(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> None:
     """Set --arch, --image-size and --val-split, as far as they are not given, to those of the checkpoint.
 
@@ -106,7 +111,7 @@ def resolve_from_checkpoint(args: argparse.Namespace, checkpoint: dict[str, Any]
         args.arch = args.arch or DEFAULT_ARCH
         return
     if args.arch is None:
-        path = args.resume or args.pretrained or "the checkpoint"
+        path = checkpoint_name(args)
         args.arch = vgg.architecture_of(model_weights(checkpoint, path))
         if args.arch is None:
             raise UsageError(f"{path}: holds weights, but not those of a VGG")
