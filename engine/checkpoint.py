@@ -255,7 +255,7 @@ def restore(
         if ema is not None and "state_dict_ema" in checkpoint:
             ema.load_state_dict(vgg.to_torchvision_names(checkpoint["state_dict_ema"]))
         state.epoch, state.step_in_epoch = int(checkpoint["epoch"]), int(checkpoint.get("step_in_epoch", 0))
-        images = state.step_in_epoch * _images_per_step(checkpoint)  # before checkpoints said it
+        images = state.step_in_epoch * _images_per_step(checkpoint)  # older checkpoints do not say it
         state.images_in_epoch = int(checkpoint.get("images_in_epoch", images))
         state.step, state.best_acc1 = int(checkpoint.get("step", 0)), float(checkpoint.get("best_acc1", 0.0))
         if state.step_in_epoch and rank == 0:  # the counts are sums over all processes

@@ -92,8 +92,6 @@ def shared_flags(args: argparse.Namespace) -> dict[str, Any]:
 # Flags that change the pixels of training images.
 AUGMENTATION = ["crop_scale", "train_scale", "hflip", "color_shift"]
 AUGMENTATION += ["auto_augment", "random_erasing", "mixup", "cutmix"]
-
-
 DEFAULT_ARCH = "vgg16"
 
 
