@@ -75,7 +75,11 @@ def wait_for_line(process: subprocess.Popen, start: str) -> None:
 
 
 def run_python(code: str, *args: Any, **env: str) -> list[str]:
-    """Run code in a process of its own, for instance because it changes torch for good. Returns its output lines."""
+    """Run code in a process of its own, for instance because it changes torch for good. Returns its output lines.
+
+    It ends as the program does: after a backward pass, torch 1.8 sometimes hangs while Python shuts down.
+    """
+    code += "\nfrom engine.errors import exit_process\nexit_process(0)\n"
     result = run(sys.executable, "-c", code, *args, timeout=120, env=env)
     assert result.code == 0, result.err
     return result.out.splitlines()
