@@ -4,11 +4,11 @@
     python tools/shrink.py /data/imagenet /data/imagenet320                     # short side 320 pixels
     python tools/shrink.py /data/imagenet /data/imagenet256 --short-side 256
 
-The tree stays the same. Every larger image becomes a JPEG of quality 95 (x.png becomes x.png.jpg), smaller JPEGs are
-copied. Each file is first written under another name: after an interruption, the same command continues. Unreadable
-images are named and left out; the exit code is then 1.
+The folder structure is kept. Every image becomes a JPEG of quality 95 (x.png becomes x.png.jpg), except JPEGs that are
+small already: they are copied. Each file is first written under another name: after an interruption, the same command
+continues. Unreadable images are named and left out; the exit code is then 1.
 
-Training on the copy sees other pixels than training on the originals: a small crop is enlarged from less.
+Training on the copy is not training on the originals: a small crop is enlarged from fewer pixels.
 """
 
 from __future__ import annotations
