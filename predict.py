@@ -250,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     heat, logits = grad_cam(model.network, normalize(images))
                 else:
                     logits = model.network(normalize(images))
-                top = logits.softmax(1).topk(min(args.top_k, len(model.classes)))
+                top = [part.cpu() for part in logits.softmax(1).topk(min(args.top_k, len(model.classes)))]
                 for position, path in enumerate(read):
                     values, indices = top[0][position].tolist(), top[1][position].tolist()
                     predictions = [Prediction(model.classes[i], value) for value, i in zip(values, indices)]

@@ -78,7 +78,7 @@ def examples(device_name: str, batch_size: int) -> Step:
 def ours(device_name: str, batch_size: int, flags: list[str]) -> Step:
     """What main.py's train_step does, from the same parts. flags: of main.py."""
     opt_level = flags[flags.index("--opt-level") + 1] if "--opt-level" in flags else "O1"
-    precision = resolve_precision(device_name, amp="--amp" in flags, opt_level=opt_level, amp_dtype="auto")
+    precision = resolve_precision(device_name, [0], amp="--amp" in flags, opt_level=opt_level, amp_dtype="auto")
     accelerator = Accelerator(device_name, precision=precision, opt_level=opt_level)
     accelerator.seed(49)
     model: torch.nn.Module = vgg.VGG("vgg16", 1000)

@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3, help="turns that count (default: %(default)s)")
     args = parser.parse_args()
     device, _ = resolve_device(args.device)
-    precision = resolve_precision(device, amp=args.amp, opt_level="O1", amp_dtype="auto")
+    precision = resolve_precision(device, [0], amp=args.amp, opt_level="O1", amp_dtype="auto")
     accelerator = Accelerator(device, precision=precision)
     network = vgg.VGG("vgg16").eval().requires_grad_(False)
     accelerator.place(network)

@@ -13,7 +13,7 @@ from typing import Any, Callable, ContextManager, Iterator, cast
 from engine.device import TORCH_DEVICES, available_cores
 from engine.errors import DeviceUnavailableError, first_line
 from engine.optimizer import LossScaler
-from engine.precision import has_autocast, load_apex
+from engine.precision import load_apex, needs_apex
 from engine.versions import TORCH
 
 import torch
@@ -47,20 +47,19 @@ class Accelerator:
         self.type = device
         self.precision = precision
         self.opt_level = opt_level
+        self.deterministic = deterministic
         self.half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
         self.half_weights = self.half is not None and opt_level in ("O2", "O3")
         self.master_weights = self.half is not None and opt_level == "O2"
         torch_device = TORCH_DEVICES[device]
         self.device = torch.device(torch_device) if device in ("cpu", "mps") else torch.device(torch_device, index)
         self._runtime = cast("Any", getattr(torch, torch_device, None))  # torch.cuda, torch.npu, …
-        self.apex = load_apex() if self.half is not None and not has_autocast(self._runtime) else None
+        self.apex = load_apex() if self.half is not None and needs_apex(device) else None
         # Convolutions prefer channels_last. NPUs do not support it, and torch before 1.7 does only partly.
         self.memory_format = torch.contiguous_format if device == "npu" or TORCH < (1, 7) else torch.channels_last
         if device == "cpu":
             keep_freed_memory()
             torch.set_num_threads(max(1, available_cores() // local_world_size))
-        if device == "gpu":
-            torch.backends.cudnn.benchmark = not deterministic
         if device in ("gpu", "npu"):
             self._runtime.set_device(self.device)
         self._copy_stream = self._runtime.Stream(self.device) if device == "gpu" else None
@@ -111,6 +110,8 @@ class Accelerator:
         no_bias_decay: no weight decay for biases and batch norm.
         loss_scale: a number or `dynamic`, used in fp16 only.
         """
+        if self.type == "gpu":  # it measures every new input shape, and training has one
+            torch.backends.cudnn.benchmark = not self.deterministic
         masters = self.place(model)
         groups: list[dict[str, Any]] = [{"params": masters}]
         if no_bias_decay:
@@ -119,12 +120,14 @@ class Accelerator:
         optimizer = self._build_sgd(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
         scale = (loss_scale or DEFAULT_LOSS_SCALE) if self.precision == "fp16" else 1.0
         if self.apex is not None:
+            by_group = [master for group in groups for master in group["params"]]  # the order of apex.master_params
             exact = [master.detach().clone() for master in masters]
             options = {"combine_grad": True} if self.type == "npu" else {}  # Ascend's apex: one buffer of all gradients
             model, optimizer = self.apex.initialize(
                 model, optimizer, opt_level=self.opt_level, loss_scale=scale, verbosity=0, **options
             )
-            masters, scale = list(self.apex.master_params(optimizer)), 1.0
+            apex_masters = dict(zip(by_group, self.apex.master_params(optimizer)))
+            masters, scale = [apex_masters[master] for master in masters], 1.0
             # apex copied its masters from weights that were already half precision.
             for master, weight in zip(masters, exact):
                 master.data.copy_(weight)
@@ -135,7 +138,8 @@ class Accelerator:
     ) -> torch.optim.Optimizer:
         """SGD with momentum, fused into one kernel if this torch and device have that."""
         options: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        if self.type == "npu" and hasattr(sys.modules.get("torch_npu"), "optim"):
+        is_bf16 = groups[0]["params"][0].dtype == torch.bfloat16  # at O3; NpuFusedSGD takes fp32 and fp16
+        if self.type == "npu" and hasattr(sys.modules.get("torch_npu"), "optim") and not is_bf16:
             return sys.modules["torch_npu"].optim.NpuFusedSGD(groups, **options)
         if self.type in ("gpu", "cpu") and TORCH >= (2, 4):
             options["fused"] = True

@@ -49,7 +49,9 @@ class Augmentation:
             from torchvision import transforms
 
             if self.auto_augment:
-                self.transforms.append(getattr(transforms, AUTO_AUGMENT[self.auto_augment])())
+                policy = getattr(transforms, AUTO_AUGMENT[self.auto_augment])
+                # As torchvision's references do; the policies' own default is nearest.
+                self.transforms.append(policy(interpolation=transforms.InterpolationMode.BILINEAR))
             if self.random_erasing:
                 self.transforms.append(transforms.RandomErasing(self.random_erasing, value=self.fill))
 

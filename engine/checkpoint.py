@@ -21,7 +21,7 @@ from engine.transforms import decoder_name
 import torch
 
 LATEST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
-# What a checkpoint may say of its weights, and its type.
+# Optional entries that describe the weights, and their types.
 METADATA: dict[str, type] = {"arch": str, "classes": list, "preprocessing": dict, "val_split": float}
 
 
@@ -51,7 +51,9 @@ class ModelInfo:
     preprocessing: dict[str, Any]  # image_size, crop, mean, std: for predict.py and export.py
     world_size: int
     val_split: float | None = None  # --val-split
-    identity: dict[str, Any] = field(default_factory=dict)  # must agree to resume within an epoch, but "global batch"
+    identity: dict[str, Any] = field(
+        default_factory=dict
+    )  # must agree to resume within an epoch, except "global batch"
     batch: dict[str, int] = field(default_factory=dict)  # see keep_images_per_step
     decoder: str = field(default_factory=decoder_name)  # of the training images
 
@@ -64,12 +66,12 @@ def build_checkpoint(
     Parameter names are torchvision's, values fp32. Epoch, state_dict, best_acc1, optimizer and amp are the reference's.
     totals: of the current epoch, summed over all processes.
     """
-    averages = {} if ema is None else {"state_dict_ema": ema.state_dict()}
+    ema_weights = {} if ema is None else {"state_dict_ema": ema.state_dict()}
     return {
         "epoch": state.epoch,
         "arch": info.arch,
         "state_dict": scaler.model_state_dict(),
-        **averages,
+        **ema_weights,
         "best_acc1": state.best_acc1,
         "optimizer": scaler.optimizer_state_dict(),
         "amp": scaler.state_dict(),
@@ -167,7 +169,7 @@ def find_checkpoint(resume: str | None, auto_resume: bool, folder: str, logger: 
 def model_weights(checkpoint: dict[str, Any], path: str, *, ema: bool = True) -> dict[str, torch.Tensor]:
     """Return the state dict in a checkpoint, or in a file that is nothing but one, under torchvision's names.
 
-    ema: prefer the averages if the checkpoint has them. Raises UsageError if there are no weights.
+    ema: prefer the EMA weights if the checkpoint has them. Raises UsageError if there are no weights.
     """
     weights = checkpoint.get("state_dict", checkpoint)
     if ema and "state_dict_ema" in checkpoint:
@@ -183,7 +185,11 @@ def load_weights(network: vgg.VGG, weights: dict[str, torch.Tensor], path: str) 
     problem = vgg.describe_mismatch(weights, network)
     if problem:
         found, wanted = vgg.architecture_of(weights), vgg.architecture_of(network.state_dict())
-        advice = "check --arch and the number of classes" if found == wanted else f"it is of {found}, not of {wanted}"
+        advice = (
+            "check --arch and the number of classes"
+            if found == wanted
+            else f"its architecture is {found}, not {wanted}"
+        )
         raise UsageError(f"{path}: {problem}; {advice}")
     network.load_state_dict(weights, strict=False)
 
@@ -209,21 +215,21 @@ def load_pretrained(network: vgg.VGG, checkpoint: dict[str, Any], path: str, log
 
 
 def check_resumable(checkpoint: dict[str, Any], info: ModelInfo, *, evaluate: bool) -> None:
-    """Raise UsageError, with both values, if a checkpoint does not fit what follows.
+    """Raise UsageError, with both values, if a checkpoint does not fit this run.
 
     Training and evaluation: classes and --val-split. Training only: the architecture, and within an epoch what decides
     its images.
     """
     if checkpoint.get("arch") not in (None, info.arch) and not evaluate:
         saved = checkpoint["arch"]
-        raise UsageError(f"the checkpoint is of {saved}, this run of {info.arch}: use --arch {saved}")
+        raise UsageError(f"the checkpoint holds {saved}, this run uses {info.arch}: use --arch {saved}")
     if checkpoint.get("classes"):
         check_same_classes(checkpoint["classes"], info.classes, "the checkpoint", "the data")
     val_split = checkpoint.get("val_split")
     if None not in (val_split, info.val_split) and val_split != info.val_split:
         raise UsageError(
-            f"the checkpoint was trained with --val-split {val_split}, this run has {info.val_split}, so it would not "
-            f"validate on the images that were left out then: use --val-split {val_split}"
+            f"the checkpoint was trained with --val-split {val_split}, this run has {info.val_split}, so it would "
+            f"validate on images that the model was trained on: use --val-split {val_split}"
         )
     if checkpoint.get("step_in_epoch") and not evaluate:
         for name, (before, now) in _identity_changes(checkpoint, info).items():
@@ -235,7 +241,7 @@ def check_resumable(checkpoint: dict[str, Any], info: ModelInfo, *, evaluate: bo
 
 def _identity_changes(checkpoint: dict[str, Any], info: ModelInfo) -> dict[str, tuple[Any, Any]]:
     """Return {name: (saved, now)} of what decides the training images and differs."""
-    saved, now, default = checkpoint.get("identity") or {}, info.identity, "as by default"
+    saved, now, default = checkpoint.get("identity") or {}, info.identity, "the default"
     names = [name for name in {**now, **saved} if saved.get(name) != now.get(name) and name != "global batch"]
     return {name: (saved.get(name, default), now.get(name, default)) for name in names}
 
@@ -279,25 +285,30 @@ def log_changes(
     count: int,
     logger: Logger,
 ) -> None:
-    """Say what a continued run does otherwise than the one that saved, or what a new run replaces.
+    """Log how a resumed run differs from the one that saved, or what a new run replaces.
 
     count: training images.
     """
     if checkpoint is None:
         path = os.path.join(logger.folder, LATEST)
         if logger.writes and os.path.exists(path):
-            logger.warning(f"this run replaces {path} of an earlier one, which --auto-resume would continue")
+            logger.warning(
+                f"this run replaces {path}, the checkpoint of an earlier run; --auto-resume would continue that run"
+            )
         return
     lines = []
     if ema is not None and "state_dict_ema" not in checkpoint:
-        lines.append("the checkpoint has no EMA weights: the average starts here")
+        lines.append("the checkpoint has no EMA weights: the EMA starts from the current weights")
     if ema is None and "state_dict_ema" in checkpoint:
-        lines.append("the EMA weights of the checkpoint are dropped: --ema-decay would continue them")
+        lines.append("the EMA weights of the checkpoint are dropped: use --ema-decay to continue them")
     if checkpoint.get("identity"):  # a checkpoint of the reference has none
         # Between epochs: within one, check_resumable refuses them.
         for name, (before, now) in _identity_changes(checkpoint, info).items():
             if name == "data":
-                lines.append("resumed with other training images: it may have been trained on what validates it now")
+                lines.append(
+                    "resumed with different training images: the model may have been trained on some of the current "
+                    "validation images"
+                )
             else:
                 lines.append(f"resumed with {name} {now}, saved with {before}")
     saved_on = checkpoint.get("world_size", info.world_size)

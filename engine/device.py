@@ -170,5 +170,5 @@ def available_cores() -> int:
 
 
 def default_workers(device: str, processes: int) -> int:
-    """DataLoader workers for a node: the cores left beside its processes; none on a CPU, which trains on every core."""
+    """DataLoader workers for a node: the cores that its processes leave; none on a CPU, which trains on every core."""
     return 0 if device == "cpu" else max(processes, available_cores() - processes)

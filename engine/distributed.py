@@ -217,7 +217,7 @@ class _TensorUnpickler(pickle.Unpickler):
 
 
 def check_same_flags(group: ProcessGroup, flags: dict[str, Any]) -> None:
-    """Raise UsageError on every process if one of them was started otherwise than rank 0. flags: {name: value}."""
+    """Raise UsageError on every process if one of them was started differently from rank 0. flags: {name: value}."""
     expected = group.broadcast(flags)
     different = [
         f"{name} is {flags.get(name)} here and {expected.get(name)} on rank 0"
@@ -225,7 +225,7 @@ def check_same_flags(group: ProcessGroup, flags: dict[str, Any]) -> None:
         if flags.get(name) != expected.get(name)
     ]
     if group.any(different):
-        details = ", ".join(different) or "another node has others than rank 0"
+        details = ", ".join(different) or "the flags of another node differ from rank 0's"
         raise UsageError(f"the nodes were started differently: {details}")
 
 

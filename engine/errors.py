@@ -13,8 +13,8 @@ import traceback
 from typing import Callable, NoReturn
 
 EXIT_FAILURE = 1
-EXIT_USAGE = 2  # wrong use or bad input
-EXIT_STOPPED = 75  # stopped by a signal: everything is saved, run again to continue (EX_TEMPFAIL)
+EXIT_USAGE = 2  # usage error or bad input
+EXIT_STOPPED = 75  # stopped by a signal: everything is saved, run again with --auto-resume (EX_TEMPFAIL)
 
 
 class UserError(Exception):

@@ -13,7 +13,7 @@ from engine.cli import OneLineParser, device_list, loss_scale, nonempty_path, nu
 from engine.views import VIEWS
 
 DEVICES = ["auto", "npu", "gpu", "cuda", "mps", "cpu"]
-DEVICE_HELP = "(default: the first of npu, gpu, mps, cpu that works)"
+DEVICE_HELP = "what to run on (default: the first of npu, gpu, mps, cpu that works)"
 # Defaults that learn on the embedded digits: 1,438 images are too few for ImageNet's.
 DIGITS_DEFAULTS = {"batch_size": 64, "epochs": 16, "lr": 0.05, "clip_grad_norm": 1.0, "eval_freq": 4}
 DIGITS_WARMUP_EPOCHS = 2
@@ -42,7 +42,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def _build_parser() -> OneLineParser:
     parser = OneLineParser(
         "main.py",
-        "Train VGG on ImageNet, CIFAR-10 or a folder of images, on an NPU, a GPU or a CPU. @FILE holds more flags.",
+        "Train VGG on ImageNet, CIFAR-10 or a folder of images, on an NPU, a GPU or a CPU. @FILE reads flags from "
+        "FILE. The defaults shown are ImageNet's; docs/reference.md has those of the embedded digits.",
         files=True,
     )
     default = "(default: %(default)s)"
@@ -58,7 +59,7 @@ def _build_parser() -> OneLineParser:
         dest="workers",
         type=number(int, 0),
         metavar="N",
-        help="DataLoader workers of this node, shared by its processes (default: the cores left)",
+        help="DataLoader workers of this node, shared by its processes (default: the cores they leave; on a CPU 0)",
     )
     data.add_argument(
         "--image-size",
@@ -70,7 +71,7 @@ def _build_parser() -> OneLineParser:
         "--val-split",
         type=number(float, above=0, below=1),
         metavar="SHARE",
-        help="for a folder of classes without train/ and val/: the share of images to validate, such as 0.1",
+        help="for a folder of classes without train/ and val/: the share of images used for validation, such as 0.1",
     )
     data.add_argument(
         "--bad-images",
@@ -102,7 +103,9 @@ def _build_parser() -> OneLineParser:
         help="weights to start from: ours, torchvision's, ModelZoo's, *.safetensors; imagenet: downloads torchvision's",
     )
     model.add_argument(
-        "--freeze-features", action="store_true", help="train the classifier only, on the features of --pretrained"
+        "--freeze-features",
+        action="store_true",
+        help="train only the classifier, on the features of --pretrained or --resume",
     )
 
     train = parser.add_argument_group("training")
@@ -172,7 +175,7 @@ def _build_parser() -> OneLineParser:
         type=number(int, 32, MAX_SIDE),
         nargs=2,
         metavar=("MIN", "MAX"),
-        help="instead: resize the short side to a random length in pixels, then crop (the paper: 256 512)",
+        help="instead of --crop-scale: resize the short side to a random length in pixels, then crop (paper: 256 512)",
     )
     augment.add_argument(
         "--hflip",
@@ -255,7 +258,7 @@ def _build_parser() -> OneLineParser:
     run.add_argument(
         "--auto-resume",
         action="store_true",
-        help="continue from the newest intact checkpoint in --output-dir, if there is one",
+        help="continue from the newest intact checkpoint in --output-dir; start fresh only if there is none at all",
     )
     run.add_argument(
         "--save-freq",
@@ -299,7 +302,7 @@ def _build_parser() -> OneLineParser:
         "--amp-dtype",
         default="auto",
         choices=["auto", "fp16", "bf16"],
-        help="(default: bf16 if the device is good at it, else fp16)",
+        help="format of --amp (default: bf16 if the device supports it natively, else fp16)",
     )
     device.add_argument(
         "--loss-scale-value",
@@ -322,7 +325,7 @@ def _build_parser() -> OneLineParser:
         "--device-list",
         type=device_list,
         metavar="0,1,…",
-        help="(default: all; on a CPU its length is the number of processes)",
+        help="device numbers (default: all); on a CPU its length is the number of processes",
     )
     parallel.add_argument(
         "--world-size",
@@ -333,7 +336,9 @@ def _build_parser() -> OneLineParser:
     )
     parallel.add_argument("--rank", type=number(int, -1), default=-1, metavar="N", help="rank of this node, from 0")
     parallel.add_argument("--addr", default="127.0.0.1", help=f"address of the node of rank 0 {default}")
-    parallel.add_argument("--dist-url", metavar="URL", help="(default: tcp://ADDR:PORT; env:// under torchrun)")
+    parallel.add_argument(
+        "--dist-url", metavar="URL", help="rendezvous (default: tcp://ADDR:PORT; env:// under torchrun)"
+    )
     parallel.add_argument(
         "--rendezvous-timeout",
         type=number(int, 1),
@@ -341,7 +346,9 @@ def _build_parser() -> OneLineParser:
         metavar="SECONDS",
         help=f"how long to wait for other nodes {default}",
     )
-    parallel.add_argument("--dist-backend", choices=["hccl", "nccl", "gloo"], help="(default: by device)")
+    parallel.add_argument(
+        "--dist-backend", choices=["hccl", "nccl", "gloo"], help="of the gradients (default: by device)"
+    )
     parallel.add_argument(
         "--grad-compress",
         default="none",
@@ -368,7 +375,7 @@ def _check_combinations(parser: OneLineParser, args: argparse.Namespace) -> None
         if bounds and bounds[0] > bounds[1]:
             parser.error(f"{flag}: MIN must be at most MAX, got {bounds[0]} {bounds[1]}")
     if args.freeze_features and not (args.pretrained or args.resume):
-        parser.error("--freeze-features requires --pretrained PATH: without it the features are random")
+        parser.error("--freeze-features requires --pretrained PATH or --resume PATH: otherwise the features are random")
     if args.dummy and (args.data or args.evaluate or args.val_split):
         parser.error("--dummy cannot be combined with --data, --val-split or --evaluate: leave one of them out")
     if args.evaluate and args.auto_resume:

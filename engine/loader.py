@@ -178,10 +178,9 @@ def unchanged(batch: Any) -> Any:
 
 
 def init_worker(parent: int, worker_id: int) -> None:
-    """A worker_init_fn: the worker ends with its parent, or when that asks for it, and without a word."""
+    """A worker_init_fn: the worker exits silently when its parent dies or terminates it."""
     ignore_stop_signals(parent)
-    # Errors come back in place of a batch. What is left is a thread of multiprocessing that complains of a parent that
-    # has been killed, before this worker is killed with it.
+    # Errors come back in place of a batch. Only a thread of multiprocessing could still print, if the parent is killed.
     sys.excepthook = lambda *_: None
 
 

@@ -94,7 +94,7 @@ class Logger:
                 self.result(text)
 
     def result(self, text: str) -> None:
-        """Print a line that is what the user asked for, and no loss of it is ignored. Raises OSError."""
+        """Print output that the user asked for. Raises OSError if it is lost."""
         if self.bar is not None:
             self.bar.clear()
         print(text, flush=True)

@@ -64,7 +64,9 @@ class AccuracyCounter:
 
     def __init__(self, device: torch.device) -> None:
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)  # images, top-1 correct, top-5 correct
-        self.loss_sum = torch.zeros((), dtype=torch.float32, device=device)
+        # The mean of a few steps is a difference of two sums, so they need more digits than fp32 has.
+        dtype = torch.float32 if device.type in ("npu", "mps") else torch.float64
+        self.loss_sum = torch.zeros((), dtype=dtype, device=device)
 
     def update(self, loss_sum: torch.Tensor, logits: torch.Tensor, target: torch.Tensor) -> None:
         """Count a batch. loss_sum: () summed over its images; logits: (N, classes); target: (N,) int64.
@@ -149,7 +151,7 @@ class Throughput:
         self.pauses += time.perf_counter() - self.pause_begin
 
     def seconds(self) -> float:
-        """Return the time that images_per_second is about."""
+        """Return the seconds that images_per_second divides by."""
         if self.steps <= self.skip:  # stopped within the warm-up: count it
             return max(time.perf_counter() - self.begin - self.warm_up_pauses - self.pauses, 1e-9)
         return max(time.perf_counter() - self.warm_begin - self.pauses, 1e-9)

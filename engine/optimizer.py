@@ -23,6 +23,9 @@ class LossScaler:
     every process, so all of them skip alike. If the optimizer does not accept found_inf (torch before 2.4, NPU,
     MPS), the host reads it: one synchronization per step.
 
+    At O2 the batches of a step (--accum-steps) are added in half precision, as apex does. Frozen weights have no fp32
+    copy: they are saved as they were rounded.
+
     Args:
         model: holds the weights that backward fills with gradients.
         master_weights: the parameters that the optimizer steps; the model's own, or fp32 copies of them (O2).
@@ -75,6 +78,27 @@ class LossScaler:
 
     def step(self) -> None:
         """Apply the gradients that backward left, or none of them if one is not finite; then clear them."""
+        gradients = self._gradients()
+        norm = _total_norm(gradients) / self.scale
+        self.skipped = ~torch.isfinite(norm)
+        divisor = self.scale
+        if self.clip_grad_norm:
+            divisor = divisor * (norm / self.clip_grad_norm).clamp(min=1)
+        self._step_optimizer(gradients, divisor)
+        with torch.no_grad():
+            if self.has_master_weights:
+                for master, weight in zip(self.master_weights, self.weights):
+                    weight.copy_(master)
+            for buffer, good in zip(self.model.buffers(), self.good_buffers):
+                buffer.copy_(torch.where(self.skipped, good, buffer))
+                good.copy_(buffer)
+        self._count_skips()
+        if self.dynamic:
+            self._update_scale()
+        self.optimizer.zero_grad()
+
+    def _gradients(self) -> list[torch.Tensor]:
+        """Return the gradients that the optimizer applies; at O2 they move to the master weights first."""
         if self.has_master_weights:
             for master, weight in zip(self.master_weights, self.weights):
                 if master.grad is None:
@@ -82,42 +106,34 @@ class LossScaler:
                 assert weight.grad is not None, "backward() before step()"
                 master.grad.copy_(weight.grad)
                 weight.grad = None
-        gradients = [master.grad for master in self.master_weights if master.grad is not None]
-        norm = _total_norm(gradients) / self.scale
-        found_inf = (~torch.isfinite(norm)).float()  # () 1.0 or 0.0
-        grad_scale = self.scale  # what the gradients are divided by
-        if self.clip_grad_norm:
-            grad_scale = grad_scale * (norm / self.clip_grad_norm).clamp(min=1)
+        return [master.grad for master in self.master_weights if master.grad is not None]
+
+    def _step_optimizer(self, gradients: list[torch.Tensor], divisor: torch.Tensor) -> None:
+        """Apply the gradients, divided by `divisor`, unless this step is skipped."""
         if self.skips_on_device:
-            self.optimizer.grad_scale, self.optimizer.found_inf = grad_scale, found_inf  # type: ignore[attr-defined]
-            self.optimizer.step()
-        elif not found_inf.item():  # a synchronization
+            optimizer: Any = self.optimizer
+            optimizer.grad_scale, optimizer.found_inf = divisor, self.skipped.float()
+            optimizer.step()
+        elif not self.skipped.item():  # a synchronization
             if self.scaled or self.clip_grad_norm:
                 for gradient in gradients:
-                    gradient.copy_(gradient.float() / grad_scale)
+                    gradient.copy_(gradient.float() / divisor)
             self.optimizer.step()
-        self._finish_step(found_inf > 0)
 
-    def _finish_step(self, skipped: torch.Tensor) -> None:
-        self.skipped = skipped
-        with torch.no_grad():
-            if self.has_master_weights:
-                for master, weight in zip(self.master_weights, self.weights):
-                    weight.copy_(master)
-            for buffer, good in zip(self.model.buffers(), self.good_buffers):
-                buffer.copy_(torch.where(skipped, good, buffer))
-                good.copy_(buffer)
-        zero = torch.zeros_like(self.good_steps)
+    def _count_skips(self) -> None:
         # An overflow while the dynamic scale is above 1 only halves it. It does not count toward MAX_SKIPPED.
-        counted = skipped & (self.scale <= 1) if self.dynamic else skipped
+        counted = self.skipped & (self.scale <= 1) if self.dynamic else self.skipped
+        zero = torch.zeros_like(self.skipped_in_a_row)
         self.skipped_in_a_row = torch.where(counted, self.skipped_in_a_row + 1, zero)
         self.longest_skip = torch.max(self.longest_skip, self.skipped_in_a_row)
-        if self.dynamic:
-            self.good_steps = torch.where(skipped, zero, self.good_steps + 1)
-            grow = self.good_steps >= self.GROWTH_INTERVAL
-            self.scale = torch.where(skipped, self.scale / 2, torch.where(grow, self.scale * 2, self.scale))
-            self.good_steps = torch.where(grow, zero, self.good_steps)
-        self.optimizer.zero_grad()
+
+    def _update_scale(self) -> None:
+        """Halve the dynamic scale after an overflow, double it after GROWTH_INTERVAL good steps."""
+        zero = torch.zeros_like(self.good_steps)
+        self.good_steps = torch.where(self.skipped, zero, self.good_steps + 1)
+        grow = self.good_steps >= self.GROWTH_INTERVAL
+        self.scale = torch.where(self.skipped, self.scale / 2, torch.where(grow, self.scale * 2, self.scale))
+        self.good_steps = torch.where(grow, zero, self.good_steps)
 
     def read_longest_skip(self) -> int:
         """Return the largest number of steps skipped in a row since the last call. A synchronization."""
@@ -129,8 +145,8 @@ class LossScaler:
         """Raise DivergedError if ten steps in a row were skipped; alike on every process. A synchronization."""
         if self.read_longest_skip() >= self.MAX_SKIPPED:
             raise DivergedError(
-                f"the gradients of {self.MAX_SKIPPED} steps in a row were not finite, by step {step}: training has "
-                "diverged; resume from the last checkpoint with a lower --lr or --clip-grad-norm, or more "
+                f"the gradients of {self.MAX_SKIPPED} steps in a row were not finite (found at step {step}): training "
+                "has diverged; resume from the last checkpoint with a lower --lr, with --clip-grad-norm 1 or with more "
                 "--warmup-epochs"
             )
 
@@ -138,6 +154,7 @@ class LossScaler:
         """Return plain numbers, and apex's own state if it is used. A synchronization."""
         state = {
             "loss_scale": self.scale.item(),
+            "dynamic": self.dynamic,
             "good_steps": self.good_steps.item(),
             "skipped_in_a_row": self.skipped_in_a_row.item(),
         }
@@ -149,9 +166,10 @@ class LossScaler:
             self.apex.load_state_dict({key: value for key, value in state.items() if key.startswith("loss_scaler")})
         if "good_steps" not in state:
             return
-        if self.dynamic:
+        # A run in fp32 or bf16 has a scale of 1, which would take a dynamic one hours to grow from.
+        if self.dynamic and state.get("dynamic", state["loss_scale"] != 1):
             self.scale.fill_(float(state["loss_scale"]))
-        self.good_steps.fill_(int(state["good_steps"]))
+            self.good_steps.fill_(int(state["good_steps"]))
         self.skipped_in_a_row.fill_(int(state["skipped_in_a_row"]))
 
     def model_state_dict(self) -> dict[str, torch.Tensor]:
@@ -159,7 +177,10 @@ class LossScaler:
         return _fp32_state_dict(self.model, zip(self.weights, self.master_weights))
 
     def optimizer_state_dict(self) -> dict[str, Any]:
-        """Return what torch.optim.SGD.state_dict returns on current torch, in fp32, from any torch and device."""
+        """Return what torch.optim.SGD.state_dict returns on current torch, in fp32, from any torch and device.
+
+        It is one group even with --no-bias-decay; its weight decay is that of the matrices.
+        """
         options = {key: value for key, value in self.optimizer.param_groups[0].items() if key != "params"}
         momentum = {}
         for position, parameter in enumerate(self.master_weights):

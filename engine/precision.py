@@ -14,11 +14,11 @@ from engine.versions import TORCH
 import torch
 
 
-def resolve_precision(device: str, *, amp: bool, opt_level: str, amp_dtype: str) -> str:
+def resolve_precision(device: str, devices: list[int], *, amp: bool, opt_level: str, amp_dtype: str) -> str:
     """Return the number format of the step: fp32, fp16 or bf16.
 
     bf16 if the device supports it natively (NPUs from the A2 on, Ampere and later, CPUs with bf16 instructions), else
-    fp16. amp_dtype fp16 or bf16 forces it.
+    fp16. amp_dtype fp16 or bf16 forces it. devices: the numbers of those that will be used.
     """
     if not amp or opt_level == "O0":
         return "fp32"
@@ -26,17 +26,19 @@ def resolve_precision(device: str, *, amp: bool, opt_level: str, amp_dtype: str)
         return _cpu_precision(amp_dtype)
     if device == "mps" and TORCH < (2, 5):
         raise DeviceUnavailableError(f"--amp on MPS requires torch 2.5 or later, this is {torch.__version__}")
-    runtime = getattr(torch, TORCH_DEVICES[device])
-    if not has_autocast(runtime):
+    if needs_apex(device):
         load_apex()
         if amp_dtype == "bf16":
             raise DeviceUnavailableError(
                 f"--amp-dtype bf16 requires torch 1.10 or later, this is {torch.__version__}; use fp16"
             )
         return "fp16"
-    has_bf16 = TORCH >= (1, 10) and getattr(runtime, "is_bf16_supported", lambda: False)()
-    if device == "gpu" and has_bf16:  # torch also counts GPUs that emulate it
-        has_bf16 = torch.cuda.get_device_capability()[0] >= 8  # Ampere
+    if device == "gpu":  # not torch.cuda.is_bf16_supported, which asks GPU 0 and counts emulation
+        ampere = all(torch.cuda.get_device_capability(index)[0] >= 8 for index in devices)
+        has_bf16 = TORCH >= (1, 10) and ampere
+    else:
+        runtime = getattr(torch, TORCH_DEVICES[device])
+        has_bf16 = TORCH >= (1, 10) and getattr(runtime, "is_bf16_supported", lambda: False)()
     if amp_dtype == "bf16" and not has_bf16:
         raise DeviceUnavailableError(f"--amp-dtype bf16: this {device} has no bf16; use --amp-dtype fp16")
     if amp_dtype != "auto":
@@ -57,7 +59,7 @@ def _cpu_precision(amp_dtype: str) -> str:
     if amp_dtype == "auto" and not _cpu_has_bf16():
         notice(
             "this CPU has no bf16 instructions, and without them bf16 is slower than fp32: --amp changes nothing here "
-            "(--amp-dtype bf16 insists)"
+            "(--amp-dtype bf16 forces it)"
         )
         return "fp32"
     return "bf16"
@@ -72,9 +74,10 @@ def _cpu_has_bf16() -> bool:
         return re.search(pattern, file.read(), re.MULTILINE) is not None
 
 
-def has_autocast(runtime: Any) -> bool:
-    """Whether torch itself has mixed precision for a device. runtime: torch.cuda, torch.npu, …"""
-    return TORCH >= (1, 10) or hasattr(getattr(runtime, "amp", None), "autocast")
+def needs_apex(device: str) -> bool:
+    """Whether this torch has no mixed precision of its own for a device: npu, gpu, mps or cpu."""
+    runtime = getattr(torch, TORCH_DEVICES[device], None)  # torch.cuda, torch.npu, …
+    return TORCH < (1, 10) and not hasattr(getattr(runtime, "amp", None), "autocast")
 
 
 def load_apex() -> Any:

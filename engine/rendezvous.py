@@ -219,7 +219,8 @@ def _name_missing(store: Any, member: Member) -> list[str]:
         if len(missing) == size:
             names.append(member.node(first))
         elif missing:
-            names.append(f"node {first // size} (of it rank {', '.join(map(str, missing))})")
+            ranks = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
+            names.append(f"{ranks} of node {first // size}")
     return names or ["a process"]  # it joins at this moment
 
 

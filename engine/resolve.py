@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the flags mean: on this machine (settled before anything starts), and for the data that was found."""
+"""What the flags mean: on this machine (resolved before anything starts), and for the data that was found."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ def resolve_flags(args: argparse.Namespace) -> Topology:
     if len(set(args.device_list)) < len(args.device_list) and args.dist_backend != "gloo":
         raise UsageError("--device-list names a device twice: processes share one only with --dist-backend gloo")
     args.precision = precision.resolve_precision(
-        args.device, amp=args.amp, opt_level=args.opt_level, amp_dtype=args.amp_dtype
+        args.device, args.device_list, amp=args.amp, opt_level=args.opt_level, amp_dtype=args.amp_dtype
     )
+    if args.loss_scale_value == "dynamic" and args.precision == "fp16" and precision.needs_apex(args.device):
+        raise UsageError("--loss-scale-value dynamic is not supported with apex: give a number")
     if args.loss_scale_value is not None and args.precision == "bf16":
         device.notice("--loss-scale-value is ignored: bf16 has the range of fp32 and needs no scale")
     device.check_torch_options(

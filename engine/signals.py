@@ -45,7 +45,7 @@ class StopSignals:
                 continue
             if not self.training:
                 if os.environ.get("LOCAL_RANK", "0") == "0":
-                    print_message("warning", "stopped on a signal; there was nothing to save")
+                    print_message("warning", "stopped by a signal; there was nothing to save")
                 exit_process(EXIT_STOPPED)
             if self.first is None:
                 self.first = time.monotonic()

@@ -35,7 +35,7 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS de
 
 
 def decoder_name() -> str:
-    """Return the JPEG decoder of training images. Pixels can differ by a grey level between the two."""
+    """Return the JPEG decoder of training images. Pixels can differ by a gray level between the two."""
     return "simplejpeg" if simplejpeg is not None else "Pillow"
 
 
@@ -91,34 +91,28 @@ def random_resized_crop(
     scale jitter. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the crop is at least that many times larger than
     the output.
     """
-    image, shape = None, _jpeg_shape(content)
-    if shape is None:
-        image = open_image(io.BytesIO(content))
-        shape = image.size
+    jpeg_size = _jpeg_size(content)
+    width, height = jpeg_size or open_image(io.BytesIO(content)).size
     if augmentation.train_scale:
-        box = random_scale_box(shape[0], shape[1], size, augmentation.train_scale, rng)
+        box = random_scale_box(width, height, size, augmentation.train_scale, rng)
     else:
-        box = random_crop_box(shape[0], shape[1], augmentation.crop_scale, rng)
+        box = random_crop_box(width, height, augmentation.crop_scale, rng)
     flip = rng.random_sample() < augmentation.hflip
     shrink = 1
     while shrink < 8 and min(box[2] - box[0], box[3] - box[1]) >= 2 * shrink * size:
         shrink *= 2
-    if image is None:
-        try:
-            pixels = simplejpeg.decode_jpeg(
-                content, "RGB", min_height=-(-shape[1] // shrink), min_width=-(-shape[0] // shrink)
-            )
-            left, top, right, bottom = (int(round(edge / shrink)) for edge in box)
-            return resize_crop(pixels, (left, top, right, bottom), size, flip)
-        except ValueError:  # Pillow reads more kinds of JPEG, and says what is wrong
-            image = open_image(io.BytesIO(content))
+    pixels = None if jpeg_size is None else _decode_jpeg(content, width, height, shrink)
+    if pixels is not None:
+        left, top, right, bottom = (int(round(edge / shrink)) for edge in box)
+        return resize_crop(pixels, (left, top, right, bottom), size, flip)
+    image = open_image(io.BytesIO(content))
     if shrink > 1:
-        image.draft(None, (shape[0] // shrink, shape[1] // shrink))  # does nothing for other formats than JPEG
-    x, y = image.width / shape[0], image.height / shape[1]
+        image.draft(None, (width // shrink, height // shrink))  # does nothing for other formats than JPEG
+    x, y = image.width / width, image.height / height
     return _pillow_resize_crop(to_rgb(image), (box[0] * x, box[1] * y, box[2] * x, box[3] * y), size, flip)
 
 
-def _jpeg_shape(content: bytes) -> tuple[int, int] | None:
+def _jpeg_size(content: bytes) -> tuple[int, int] | None:
     """(width, height) of a JPEG that simplejpeg can decode to RGB, else None."""
     if simplejpeg is None:
         return None
@@ -127,6 +121,14 @@ def _jpeg_shape(content: bytes) -> tuple[int, int] | None:
     except ValueError:
         return None
     return (width, height) if colorspace in ("YCbCr", "Gray") and width * height <= MAX_PIXELS else None
+
+
+def _decode_jpeg(content: bytes, width: int, height: int, shrink: int) -> np.ndarray | None:
+    """(H, W, 3) uint8 pixels of a JPEG at 1/shrink of its size; None if simplejpeg cannot: Pillow then says why."""
+    try:
+        return simplejpeg.decode_jpeg(content, "RGB", min_height=-(-height // shrink), min_width=-(-width // shrink))
+    except ValueError:
+        return None
 
 
 def random_crop_box(
@@ -169,7 +171,7 @@ def _pillow_resize_crop(image: Any, box: tuple[float, ...], size: int, flip: boo
 
 
 def _torch_resize_crop(pixels: np.ndarray, box: tuple[int, ...], size: int, flip: bool) -> np.ndarray:
-    """The same by torch, faster; the mean difference from Pillow's BILINEAR is 0.03 grey levels."""
+    """The same by torch, faster; the mean difference from Pillow's BILINEAR is 0.03 gray levels."""
     left, top, right, bottom = box
     # The batch dimension comes before the slicing, so that torch sees channels last: it then writes channels last too,
     # which saves 0.17 ms per image.

@@ -23,7 +23,7 @@ usage() {
 usage: bash test/$(basename "$0") --data_path=DIR [options]
   --data_path=DIR        folder with train/ and val/, or CIFAR-10
   --batch_size=N         images per step on this node             ($batch_size)
-  --workers=N            DataLoader workers on this node          (the cores left)
+  --workers=N            DataLoader workers on this node          (the cores that the processes leave)
   --epochs=N             epochs                                   ($epochs)
   --device=NAME          npu, gpu or cpu                          (the first that works)
   --device_id=N          the card of a one-card run               (ASCEND_DEVICE_ID, else 0)
@@ -157,7 +157,7 @@ publish_checkpoints() {
     done
 }
 
-# What the group in the pattern matches in the log for the last time; empty if it never does.
+# Prints the last match of the pattern's group in the log; empty if there is none.
 last_match() { # pattern
     sed -n "s|.*$1.*|\1|p" "$log" | tail -n 1
 }

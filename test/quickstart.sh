@@ -25,14 +25,19 @@ output=test/output/quickstart
 mkdir -p "$output"
 amp=(--amp)
 if ! python_can "$python" 'import torch; torch.autocast'; then amp=(); fi # torch before 1.10 has none on a CPU
+report=(--report "$output/page")
+if ! python_can "$python" 'import matplotlib'; then
+    report=()
+    echo "=> matplotlib is not installed: no curves and no evaluation page"
+fi
 # tee -i: Ctrl-C stops the training, which saves, and not the log.
 "$python" -u main.py "${amp[@]}" --output-dir "$output" "$@" 2>&1 | tee -i "$output/train.log"
 
-"$python" main.py "${amp[@]}" "${evaluation[@]}" --evaluate --resume "$output/model_best.pth.tar" --report "$output/page" \
+"$python" main.py "${amp[@]}" "${evaluation[@]}" --evaluate --resume "$output/model_best.pth.tar" "${report[@]}" \
     --output-dir "$output" >"$output/evaluate.log"
 accuracy=$(sed -n 's/.*\[AVG-ACC\] \* Acc@1 \([0-9.]*\).*/\1/p' "$output/evaluate.log" | tail -n 1)
 echo
 printf 'Validation accuracy: %.2f%%\n' "$accuracy"
 echo "Next, in $repository:"
-echo "  open $output/page/index.html in a browser"
+if [ ${#report[@]} -gt 0 ]; then echo "  open $output/page/index.html in a browser"; fi
 echo "  ${python#"$repository"/} predict.py IMAGE --checkpoint $output/model_best.pth.tar"

@@ -432,7 +432,7 @@ try_slurm() {
 }
 
 late_and_completed() { # job
-    scontrol show job "$1" | grep -q 'JobState=COMPLETED' && grep -q '=> waiting for .* (of it rank 1) has not joined' "$scratch/slurm/log.late" &&
+    scontrol show job "$1" | grep -q 'JobState=COMPLETED' && grep -q '=> waiting for .*rank 1 of node .* has not joined' "$scratch/slurm/log.late" &&
         grep -q '^Epoch: \[0\]\[ *5/' "$scratch/slurm/log.late"
 }
 

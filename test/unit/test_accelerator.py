@@ -92,6 +92,20 @@ def test_a_step_on_a_gpu_copies_its_batch_there_and_reads_nothing_back(
     assert training.state.step == 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_an_npu_fuses_sgd_for_the_precisions_that_its_optimizer_takes(monkeypatch: Any, dtype: torch.dtype) -> None:
+    monkeypatch.setitem(sys.modules, "torch_npu", SimpleNamespace(optim=SimpleNamespace(NpuFusedSGD=FusedSGD)))
+    accelerator = Accelerator("cpu")
+    accelerator.type = "npu"
+    groups = [{"params": [torch.zeros(2, dtype=dtype, requires_grad=True)]}]
+    optimizer = accelerator._build_sgd(groups, lr=0.1, momentum=0.9, weight_decay=0.0)
+    assert isinstance(optimizer, FusedSGD) == (dtype != torch.bfloat16)
+
+
+class FusedSGD(torch.optim.SGD):
+    """A stand-in for torch_npu.optim.NpuFusedSGD, which raises TypeError for bf16."""
+
+
 # Stands in for Ascend's apex.amp, and scales for real.
 APEX_AMP = """
 import contextlib
@@ -112,30 +126,37 @@ def scale_loss(loss, optimizer):
 """
 STEP_WITH_APEX = """
 import json
+import sys
 import engine.accelerator
 from apex import amp
 import torch
-engine.accelerator.has_autocast = lambda runtime: False
+engine.accelerator.needs_apex = lambda device: True
 accelerator = engine.accelerator.Accelerator("cpu", precision="fp16", opt_level="O2")
-network = torch.nn.Linear(2, 1, bias=False)
-scaler = accelerator.prepare_training(network, lr=0.5, momentum=0.9, weight_decay=0.0, loss_scale=8.0)
-before = network.weight.detach().clone()
+network = torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.Linear(1, 1))
+options = {"no_bias_decay": sys.argv[1] == "True", "loss_scale": 8.0}
+scaler = accelerator.prepare_training(network, lr=0.5, momentum=0.9, weight_decay=0.0, **options)
+network[1].weight.data.fill_(1)
+before = [parameter.detach().clone() for parameter in network.parameters()]
 with accelerator.autocast():
     loss = network(torch.tensor([[1.0, 3.0]])).sum()
 scaler.backward(loss)
 scaler.step()
-print(json.dumps([amp.calls, (before - network.weight.detach()).tolist()]))
+change = [(old - new.detach()).flatten().tolist() for old, new in zip(before, network.parameters())]
+masters = [id(master) == id(parameter) for master, parameter in zip(scaler.master_weights, network.parameters())]
+print(json.dumps([amp.calls, change[0], masters]))
 """
 
 
-def test_apex_is_called_as_it_documents_and_leaves_unscaled_gradients(tmp_path: Any) -> None:
+@pytest.mark.parametrize("no_bias_decay", [False, True])
+def test_apex_is_called_as_it_documents_and_leaves_unscaled_gradients(tmp_path: Any, no_bias_decay: bool) -> None:
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("")
     (tmp_path / "apex" / "amp.py").write_text(textwrap.dedent(APEX_AMP))
     path = os.pathsep.join([REPOSITORY, str(tmp_path)])
-    calls, change = json.loads(run_python(STEP_WITH_APEX, PYTHONPATH=path)[-1])
+    calls, change, masters = json.loads(run_python(STEP_WITH_APEX, str(no_bias_decay), PYTHONPATH=path)[-1])
     assert calls == [{"opt_level": "O2", "loss_scale": 8.0, "verbosity": 0}]
-    assert change == [[pytest.approx(0.5), pytest.approx(1.5)]]
+    assert change == [pytest.approx(0.5), pytest.approx(1.5)]
+    assert masters == [True] * 4  # in the model's order, though apex lists them by parameter group
 
 
 # --- precision --------------------------------------------------------------------------------------------------------

@@ -86,6 +86,8 @@ def test_images_vary_with_their_generator_alone_and_torchs_generator_is_left_as_
     assert all(result.shape == (48, 48, 3) and result.dtype == np.uint8 for result in varied)
     assert np.array_equal(varied[0], varied[4])
     assert len({result.tobytes() for result in varied}) > 2
+    if "auto_augment" in options:
+        assert augment.transforms[0].interpolation.value == "bilinear"  # as in torchvision's references
     if "random_erasing" in options:
         erased = (varied[0] != image).any(2)
         assert 0.02 <= erased.mean() <= 0.33 and set(map(tuple, varied[0][erased].tolist())) == {(124, 116, 104)}

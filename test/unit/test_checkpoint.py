@@ -173,7 +173,7 @@ def test_the_counts_of_an_epoch_continue_on_the_main_process_alone():
 
 def test_an_ema_that_starts_or_ends_at_a_resume_is_logged(capsys):
     Run(ema=True).resume(Run(ema=False).train(2).checkpoint())
-    assert "=> the checkpoint has no EMA weights: the average starts here" in capsys.readouterr().out
+    assert "=> the checkpoint has no EMA weights: the EMA starts from the current weights" in capsys.readouterr().out
     Run(ema=False).resume(Run(ema=True).train(2).checkpoint())
     assert "=> the EMA weights of the checkpoint are dropped" in capsys.readouterr().out
 
@@ -202,7 +202,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_both_values():
     run = Run().train(2)
     checkpoint = run.checkpoint()
     check_resumable(checkpoint, run.info, evaluate=False)
-    with pytest.raises(UsageError, match="is of vgg16, this run of vgg19: use --arch vgg16"):
+    with pytest.raises(UsageError, match="holds vgg16, this run uses vgg19: use --arch vgg16"):
         check_resumable(checkpoint, Run(arch="vgg19").info, evaluate=False)
     with pytest.raises(UsageError, match="number 1 is 'b' in the checkpoint and 'x' in the data"):
         check_resumable(checkpoint, Run(classes=["a", "x", "c", "d"]).info, evaluate=False)

@@ -106,6 +106,15 @@ def test_predictions_are_the_ones_that_accuracy_counts() -> None:
     assert set(predictions.predicted[40:]) == {-1}  # images of another process
 
 
+def test_the_mean_loss_of_a_few_steps_is_exact_late_in_an_epoch() -> None:
+    counter = AccuracyCounter(torch.device("cpu"))
+    counter.load([1280000, 0, 0, 1280000 * 6.9])
+    earlier = counter.read()
+    for _ in range(10):
+        counter.update(torch.tensor(256 * 6.9), torch.zeros(256, 10), torch.zeros(256, dtype=torch.int64))
+    assert counter.read().since(earlier).loss == pytest.approx(6.9, abs=1e-6)
+
+
 @pytest.fixture
 def clock(monkeypatch: Any) -> list[float]:
     """A clock to set: [seconds]."""

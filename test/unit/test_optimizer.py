@@ -101,7 +101,7 @@ def test_ten_skipped_steps_in_a_row_have_diverged() -> None:
         step(built, factor)
     built.scaler.check_finite(19)
     step(built, math.nan)
-    with pytest.raises(DivergedError, match="10 steps in a row were not finite, by step 20"):
+    with pytest.raises(DivergedError, match=r"10 steps in a row were not finite \(found at step 20\)"):
         built.scaler.check_finite(20)
 
 
@@ -127,6 +127,13 @@ def test_the_dynamic_scale_halves_on_overflow_and_doubles_after_2000_good_steps(
     step(built)
     assert built.scaler.state_dict()["loss_scale"] == 65536
     assert built.scaler.state_dict()["good_steps"] == 0
+
+
+def test_a_dynamic_scale_starts_anew_after_a_run_without_one() -> None:
+    for loss_scale in (1.0, 8.0):
+        built = build(loss_scale="dynamic")
+        built.scaler.load_state_dict(build(loss_scale=loss_scale).scaler.state_dict())
+        assert built.scaler.state_dict()["loss_scale"] == 65536
 
 
 def test_a_dynamic_scale_resumes_bit_for_bit() -> None:

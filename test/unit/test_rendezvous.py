@@ -91,7 +91,7 @@ def test_a_missing_process_of_a_node_that_is_there_is_named():
             return 0 if key in ("rank 1", "rank 2", "rank 3") else 1
 
     member = rendezvous.Member(rank=0, world_size=6, local_rank=0, local_world_size=2, timeout=1)
-    assert rendezvous._name_missing(Store(), member) == ["node 0 (of it rank 1)", "node 1 (ranks 2 to 3)"]
+    assert rendezvous._name_missing(Store(), member) == ["rank 1 of node 0", "node 1 (ranks 2 to 3)"]
 
 
 def test_a_process_that_does_not_come_is_named_at_the_end(url):
