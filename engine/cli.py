@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 import os
 import re
@@ -38,6 +39,9 @@ class OneLineParser(argparse.ArgumentParser):
         message = re.sub(r"^argument ", "", message)
         message = re.sub(r": ignored explicit argument (.*)$", r" takes no value, got \1", message)
         message = re.sub(r"^\[Errno \d+\] (.*): '(.*)'$", r"@\2: \1", message)
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        for flag in difflib.get_close_matches(unknown[1], self._option_string_actions, n=1) if unknown else []:
+            message += f" (did you mean {flag}?)"
         self.exit(EXIT_USAGE, f"{self.prog}: error: {message}; see python {self.prog} --help\n")
         raise AssertionError("unreachable: exit() raises SystemExit")
 

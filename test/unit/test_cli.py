@@ -51,6 +51,9 @@ def test_a_file_in_another_encoding_is_one_line(tmp_path: Any, capsys: Any) -> N
     "words, message",
     [
         (["@/no/such/file"], "error: @/no/such/file: No such file or directory;"),
+        (["--batch_size", "8"], "unrecognized arguments: --batch_size (did you mean --batch-size?);"),
+        (["--num-workers=8"], "unrecognized arguments: --num-workers=8 (did you mean --workers?);"),
+        (["--foo", "1"], "unrecognized arguments: --foo;"),
         (["--resume", ""], "--resume: expected a path, got an empty string"),
         (["--color-shift=1"], "--color-shift takes no value, got '1'"),
         (["--image-size", "99999"], "--image-size must be at least 32 and at most 4096, got 99999"),
