@@ -20,6 +20,7 @@ import os
 import warnings
 from typing import Any, Iterator, Sequence
 
+import engine  # noqa: F401  sets variables that torch reads when it is imported
 import vgg
 from engine.accelerator import onnx_export_options
 from engine.checkpoint import save_safetensors

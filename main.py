@@ -19,6 +19,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, Callable, Iterator, Sequence
 
+import engine  # noqa: F401  sets variables that torch reads when it is imported
 import vgg
 from engine import resolve
 from engine.accelerator import Accelerator
@@ -500,11 +501,11 @@ def main_worker(args: argparse.Namespace, report: Callable[[str], None]) -> int:
         )
         logger = Logger(args.output_dir, prints=group.local_rank == 0, writes=group.rank == 0)
         code = run_job(args, Runtime(group, accelerator, logger, stop))
+        logger.close()
+        group.close()
     except Exception as error:
         group.fail(error)
         raise
-    logger.close()
-    group.close()
     return code
 
 

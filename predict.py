@@ -20,6 +20,7 @@ import os
 import sys
 from typing import NamedTuple, Sequence
 
+import engine  # noqa: F401  sets variables that torch reads when it is imported
 import vgg
 from engine import device
 from engine.accelerator import Accelerator

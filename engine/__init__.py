@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """How the scripts in the folder above work. Each file holds one idea; none of them imports a script.
 
-Importing this package sets variables that torch reads when it is imported, so import it before torch.
+Importing this package sets variables that torch reads when it is imported, so a script imports it first of all.
 """
 
 import os

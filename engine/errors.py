@@ -71,8 +71,12 @@ def first_line(error: Exception) -> str:
 
 
 def print_message(kind: str, text: str) -> None:
-    """Print one line on stderr as the script that runs: `main.py: error: …`. kind: error or warning."""
-    print(f"{os.path.basename(sys.argv[0])}: {kind}: {text}", file=sys.stderr, flush=True)
+    """Print one line on stderr as the script that runs: `main.py: error: …`. kind: error or warning.
+
+    It never fails: what a run does next must not depend on whether its message can still be printed.
+    """
+    with contextlib.suppress(OSError):  # a full disk, or a reader that is gone (`| tee` at Ctrl-C)
+        print(f"{os.path.basename(sys.argv[0])}: {kind}: {text}", file=sys.stderr, flush=True)
 
 
 _temporary_folders: list[tuple[int, str]] = []  # (the process that made it, path)

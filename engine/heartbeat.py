@@ -106,8 +106,10 @@ class Heartbeat:
 
     def _end(self, rank: int) -> None:
         if not self.stopped.is_set() and not self.failed:
-            self.report(
-                f"rank {rank} is unreachable (exited, suspended or disconnected), so rank {self.rank} exits; the last "
-                "checkpoint is intact"
-            )
-            exit_process(EXIT_FAILURE)
+            try:
+                self.report(
+                    f"rank {rank} is unreachable (exited, suspended or disconnected), so rank {self.rank} exits; the "
+                    "last checkpoint is intact"
+                )
+            finally:
+                exit_process(EXIT_FAILURE)

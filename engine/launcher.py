@@ -213,7 +213,8 @@ def _wait_for(children: list[Any], receivers: list[Any], first_rank: int) -> int
     first = next((report for report in causes if report.code is not None), None) or next(iter(causes + reports), None)
     if first is not None:
         if "\n" in first.text:
-            sys.stderr.write(first.text)
+            with contextlib.suppress(OSError):
+                sys.stderr.write(first.text)
         else:
             print_message("error", first.text)
         code = first.code or code

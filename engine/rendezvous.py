@@ -122,11 +122,12 @@ class _Waiting:
             if self.member.local_rank == 0:
                 missing, nodes = find_missing(), -(-self.member.world_size // self.member.local_world_size)
                 verb = "has" if len(missing) == 1 else "have"
-                print(
-                    f"=> waiting for {len(missing)} of {nodes} nodes: {', '.join(missing)} {verb} not joined, "
-                    f"{waited:.0f} s of {timeout:.0f} s",
-                    flush=True,
-                )
+                with contextlib.suppress(OSError):  # nobody reads it any more
+                    print(
+                        f"=> waiting for {len(missing)} of {nodes} nodes: {', '.join(missing)} {verb} not joined, "
+                        f"{waited:.0f} s of {timeout:.0f} s",
+                        flush=True,
+                    )
 
 
 def _seconds(seconds: float) -> datetime.timedelta:

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from typing import Any
 
 from engine import device
@@ -11,7 +14,7 @@ from engine.errors import DeviceUnavailableError
 from engine.flags import parse_args
 from engine.resolve import resolve_flags
 from engine.versions import TORCH
-from helpers.program import run_python
+from helpers.program import REPOSITORY, run_python
 
 import pytest
 import torch
@@ -67,6 +70,32 @@ def test_a_run_on_one_device_says_which_of_several_it_uses() -> None:
     lines = run_python(RESOLVE_ON_NPU, "fp16")
     assert lines[0].startswith("=> 8 devices, and this is a one-device run: using number 0;")
     assert lines[1] == "npu [0] hccl fp32 1"
+
+
+BROKEN_TORCH_NPU = """
+raise ImportError("libascendcl.so: cannot open shared object file")
+"""
+
+
+@pytest.mark.skipif(TORCH < (2, 5), reason="torch before 2.5 loads no backend by itself")
+@pytest.mark.parametrize("script", ["main.py", "predict.py", "export.py"])
+def test_torch_npu_without_cann_does_not_keep_a_script_from_starting(tmp_path: Any, script: str) -> None:
+    (tmp_path / "torch_npu.py").write_text(BROKEN_TORCH_NPU)
+    (tmp_path / "torch_npu-1.0.dist-info").mkdir()
+    (tmp_path / "torch_npu-1.0.dist-info" / "METADATA").write_text("Name: torch_npu\nVersion: 1.0\n")
+    (tmp_path / "torch_npu-1.0.dist-info" / "entry_points.txt").write_text(
+        "[torch.backends]\ntorch_npu = torch_npu:load\n"
+    )
+    # Without the variable, which the tests' own environment has.
+    env = {key: value for key, value in os.environ.items() if key != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
+    env["PYTHONPATH"] = str(tmp_path)
+
+    def imports(code: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "-c", code], env=env, cwd=REPOSITORY, capture_output=True, text=True)
+
+    assert "libascendcl.so" in imports("import torch").stderr
+    result = imports(f"import {script[:-3]}, torch; print(torch.ones(2).sum())")
+    assert result.stdout == "tensor(2.)\n", result.stderr
 
 
 # --- devices ----------------------------------------------------------------------------------------------------------

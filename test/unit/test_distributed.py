@@ -10,7 +10,7 @@ import textwrap
 import time
 
 from engine.launcher import free_port
-from helpers.program import environment, start_main, wait_for_line
+from helpers.program import environment, run, start_main, wait_for_line
 
 import pytest
 
@@ -158,3 +158,21 @@ def test_a_rank_that_dies_or_stalls_ends_the_others_within_a_minute(folder, tmp_
     finally:
         children[1].kill()
         children[1].communicate()
+
+
+def test_a_process_that_lost_another_exits_even_if_it_cannot_say_so():
+    code = """
+        import threading
+        from engine.heartbeat import Heartbeat
+
+        def report(text):
+            raise OSError("no space left on the disk")
+
+        heartbeat = object.__new__(Heartbeat)
+        heartbeat.rank, heartbeat.failed, heartbeat.report, heartbeat.stopped = 1, False, report, threading.Event()
+        threading.Thread(target=heartbeat._end, args=(0,)).start()
+        threading.Event().wait(60)
+    """
+    begin = time.monotonic()
+    assert run(sys.executable, "-c", textwrap.dedent(code)).code == 1
+    assert time.monotonic() - begin < 30

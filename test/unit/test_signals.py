@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from typing import Any
 
 from helpers.program import environment, run
 
@@ -25,10 +26,10 @@ print("stopping", flush=True)
 """
 
 
-def start(training: bool, then: str = "") -> subprocess.Popen:
+def start(training: bool, then: str = "", stderr: Any = None) -> subprocess.Popen:
     code = WAIT.format(training=training, then=then)
     process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, universal_newlines=True, env=environment()
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=stderr, universal_newlines=True, env=environment()
     )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     return process
@@ -41,8 +42,11 @@ def test_a_signal_sets_the_flag_while_training(number):
     assert process.communicate(timeout=30)[0] == "stopping\n" and process.returncode == 0
 
 
-def test_a_signal_before_training_exits_at_once_with_75():
-    process = start(training=False)
+@pytest.mark.parametrize("stderr", [os.devnull, "/dev/full"])
+def test_a_signal_before_training_exits_at_once_with_75(stderr):
+    """Also if its message cannot be printed, as on a full disk."""
+    with open(stderr, "w") as file:
+        process = start(training=False, stderr=file)
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=30)[0] == "" and process.returncode == 75
 
