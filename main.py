@@ -31,7 +31,6 @@ from engine.checkpoint import (
     TrainState,
     build_checkpoint,
     check_resumable,
-    find_checkpoint,
     load_pretrained,
     load_weights,
     log_changes,
@@ -49,10 +48,10 @@ from engine.loader import Batch, BatchLoader, Loader, SyntheticLoader, watch_wor
 from engine.logger import Logger, ProgressMeter
 from engine.metrics import AccuracyCounter, Predictions, Throughput, Totals, cross_entropy, zero_unless_finite
 from engine.optimizer import LossScaler, ModelEma
-from engine.pretrained import read_pretrained
 from engine.run_info import log_run_info, program_checksum, versions, write_args
 from engine.sampler import ResumableBatchSampler
 from engine.signals import StopSignals
+from engine.start import read_start
 from engine.transforms import decoder_name
 from engine.views import ViewAverage
 
@@ -357,7 +356,7 @@ def train(
         save(args, runtime, training, best=best, final=last)
         if validates:
             runtime.logger.curves()
-    if val_loader is not None:
+    if val_loader is not None and group.rank == 0:
         runtime.logger.line(f"=> best Acc@1 {state.best_acc1:.3f}: {os.path.join(args.output_dir, BEST)}")
     return 0
 
@@ -395,14 +394,7 @@ def run_job(args: argparse.Namespace, runtime: Runtime) -> int:
     group, accelerator, logger = runtime.group, runtime.accelerator, runtime.logger
     others = {"the JPEG decoder": decoder_name(), "the program's SHA-256": program_checksum()}
     check_same_flags(group, {**resolve.shared_flags(args), **others})
-    checkpoint = pretrained = None
-    if group.rank == 0:
-        checkpoint = find_checkpoint(args.resume, args.auto_resume, args.output_dir, logger)
-        if checkpoint is None and args.pretrained:
-            pretrained = read_pretrained(args.pretrained, args.arch or resolve.DEFAULT_ARCH)
-    checkpoint, pretrained = group.broadcast((checkpoint, pretrained))
-    if args.evaluate and checkpoint is None:  # --evaluate treats both alike
-        checkpoint = pretrained
+    checkpoint, pretrained = read_start(args, group, logger)
     resolve.resolve_from_checkpoint(args, checkpoint)
     train_set, val_set = build_datasets(args, runtime)
     classes = val_set.classes if val_set is not None else [str(number) for number in range(1000)]
@@ -428,6 +420,7 @@ def run_job(args: argparse.Namespace, runtime: Runtime) -> int:
         return evaluate(args, runtime, network, normalize, val_set, checkpoint)
 
     training = build_training(network, info, normalize, args, runtime)
+    group.before_exit(training.writer.finish)
     state = training.state
     if checkpoint is not None:
         restore(checkpoint, state, training.counter, training.scaler, training.ema, group.rank)

@@ -20,7 +20,7 @@ from engine.transforms import decoder_name
 
 import torch
 
-LATEST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
+LATEST, BEST, PREVIOUS = "checkpoint.pth.tar", "model_best.pth.tar", "checkpoint.pth.tar.previous"
 # Optional entries that describe the weights, and their types.
 METADATA: dict[str, type] = {"arch": str, "classes": list, "preprocessing": dict, "val_split": float}
 
@@ -128,7 +128,7 @@ def load_safetensors(path: str) -> dict[str, Any]:
     return {"state_dict": weights, **info}
 
 
-# --- finding and reading ----------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------
 
 
 def load_checkpoint(path: str) -> dict[str, Any]:
@@ -138,32 +138,6 @@ def load_checkpoint(path: str) -> dict[str, Any]:
         raise CheckpointError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
     # Another program's value of that name is not ours.
     return {key: value for key, value in checkpoint.items() if isinstance(value, METADATA.get(key, object))}
-
-
-def find_checkpoint(resume: str | None, auto_resume: bool, folder: str, logger: Logger) -> dict[str, Any] | None:
-    """Return the checkpoint to continue from, or None for a fresh start.
-
-    resume: a file. auto_resume: take the newest intact checkpoint in `folder`. Raises CheckpointError.
-    """
-    if resume:
-        logger.line(f"=> resuming from '{resume}'")
-        return load_checkpoint(resume)
-    if not auto_resume:
-        return None
-    corrupt = None
-    for name in (LATEST, f"{LATEST}.previous"):
-        path = os.path.join(folder, name)
-        if os.path.exists(path):
-            try:
-                checkpoint = load_checkpoint(path)
-                logger.line(f"=> resuming from '{path}'")
-                return checkpoint
-            except CheckpointError as error:
-                corrupt = error
-                logger.warning(f"{error}; trying the one before it")
-    if corrupt is not None:
-        raise corrupt  # never a silent fresh start
-    return None
 
 
 def model_weights(checkpoint: dict[str, Any], path: str, *, ema: bool = True) -> dict[str, torch.Tensor]:

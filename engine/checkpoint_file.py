@@ -13,22 +13,26 @@ before 1.6.
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
 import hashlib
 import io
 import os
 import shutil
 import struct
 import threading
+import time
 import zipfile
 from typing import IO, Any, Callable
 
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, UsageError
 from engine.safe_pickle import CarriesCodeError, Storages, load_tensors
 
 import numpy as np
 import torch
 
 CHECKSUM_MARK = b"sha256:"
+LOCK_SECONDS, FINISH_SECONDS = 30, 20
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle in a file written by torch < 1.6
 
 
@@ -50,7 +54,7 @@ class CheckpointWriter:
     def save(self, state: Any, path: str, also: str | None = None) -> None:
         """Start to write a state of tensors and plain values to `path`, and link the finished file to `also`.
 
-        Call `wait` first for the save before. If a save fails, the file that was there stays.
+        Call `wait` first for the save before. If a save fails, an intact file stays at `path`.
         """
         assert self._thread is None, "wait() for the save before"
         self._buffer.seek(0)
@@ -63,9 +67,7 @@ class CheckpointWriter:
     def _write(self, path: str, also: str | None) -> None:
         try:
             with self._buffer.getbuffer() as content:
-                _write(content, path)
-            if also is not None:
-                link(path, also)
+                _write(content, path, also)
         except Exception as error:  # in a thread: only wait() can tell
             self._error = error
 
@@ -76,6 +78,11 @@ class CheckpointWriter:
         error, self._thread, self._error = self._error, None, None
         return error
 
+    def finish(self) -> None:
+        """Give the last save some seconds to reach the disk, before this process ends."""
+        if self._thread is not None:
+            self._thread.join(timeout=FINISH_SECONDS)
+
     def wait_or_warn(self, warn: Callable[[str], None]) -> None:
         """Wait until the last save is on the disk; warn if it failed."""
         error = self.wait()
@@ -83,7 +90,7 @@ class CheckpointWriter:
             warn(f"{self._path}: checkpoint not saved ({error})")
 
 
-def _write(content: memoryview, path: str) -> None:
+def _write(content: memoryview, path: str, also: str | None) -> None:
     comment = CHECKSUM_MARK + hashlib.sha256(content).hexdigest().encode()
     temporary = f"{path}.tmp"
     try:
@@ -94,7 +101,12 @@ def _write(content: memoryview, path: str) -> None:
             os.fsync(file.fileno())
         if os.path.exists(path):
             link(path, f"{path}.previous")
-        os.replace(temporary, path)
+        try:
+            # First, so that a run killed in between finds the older `path`, repeats the epoch and links again.
+            if also is not None:
+                link(temporary, also)
+        finally:
+            os.replace(temporary, path)
     except BaseException:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -127,8 +139,33 @@ def _flush_folder(path: str) -> None:
     folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
     try:
         os.fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot flush a folder
+            raise
     finally:
         os.close(folder)
+
+
+def lock_folder(folder: str) -> None:
+    """Keep other runs from saving in a folder, until this process ends. Raises UsageError if another run saves there.
+
+    It waits half a minute, for a run that is just ending. Does nothing where the file system has no locks.
+    """
+    file = os.open(os.path.join(folder, ".lock"), os.O_RDWR | os.O_CREAT, 0o666)
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by DataLoader workers, unlike flock
+            return
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return
+            if time.monotonic() > deadline:
+                raise UsageError(
+                    f"--output-dir {folder}: another run saves its checkpoints there; wait until it ends, or choose "
+                    "another folder"
+                ) from error
+        time.sleep(0.5)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

@@ -23,8 +23,8 @@ OUT_OF_MEMORY = getattr(torch.cuda, "OutOfMemoryError", ())  # a RuntimeError of
 
 
 class ProcessGroup:
-    """This process among the others of its job; all methods except fail are collective: every process
-    must call them.
+    """This process among the others of its job; all methods except fail and before_exit are
+    collective: every process must call them.
 
     RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE come from the launcher (ours, torchrun, Slurm). Control goes over
     gloo, whatever backend the gradients use, so that a decision never waits for a device.
@@ -138,6 +138,11 @@ class ProcessGroup:
                 buffer.copy_(value)
 
     # --- the end ---
+
+    def before_exit(self, callback: Callable[[], None]) -> None:
+        """Have a function called before this process exits because another is unreachable. Not collective."""
+        if self.heartbeat is not None:
+            self.heartbeat.before_exit = callback
 
     def fail(self, error: Exception) -> None:
         """Tell the other processes that this one has failed. Ends the process if a lost peer is the reason.

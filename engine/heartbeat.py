@@ -24,6 +24,9 @@ class Heartbeat:
         host, port: the store.
         job: separates this job's keys from those of an earlier attempt in the same store (torchrun restarts).
         report: called with the one line that says which rank is unreachable.
+
+    Attributes:
+        before_exit: called before this process exits because another is unreachable.
     """
 
     INTERVAL, PATIENCE = 3, 30  # seconds
@@ -36,6 +39,7 @@ class Heartbeat:
         timeout = datetime.timedelta(seconds=self.CONNECT_SECONDS)
         self.store = dist.PrefixStore(job, dist.TCPStore(host, port, 1, False, timeout))
         self.rank, self.world_size, self.report = rank, world_size, report
+        self.before_exit: Callable[[], None] = lambda: None
         self.patience = self.PATIENCE
         self.last_answer = time.monotonic()  # of the store
         self.failed = False  # whether this process itself has failed
@@ -111,5 +115,6 @@ class Heartbeat:
                     f"rank {rank} is unreachable (exited, suspended or disconnected), so rank {self.rank} exits; the "
                     "last checkpoint is intact"
                 )
+                self.before_exit()
             finally:
                 exit_process(EXIT_FAILURE)

@@ -35,7 +35,7 @@ from engine.signals import STOP_SIGNALS, die_with_parent
 
 MULTI_NODE_PORT = 59629
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-GRACE_SECONDS = 10  # before the others are killed, once one process has failed or stopped
+GRACE_SECONDS = 30  # before the others are killed, once one process has failed or stopped: they may be saving
 
 Worker = Callable[[argparse.Namespace, Callable[[str], None]], int]
 

@@ -15,6 +15,7 @@ from engine.cli import check_file, check_folder
 from engine.datasets import ImageDataset, ImageFolder, is_split, preprocessing_of
 from engine.errors import UsageError
 from engine.launcher import Topology, resolve_topology, under_torchrun
+from engine.start import DEFAULT_ARCH
 from engine.transforms import default_scale
 
 
@@ -94,7 +95,6 @@ def shared_flags(args: argparse.Namespace) -> dict[str, Any]:
 # Flags that change the pixels of training images.
 AUGMENTATION = ["crop_scale", "train_scale", "hflip", "color_shift"]
 AUGMENTATION += ["auto_augment", "random_erasing", "mixup", "cutmix"]
-DEFAULT_ARCH = "vgg16"
 
 
 def checkpoint_name(args: argparse.Namespace) -> str:

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What a checkpoint holds, how one is found, and what continues from it."""
+"""What a checkpoint holds, and what continues from it."""
 
 import vgg
 from engine.accelerator import Accelerator
 from engine.checkpoint import (
-    LATEST,
     ModelInfo,
     TrainState,
     build_checkpoint,
     check_resumable,
-    find_checkpoint,
     load_checkpoint,
     load_pretrained,
     load_weights,
@@ -217,38 +215,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_both_values():
     check_resumable({**checkpoint, "step_in_epoch": 0}, other, evaluate=False)  # between epochs it may change
 
 
-# --- finding a checkpoint ---------------------------------------------------------------------------------------------
-
-
-def test_auto_resume_takes_the_newest_intact_checkpoint(tmp_path, logger, capsys):
-    assert find_checkpoint(None, True, str(tmp_path), logger) is None
-    path = tmp_path / LATEST
-    for epoch in (1, 2):
-        save({"epoch": epoch}, path)
-    assert find_checkpoint(None, True, str(tmp_path), logger) == {"epoch": 2}
-    assert find_checkpoint(None, False, str(tmp_path), logger) is None
-    assert capsys.readouterr().out == f"=> resuming from '{path}'\n"
-    path.write_bytes(path.read_bytes()[:-9])
-    assert find_checkpoint(None, True, str(tmp_path), logger) == {"epoch": 1}
-    printed = capsys.readouterr()
-    assert printed.out == f"=> resuming from '{path}.previous'\n"
-    assert f"warning: {path}: corrupt" in printed.err and "trying the one before it" in printed.err
-
-
-def test_auto_resume_never_starts_afresh_over_corrupt_checkpoints(tmp_path, logger):
-    for name in (LATEST, f"{LATEST}.previous"):
-        (tmp_path / name).write_bytes(b"corrupt")
-    with pytest.raises(CheckpointError, match="corrupt, or not a checkpoint"):
-        find_checkpoint(None, True, str(tmp_path), logger)
-
-
-def test_a_checkpoint_that_was_asked_for_must_be_intact(tmp_path, logger):
-    path = save({"epoch": 1}, tmp_path / "x")
-    assert find_checkpoint(path, True, str(tmp_path), logger) == {"epoch": 1}
-    (tmp_path / "x").write_bytes(b"corrupt")
-    save({"epoch": 2}, tmp_path / LATEST)
-    with pytest.raises(CheckpointError, match="x: corrupt"):
-        find_checkpoint(path, True, str(tmp_path), logger)
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_file_of_something_else_is_no_checkpoint(tmp_path):

@@ -1,20 +1,25 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Checkpoint files: what is saved is loaded, anything else is named, and an intact file exists at every moment."""
 
+import errno
 import io
 import os
 import pickle
+import stat
 import struct
+import subprocess
 import sys
 import tarfile
+import threading
 import zipfile
 from collections import OrderedDict
 
-from engine.checkpoint_file import CheckpointWriter, link, load
-from engine.errors import CheckpointError
+from engine import checkpoint_file
+from engine.checkpoint_file import CheckpointWriter, link, load, lock_folder
+from engine.errors import CheckpointError, UsageError
 from engine.versions import TORCH
 from helpers import strace
-from helpers.program import run
+from helpers.program import environment, run
 
 import pytest
 import torch
@@ -278,6 +283,50 @@ def test_a_rename_that_fails_leaves_no_temporary_file_then_or_at_the_next_save(t
     assert sorted(os.listdir(str(tmp_path))) == ["x", "x.previous"]
 
 
+def test_a_best_file_that_cannot_be_written_does_not_cost_the_checkpoint(tmp_path):
+    path, also = str(tmp_path / "x"), str(tmp_path / "no folder" / "best")
+    writer = CheckpointWriter()
+    writer.save({"epoch": 1}, path, also)
+    assert isinstance(writer.wait(), FileNotFoundError)
+    assert load(path) == {"epoch": 1}
+
+
+def test_a_file_system_that_cannot_flush_a_folder_keeps_every_save(tmp_path, monkeypatch):
+    path, flush = str(tmp_path / "x"), os.fsync
+
+    def refuse_folders(file):
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(file)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    for epoch in (1, 2, 3):
+        save({"epoch": epoch}, path, f"{path}.best")
+    assert [load(path + ending)["epoch"] for ending in ("", ".previous", ".best")] == [3, 2, 3]
+
+
+LOCK = """
+import sys, time
+from engine.checkpoint_file import lock_folder
+lock_folder(sys.argv[1])
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+def test_two_runs_do_not_save_in_one_folder(tmp_path, monkeypatch):
+    command = [sys.executable, "-c", LOCK, str(tmp_path)]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, universal_newlines=True, env=environment())
+    assert other.stdout.readline() == "locked\n"
+    monkeypatch.setattr(checkpoint_file, "LOCK_SECONDS", 1)
+    with pytest.raises(UsageError, match="another run saves its checkpoints there"):
+        lock_folder(str(tmp_path))
+    monkeypatch.setattr(checkpoint_file, "LOCK_SECONDS", 30)
+    threading.Timer(1, other.kill).start()
+    lock_folder(str(tmp_path))  # waits for a run that is just ending
+    other.wait()
+
+
 SAVE = """
 import sys
 from engine.checkpoint_file import CheckpointWriter
@@ -305,7 +354,7 @@ def test_a_kill_at_any_system_call_of_a_save_leaves_an_intact_checkpoint(tmp_pat
             words = strace.inject(call, strace.checkpoint_paths(path), "signal=KILL", nth)
             result = run(*words, sys.executable, "-c", SAVE, path)
             found[call, nth] = load(path)["epoch"]
-            assert load(f"{path}.best")["epoch"] in (1, 2)
+            assert load(f"{path}.best")["epoch"] in (found[call, nth], 2)  # the best of a saved epoch is there too
             assert load(f"{path}.previous")["epoch"] in (0, 1)
             if result.code == 0:  # there is no nth call
                 assert found[call, nth] == 2 and load(f"{path}.best")["epoch"] == 2
