@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Callable
 
 import vgg
 from engine.checkpoint_file import load
@@ -21,8 +21,34 @@ from engine.transforms import decoder_name
 import torch
 
 LATEST, BEST, PREVIOUS = "checkpoint.pth.tar", "model_best.pth.tar", "checkpoint.pth.tar.previous"
-# Optional entries that describe the weights, and their types.
-METADATA: dict[str, type] = {"arch": str, "classes": list, "preprocessing": dict, "val_split": float}
+
+
+def _is_preprocessing(value: Any) -> bool:
+    """Whether its image size, mean and standard deviation, as far as they are there, can be used."""
+    if not isinstance(value, dict):
+        return False
+    size, colors = value.get("image_size", 224), [value[name] for name in ("mean", "std") if name in value]
+    numbers = [
+        isinstance(color, (list, tuple)) and [isinstance(part, (int, float)) for part in color] for color in colors
+    ]
+    return isinstance(size, int) and size > 0 and all(number == [True] * 3 for number in numbers)
+
+
+def _is_batch(value: Any) -> bool:
+    names = ("batch_size", "accum_steps", "images_per_step")
+    counts = [value.get(name) for name in names] if isinstance(value, dict) else [None]
+    return value == {} or all(isinstance(count, int) and count > 0 for count in counts)
+
+
+# Optional entries, and what makes their value ours: another program's value of that name is left out.
+METADATA: dict[str, Callable[[Any], bool]] = {
+    "arch": lambda value: isinstance(value, str),
+    "classes": lambda value: isinstance(value, list),
+    "preprocessing": _is_preprocessing,
+    "val_split": lambda value: isinstance(value, float),
+    "identity": lambda value: isinstance(value, dict),
+    "batch": _is_batch,
+}
 
 
 @dataclass
@@ -51,9 +77,7 @@ class ModelInfo:
     preprocessing: dict[str, Any]  # image_size, crop, mean, std: for predict.py and export.py
     world_size: int
     val_split: float | None = None  # --val-split
-    identity: dict[str, Any] = field(
-        default_factory=dict
-    )  # must agree to resume within an epoch, except "global batch"
+    identity: dict[str, Any] = field(default_factory=dict)  # must agree within an epoch, except "global batch"
     batch: dict[str, int] = field(default_factory=dict)  # see keep_images_per_step
     decoder: str = field(default_factory=decoder_name)  # of the training images
 
@@ -120,15 +144,15 @@ def load_safetensors(path: str) -> dict[str, Any]:
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: corrupt, or not a safetensors file ({first_line(error)})") from error
     info: dict[str, Any] = {}
-    for key, kind in METADATA.items():
+    for key, is_ours in METADATA.items():
         with contextlib.suppress(KeyError, ValueError):
             value = json.loads(metadata[key])
-            if isinstance(value, kind):
+            if is_ours(value):
                 info[key] = value
     return {"state_dict": weights, **info}
 
 
-# --- reading ----------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def load_checkpoint(path: str) -> dict[str, Any]:
@@ -136,8 +160,7 @@ def load_checkpoint(path: str) -> dict[str, Any]:
     checkpoint = load_safetensors(path) if path.endswith(".safetensors") else load(path)
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
-    # Another program's value of that name is not ours.
-    return {key: value for key, value in checkpoint.items() if isinstance(value, METADATA.get(key, object))}
+    return {key: value for key, value in checkpoint.items() if key not in METADATA or METADATA[key](value)}
 
 
 def model_weights(checkpoint: dict[str, Any], path: str, *, ema: bool = True) -> dict[str, torch.Tensor]:
@@ -159,11 +182,7 @@ def load_weights(network: vgg.VGG, weights: dict[str, torch.Tensor], path: str) 
     problem = vgg.describe_mismatch(weights, network)
     if problem:
         found, wanted = vgg.architecture_of(weights), vgg.architecture_of(network.state_dict())
-        advice = (
-            "check --arch and the number of classes"
-            if found == wanted
-            else f"its architecture is {found}, not {wanted}"
-        )
+        advice = "check --arch and the number of classes" if found == wanted else f"it holds {found}, not {wanted}"
         raise UsageError(f"{path}: {problem}; {advice}")
     network.load_state_dict(weights, strict=False)
 
@@ -238,9 +257,11 @@ def restore(
         images = state.step_in_epoch * _images_per_step(checkpoint)  # older checkpoints do not say it
         state.images_in_epoch = int(checkpoint.get("images_in_epoch", images))
         state.step, state.best_acc1 = int(checkpoint.get("step", 0)), float(checkpoint.get("best_acc1", 0.0))
+        if min(state.epoch, state.step_in_epoch, state.images_in_epoch, state.step) < 0:
+            raise ValueError("its progress is negative")
         if state.step_in_epoch and rank == 0:  # the counts are sums over all processes
             counter.load(checkpoint["counts"])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, OverflowError) as error:
         raise UsageError(
             f"training cannot continue from this checkpoint ({type(error).__name__}: {error}); --pretrained "
             "takes its weights alone"

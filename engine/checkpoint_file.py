@@ -188,7 +188,10 @@ def load(path: str) -> Any:
             file.seek(0)
             return _read_legacy(file, size)
     except CarriesCodeError as error:
-        raise CheckpointError(f"{path}: refused, it carries code ({error}); nothing in it was run") from error
+        raise CheckpointError(
+            f"{path}: refused, it carries code ({error}); nothing in it was run; if you trust it, load it with torch "
+            "and save its state_dict alone"
+        ) from error
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
     except MemoryError as error:

@@ -52,8 +52,7 @@ class ProcessGroup:
     def _connect(self, backend: str, met: Rendezvous, report: Callable[[str], None]) -> None:
         """Create torch's groups. A rank that dies now is found by the heartbeat; torch would wait for half an hour."""
         try:
-            if met.master is not None:
-                self.heartbeat = Heartbeat(*met.master, self.rank, self.world_size, met.job, report)
+            self.heartbeat = Heartbeat(*met.master, self.rank, self.world_size, met.job, report)
             # The processes of a node may wait for hours while one of them checks a million images.
             patience = datetime.timedelta(days=1)
             options: dict[str, Any] = {"timeout": patience} if backend == "gloo" else {}
@@ -247,7 +246,10 @@ def check_same_parameters(group: ProcessGroup, model: nn.Module) -> None:
 
 
 def parameter_checksum(model: nn.Module) -> float:
-    """Return a number that tells two sets of parameters apart by a single bit. One synchronization."""
+    """Return a number that tells two sets of parameters apart by a single bit (before torch 1.7: nearly always).
+
+    One synchronization.
+    """
     total: Any = 0
     for position, parameter in enumerate(model.parameters()):
         if TORCH >= (1, 7):

@@ -111,7 +111,7 @@ def _load(path: str, root: str) -> FolderIndex | None:
         if len(content) != 16 * header["count"] + 8 + header["bytes"]:
             return None
         offsets, labels, names = np.split(content, [header["count"] * 8 + 8, header["count"] * 16 + 8])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, or damaged
         return None
     return FolderIndex(root, header, offsets.view(np.int64), labels.view(np.int64), names)
 
@@ -127,6 +127,8 @@ def _write(path: str, header: dict[str, Any], offsets: np.ndarray, labels: np.nd
             file.write(line)
             for array in (offsets, labels, names):
                 file.write(array.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         os.remove(temporary)

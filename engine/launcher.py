@@ -66,8 +66,9 @@ def resolve_topology(
     world_size and rank count nodes with multiprocessing_distributed, processes without. devices: number to use here.
     """
     if under_torchrun():
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        nodes, node_rank = int(os.environ["WORLD_SIZE"]) // processes, int(os.environ["RANK"]) // processes
+        _variable("LOCAL_RANK", 0)  # read by each process
+        processes = _variable("LOCAL_WORLD_SIZE", 1) if "LOCAL_WORLD_SIZE" in os.environ else 1
+        nodes, node_rank = _variable("WORLD_SIZE", 1) // processes, _variable("RANK", 0) // processes
         return Topology(nodes, node_rank, processes, dist_url or "env://", spawn=False)
     nodes = max(1, world_size)
     if nodes == 1:
@@ -80,19 +81,31 @@ def resolve_topology(
     return Topology(nodes, rank, processes, _rendezvous_url(dist_url, addr, nodes), spawn=multiprocessing_distributed)
 
 
+def _variable(name: str, at_least: int) -> int:
+    """Return a variable that torchrun sets. Raises UsageError."""
+    text = os.environ.get(name, "")
+    if not text.isdigit() or int(text) < at_least:
+        raise UsageError(
+            f"the variable {name} must be at least {at_least}, got {text!r}: torchrun sets it, or unset it"
+        )
+    return int(text)
+
+
 def _rendezvous_url(dist_url: str | None, addr: str, nodes: int) -> str:
     """Return --dist-url, else one of --addr, with a free port on one node and 59629 on several."""
     host, port = addr, None
     if dist_url:
         match = re.match(r"^tcp://(\[[^\]]+\]|[^:/]+)(?::(\d+))?/?$", dist_url)
         if match is None:
-            if dist_url.startswith(("env://", "file://")):
+            if dist_url.startswith("env://"):
                 return dist_url
-            raise UsageError(f"--dist-url: expected tcp://HOST:PORT, env:// or file://PATH, got {dist_url}")
+            raise UsageError(f"--dist-url: expected tcp://HOST:PORT or env://, got {dist_url}")
         # The reference's scripts pass a loopback URL and the real address beside it.
         given = match.group(1).strip("[]")
         host = addr if given in LOOPBACK and addr not in LOOPBACK else given
         port = match.group(2)
+        if port is not None and not 1 <= int(port) <= 65535:
+            raise UsageError(f"--dist-url: expected a port from 1 to 65535, got {port}")
     if port is None:
         port = str(free_port() if nodes == 1 else MULTI_NODE_PORT)
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"

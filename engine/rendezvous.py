@@ -6,11 +6,13 @@ What cannot work fails immediately: a duplicate rank, different world sizes, a p
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import datetime
 import errno
 import os
 import socket
+import threading
 import time
 from dataclasses import dataclass
 from typing import Any, Callable
@@ -47,50 +49,45 @@ class Rendezvous:
     """Where the processes have met."""
 
     store: Any  # of torch.distributed; closes with this object, and rank 0's serves all processes
-    master: tuple[str, int] | None  # host and port of the store
+    master: tuple[str, int]  # host and port of the store
     job: str  # prefix of this attempt's keys
 
 
 def rendezvous(url: str, member: Member) -> Rendezvous:
     """Wait until all processes have joined. Raises RendezvousError.
 
-    url: tcp://HOST:PORT, env:// (MASTER_ADDR and MASTER_PORT) or file://PATH.
+    url: tcp://HOST:PORT or env:// (MASTER_ADDR and MASTER_PORT).
     """
     address = url
     if url == "env://":
-        host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-        if not (host and port):
+        host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+        if not (host and port.isdigit()):
             raise RendezvousError("--dist-url env:// requires MASTER_ADDR and MASTER_PORT, as torchrun sets them")
         address = f"tcp://{host}:{port}"
+    host, _, port = address[len("tcp://") :].rstrip("/").rpartition(":")
+    master = host.strip("[]"), int(port)
     # torchrun holds the store itself. It outlives a restart, with what the earlier processes wrote.
     agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     job = f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT'] if agent_store else 0}"
     waiting = _Waiting(address, member)
     rank, world_size = member.rank, member.world_size
-    master: tuple[str, int] | None = None
     while True:
         try:
-            if not address.startswith("tcp://"):
-                store, _, _ = next(dist.rendezvous(url, rank, world_size, timeout=_seconds(member.timeout)))
+            is_host = rank == 0 and not agent_store
+            if is_host and url != "env://" and not _is_own_address(master[0]):
+                is_host = False  # if rank 0 is there, this process is a second one, and _check_in says so
+                _await_rank_0(master, address)
+            elif is_host:
+                _check_port(master[1], address)
             else:
-                host, _, port = address[len("tcp://") :].rstrip("/").rpartition(":")
-                master = host.strip("[]"), int(port)
-                is_host = rank == 0 and not agent_store
-                if is_host and url != "env://" and not _is_own_address(master[0]):
-                    is_host = False  # if rank 0 is there, this process is a second one, and _check_in says so
-                    _await_rank_0(master, address)
-                elif is_host:
-                    _check_port(master[1], address)
-                else:
-                    _await_store(master, waiting)
-                # World size 1: otherwise TCPStore blocks until all have joined, and logs nothing.
-                store = dist.TCPStore(*master, 1, is_host, _seconds(STORE_SECONDS))
-            store = dist.PrefixStore(job, store)
+                _await_store(master, waiting)
+            store = dist.PrefixStore(job, _open_store(master, is_host, waiting))
             _check_in(store, address, member, waiting)
             return Rendezvous(store, master, job)
         except (RuntimeError, OSError, ValueError) as error:
-            if isinstance(error, RuntimeError) and rank != 0 and master is not None and not waiting.is_over():
+            if isinstance(error, RuntimeError) and rank != 0 and not waiting.is_over():
                 time.sleep(POLL_SECONDS)  # rank 0 was restarted while others were missing: meet it again
+                waiting.check(lambda: [member.node(0)])
                 continue
             raise RendezvousError(
                 f"{address}: rendezvous failed for rank {rank} of {world_size} ({first_line(error)}); check --addr, "
@@ -128,10 +125,6 @@ class _Waiting:
                         f"{waited:.0f} s of {timeout:.0f} s",
                         flush=True,
                     )
-
-
-def _seconds(seconds: float) -> datetime.timedelta:
-    return datetime.timedelta(seconds=seconds)
 
 
 def _check_port(port: int, address: str) -> None:
@@ -183,13 +176,32 @@ def _await_store(master: tuple[str, int], waiting: _Waiting) -> None:
         time.sleep(POLL_SECONDS)
 
 
+def _open_store(master: tuple[str, int], is_host: bool, waiting: _Waiting) -> Any:
+    """Return rank 0's store, or create it. Raises RendezvousError if something else answers on that port."""
+    opened: concurrent.futures.Future = concurrent.futures.Future()
+
+    def open_store() -> None:  # in a thread: torch waits without end for an answer
+        try:
+            # World size 1: otherwise TCPStore blocks until all have joined, and logs nothing.
+            opened.set_result(dist.TCPStore(*master, 1, is_host, datetime.timedelta(seconds=STORE_SECONDS)))
+        except Exception as error:
+            opened.set_exception(error)
+
+    threading.Thread(target=open_store, daemon=True).start()
+    while True:
+        try:
+            return opened.result(timeout=POLL_SECONDS)
+        except concurrent.futures.TimeoutError:
+            waiting.check(lambda: [waiting.member.node(0)])
+
+
 def _check_in(store: Any, address: str, member: Member, waiting: _Waiting) -> None:
     """Claim this process's rank in the store, and wait until every rank is claimed. Raises RendezvousError."""
     if store.add("joined first", 1) == 1:
         store.set("world size", str(member.world_size))
     expected = int(store.get("world size").decode())
     if expected != member.world_size:
-        sizes = f"{member.world_size} here, {expected} elsewhere"
+        sizes = f"{member.world_size} on rank {member.rank}, {expected} on the first to join"
         _fail_all(store, f"{address}: the nodes have different world sizes: {sizes}", member)
     if store.add(f"rank {member.rank}", 1) == 1:
         store.add("joined", 1)

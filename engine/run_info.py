@@ -103,7 +103,7 @@ def program_checksum() -> str:
 
 
 def git_commit() -> str | None:
-    """Return the commit of this program, None outside a clone."""
+    """Return the commit of the clone that this program is in, else None."""
     command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
     try:
         finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)

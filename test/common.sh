@@ -51,7 +51,7 @@ absolute() { # path, relative to the caller's folder
 }
 
 data_path='' workers='' device='' device_id=${ASCEND_DEVICE_ID:-0} device_list='' opt_level='' resume=''
-output='' nnodes=1 node_rank=0 local_addr='' master_addr=127.0.0.1 master_port=59629 rendezvous_timeout=600 launcher=spawn
+output='' moved='' nnodes=1 node_rank=0 local_addr='' master_addr=127.0.0.1 master_port=59629 rendezvous_timeout=600 launcher=spawn
 
 parse_options() { # the script's arguments
     local option name value
@@ -109,6 +109,7 @@ choose_interface() {
     if [ -z "$local_addr" ]; then return; fi
     export HCCL_IF_IP=$local_addr
     local interface
+    command -v ip >/dev/null || fail "--local_addr requires the command ip (on Debian: apt-get install iproute2)"
     interface=$(ip -o addr show 2>/dev/null |
         awk -v address="$local_addr" '{ split($4, part, "/"); if (part[1] == address) print $2 }' | head -n 1) || true
     [ -n "$interface" ] ||
@@ -122,7 +123,7 @@ move_aside() { # path
     local stamp number=1
     stamp=$(date +%Y%m%d-%H%M%S)
     while [ -e "$1.$stamp.$number" ]; do number=$((number + 1)); done
-    mv "$1" "$1.$stamp.$number"
+    mv "$1" "$1.$stamp.$number" || return 1
     printf '%s' "$1.$stamp.$number"
 }
 
@@ -135,10 +136,12 @@ make_output() {
     local default
     default=$(output_folder)
     output=$(absolute "${output:-$repository/${default/ID/$device_id}}")
-    case $PWD/ in "$output"/*) fail "--output=$output must not contain the current folder" ;; esac
+    local used
+    for used in "$PWD" "$repository" "$data_path"; do # it is moved aside as a whole
+        case $used/ in "$output"/*) fail "--output=$output must not contain $used" ;; esac
+    done
     # A node that rejoins a torchrun job continues in its folder. CASE.log exists only if the run has finished.
     if [ "$launcher" = torchrun ] && [ -d "$output" ] && [ ! -e "$output/$case_name.log" ]; then return; fi
-    local moved
     moved=$(move_aside "$output")
     if [ -n "$moved" ]; then # a checkpoint in that folder was moved with it
         case $resume in "$output"/*) resume=$moved/${resume#"$output"/} ;; esac
@@ -150,9 +153,10 @@ make_output() {
 publish_checkpoints() {
     local name
     for name in checkpoint.pth.tar model_best.pth.tar; do
-        if [ -f "$output/$name" ] && [ "$output" != "$repository" ]; then
-            move_aside "$repository/$name" >/dev/null
-            ln "$output/$name" "$repository/$name" 2>/dev/null || cp "$output/$name" "$repository/$name"
+        if [ ! -f "$output/$name" ]; then continue; fi
+        if ! { move_aside "$repository/$name" >/dev/null &&
+            { ln "$output/$name" "$repository/$name" 2>/dev/null || cp "$output/$name" "$repository/$name"; }; }; then
+            echo "$(basename "$0"): warning: cannot write $repository/$name; the checkpoint is in $output" >&2
         fi
     done
 }
@@ -194,7 +198,7 @@ code_under_torchrun() { # number of lines that the log had before this run
 build_command() {
     launch=("$python" -u)
     flags=(--data "$data_path" --seed 49 --epochs "$epochs" -b "$batch_size" --lr "$learning_rate"
-        --amp --opt-level "$opt_level" --addr "$master_addr" --output-dir "$output" "${recipe[@]}")
+        --amp --opt-level "$opt_level" --addr "$master_addr" --output-dir "$output" ${recipe[@]+"${recipe[@]}"})
     if [ -n "$workers" ]; then flags+=(--workers "$workers"); fi
     if [ -n "$device" ]; then flags+=(--device "$device"); fi
     if [ -n "$resume" ]; then flags+=(--resume "$resume"); fi
@@ -222,6 +226,7 @@ run_main() {
     trap 'stopped=yes; if [ -n "${child:-}" ]; then kill -TERM "$child" 2>/dev/null || true; fi' TERM INT USR1
     "${launch[@]}" "$repository/main.py" "${flags[@]}" >>"$log" 2>&1 &
     child=$!
+    if [ -n "$stopped" ]; then kill -TERM "$child" 2>/dev/null || true; fi # the signal came before there was a child
     code=0
     wait "$child" || code=$?
     while [ -n "$stopped" ]; do # the signal interrupted `wait`; main.py is still running
@@ -234,6 +239,11 @@ run_main() {
 
 exit_with_end_of_log() {
     tail -n 20 "$log" >&2
+    if [ "$code" -eq 2 ] && [ -n "$moved" ] && [ "$(ls -A "$output")" = "$(basename "$log")" ]; then
+        rm -r "$output" # nothing has run: the earlier output returns, for a command that names a checkpoint in it
+        mv "$moved" "$output"
+        exit 2
+    fi
     echo "$(basename "$0"): main.py exited with code $code; the whole log is $log" >&2
     if [ "$code" -eq 75 ] && ! grep -q '^=> stopped on a signal' "$log"; then
         echo "stopped before there was anything to save" >&2

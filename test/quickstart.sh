@@ -31,10 +31,10 @@ if ! python_can "$python" 'import matplotlib'; then
     echo "=> matplotlib is not installed: no curves and no evaluation page"
 fi
 # tee -i: Ctrl-C stops the training, which saves, and not the log.
-"$python" -u main.py "${amp[@]}" --output-dir "$output" "$@" 2>&1 | tee -i "$output/train.log"
+"$python" -u main.py ${amp[@]+"${amp[@]}"} --output-dir "$output" "$@" 2>&1 | tee -i "$output/train.log"
 
-"$python" main.py "${amp[@]}" "${evaluation[@]}" --evaluate --resume "$output/model_best.pth.tar" "${report[@]}" \
-    --output-dir "$output" >"$output/evaluate.log"
+"$python" main.py ${amp[@]+"${amp[@]}"} ${evaluation[@]+"${evaluation[@]}"} --evaluate \
+    --resume "$output/model_best.pth.tar" ${report[@]+"${report[@]}"} --output-dir "$output" >"$output/evaluate.log"
 accuracy=$(sed -n 's/.*\[AVG-ACC\] \* Acc@1 \([0-9.]*\).*/\1/p' "$output/evaluate.log" | tail -n 1)
 echo
 printf 'Validation accuracy: %.2f%%\n' "$accuracy"

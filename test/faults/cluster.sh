@@ -425,15 +425,27 @@ try_slurm() {
         test/slurm/train.sbatch "${flags[@]}" --stop-step-num 5 --output-dir "$scratch/slurm/late")
     wait_for 240 job_ended "$job" || true
     check "Slurm: a task that is 40 s late is waited for" late_and_completed "$job"
+    job=$(sbatch --parsable --partition=low --ntasks-per-node=2 --output="$log.cancelled" test/slurm/train.sbatch \
+        "${flags[@]}" --stop-step-num 900 --output-dir "$scratch/slurm/cancelled")
+    wait_for 120 grep -q '^Epoch' "$log.cancelled" || true
+    scancel "$job"
+    wait_for 60 grep -q 'checkpoint saved' "$log.cancelled" || true
+    sleep 10
+    check "Slurm: a job that is cancelled saves and is not requeued" cancelled "$job"
     if [ "$code" != 0 ]; then
         scontrol show job "$job" >&2
-        tail -n 20 "$log" "$log.late" >&2
+        tail -n 20 "$log" "$log.late" "$log.cancelled" >&2
     fi
 }
 
 late_and_completed() { # job
     scontrol show job "$1" | grep -q 'JobState=COMPLETED' && grep -q '=> waiting for .*rank 1 of node .* has not joined' "$scratch/slurm/log.late" &&
         grep -q '^Epoch: \[0\]\[ *5/' "$scratch/slurm/log.late"
+}
+
+cancelled() { # job
+    scontrol show job "$1" | grep -q 'JobState=CANCELLED' && scontrol show job "$1" | grep -q 'Restarts=0' &&
+        grep -q 'checkpoint saved' "$scratch/slurm/log.cancelled"
 }
 
 job_ended() { scontrol show job "$1" | grep -q 'JobState=\(COMPLETED\|FAILED\|CANCELLED\)'; } # job

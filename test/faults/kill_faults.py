@@ -47,8 +47,9 @@ class Fork:
         """SIGKILL to all processes."""
         os.killpg(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
+        deadline = time.monotonic() + 10  # in a container whose first process reaps nothing they stay as zombies
         with contextlib.suppress(ProcessLookupError):
-            while True:  # until the DataLoader workers are gone too
+            while time.monotonic() < deadline:  # until the DataLoader workers are gone too
                 os.killpg(self.pid, 0)
                 time.sleep(0.005)
 

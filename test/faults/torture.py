@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TEST = os.path.dirname(HERE)
@@ -58,8 +59,8 @@ def run_parts(names: list[str], scratch: str | None) -> int:
             result = "survived"
         except (SkippedError, NamespaceError) as error:
             result = f"skipped: {error}"
-        except AssertionError as error:
-            print(str(error)[-3000:], flush=True)
+        except Exception:
+            print(traceback.format_exc()[-3000:], flush=True)
             result, code = "NOT SURVIVED", 1
         finally:
             shutil.rmtree(folder, ignore_errors=True)

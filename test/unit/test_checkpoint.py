@@ -218,6 +218,36 @@ def test_a_checkpoint_of_another_run_is_refused_with_both_values():
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("arch", 5),
+        ("classes", "abc"),
+        ("preprocessing", [224]),
+        ("preprocessing", {"image_size": "abc"}),
+        ("preprocessing", {"image_size": -5}),
+        ("preprocessing", {"mean": None}),
+        ("preprocessing", {"mean": [0.5] * 3, "std": [0.5]}),
+        ("val_split", "0.1"),
+        ("identity", [1]),
+        ("batch", 256),
+        ("batch", {"batch_size": 8, "accum_steps": 1}),
+        ("batch", {"batch_size": 8, "accum_steps": 1, "images_per_step": 0}),
+    ],
+)
+def test_an_entry_that_cannot_be_ours_is_left_out(tmp_path, key, value):
+    assert load_checkpoint(save({"epoch": 1, key: value}, tmp_path / "x")) == {"epoch": 1}
+
+
+@pytest.mark.parametrize("key, value", [("epoch", -3), ("epoch", float("inf")), ("counts", [1, 2]), ("optimizer", 5)])
+def test_progress_that_makes_no_sense_is_one_line(key, value):
+    run = Run().train(2)
+    with pytest.raises(
+        UsageError, match="cannot continue from this checkpoint .* --pretrained takes its weights alone"
+    ):
+        Run().resume({**run.checkpoint(), key: value})
+
+
 def test_a_file_of_something_else_is_no_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match="x: holds a list, not a checkpoint"):
         load_checkpoint(save([1, 2], tmp_path / "x"))

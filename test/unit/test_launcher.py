@@ -65,6 +65,17 @@ def test_torchruns_variables_describe_nodes_and_processes(monkeypatch):
     assert (job.nodes, job.node_rank, job.processes, job.dist_url, job.spawn) == (3, 2, 2, "env://", False)
 
 
+@pytest.mark.parametrize("name, value", [("RANK", None), ("RANK", "x"), ("LOCAL_WORLD_SIZE", "0"), ("LOCAL_RANK", "")])
+def test_a_variable_of_torchrun_that_is_wrong_is_named(monkeypatch, name, value):
+    variables = {"LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "RANK": "0", name: value}
+    for variable, text in variables.items():
+        monkeypatch.delenv(variable, raising=False)
+        if text is not None:
+            monkeypatch.setenv(variable, text)
+    with pytest.raises(UsageError, match=f"the variable {name} must be at least"):
+        topology()
+
+
 def test_torchrun_runs_the_same_program(folder, tmp_path):
     pytest.importorskip("torch.distributed.run")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port()]

@@ -160,6 +160,41 @@ def test_earlier_output_is_moved_aside_and_its_checkpoint_is_found(clone, tmp_pa
     assert os.path.exists(moved) and moved.startswith(str(clone / "test" / "output" / "0."))
 
 
+@pytest.mark.parametrize("used", ["repository", "data", "folder"])
+def test_an_output_folder_that_holds_what_is_in_use_is_refused(clone, tmp_path, used):
+    data, folder = tmp_path / "data" / "set", tmp_path / "folder" / "below"
+    data.mkdir(parents=True)
+    folder.mkdir(parents=True)
+    output = {"repository": clone, "data": data.parent, "folder": folder.parent}[used]
+    result = bash(
+        clone, "train_full_1p", f"--data_path={data}", f"--output={output}", python=stub(tmp_path), cwd=folder
+    )
+    assert result.code == 2 and "must not contain" in result.err and len(result.err.splitlines()) == 1, result.err
+    assert clone.exists() and data.exists() and folder.exists()
+
+
+def test_a_run_that_is_refused_leaves_the_earlier_output_where_it_was(clone, tmp_path):
+    python, checkpoint = stub(tmp_path), clone / "test" / "output" / "0" / "model_best.pth.tar"
+    assert bash(clone, "train_full_1p", "--data_path=.", python=python).code == 0
+    options = ["--data_path=.", f"--resume={checkpoint}"]
+    refused = bash(clone, "train_full_1p", *options, python=python, STUB_FAILS="2", STUB_SAYS="main.py: error: wrong")
+    assert refused.code == 2 and refused.err.endswith("main.py: error: wrong\n"), refused.err
+    assert checkpoint.exists() and os.listdir(str(clone / "test" / "output")) == ["0"]
+    assert bash(clone, "train_full_1p", *options, python=python).code == 0
+
+
+def test_a_training_is_no_failure_if_its_checkpoints_cannot_be_copied(clone, tmp_path):
+    (clone / "model_best.pth.tar").write_text("of an earlier training")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "mv").write_text("#!/bin/sh\necho 'mv: read-only file system' >&2; exit 1\n")
+    (tmp_path / "bin" / "mv").chmod(0o755)
+    path = os.pathsep.join([str(tmp_path / "bin"), os.environ["PATH"]])
+    result = bash(clone, "train_full_1p", "--data_path=.", python=stub(tmp_path), PATH=path)
+    assert result.code == 0 and "Final Train Accuracy : 73.385" in result.out, result.err
+    assert "warning: cannot write" in result.err
+    assert (clone / "model_best.pth.tar").read_text() == "of an earlier training"
+
+
 @pytest.mark.parametrize(
     "options",
     [

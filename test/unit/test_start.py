@@ -110,7 +110,7 @@ def test_a_checkpoint_that_rank_0_does_not_have_is_no_fresh_start(folder: str, t
         assert node.returncode == 2 and "rank 0, which reads it, has none: give it to rank 0" in err, err
 
 
-# --- torchvision's weights -------------------------------------------------------------------------------------------
+# --- torchvision's weights --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
