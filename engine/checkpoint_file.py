@@ -151,7 +151,11 @@ def lock_folder(folder: str) -> None:
 
     It waits half a minute, for a run that is just ending. Does nothing where the file system has no locks.
     """
-    file = os.open(os.path.join(folder, ".lock"), os.O_RDWR | os.O_CREAT, 0o666)
+    path = os.path.join(folder, ".lock")
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
         try:

@@ -327,6 +327,12 @@ def test_two_runs_do_not_save_in_one_folder(tmp_path, monkeypatch):
     other.wait()
 
 
+def test_a_lock_that_cannot_be_opened_is_one_line(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(UsageError, match=r"\.lock: Is a directory"):
+        lock_folder(str(tmp_path))
+
+
 SAVE = """
 import sys
 from engine.checkpoint_file import CheckpointWriter
