@@ -22,11 +22,11 @@ from typing import Any, Iterator, Sequence
 
 import engine  # noqa: F401  sets variables that torch reads when it is imported
 import vgg
-from engine.accelerator import onnx_export_options
-from engine.checkpoint import save_safetensors
-from engine.cli import OneLineParser, nonempty_path
+from engine.checkpoints.contents import save_safetensors
+from engine.checkpoints.model import CLASSES_HELP, load_model
+from engine.device.compute import onnx_export_options
 from engine.errors import EXIT_FAILURE, UsageError, UserError, run_script
-from engine.inference import CLASSES_HELP, load_model
+from engine.options.parser import OneLineParser, nonempty_path
 
 import torch
 

@@ -21,10 +21,7 @@ from typing import Any, Callable, Iterator, Sequence
 
 import engine  # noqa: F401  sets variables that torch reads when it is imported
 import vgg
-from engine import resolve
-from engine.accelerator import Accelerator
-from engine.augmentation import BatchMixer
-from engine.checkpoint import (
+from engine.checkpoints.contents import (
     BEST,
     LATEST,
     ModelInfo,
@@ -37,23 +34,25 @@ from engine.checkpoint import (
     model_weights,
     restore,
 )
-from engine.checkpoint_file import CheckpointWriter
-from engine.datasets import EMBEDDED, ImageDataset, open_datasets
-from engine.distributed import ProcessGroup, StopVote, check_same_flags, check_same_parameters
+from engine.checkpoints.file import CheckpointWriter
+from engine.checkpoints.start import read_start
+from engine.data.augmentation import BatchMixer
+from engine.data.datasets import EMBEDDED, ImageDataset, open_datasets
+from engine.data.images import decoder_name
+from engine.data.loader import Batch, BatchLoader, Loader, ResumableBatchSampler, SyntheticLoader, watch_workers
+from engine.device.compute import ComputeDevice
+from engine.device.step import MixedPrecisionOptimizer, ModelEma
 from engine.errors import EXIT_STOPPED, SaveError, UsageError, run_script
-from engine.evaluation_files import write_evaluation
-from engine.flags import parse_args
-from engine.launcher import launch
-from engine.loader import Batch, BatchLoader, Loader, SyntheticLoader, watch_workers
-from engine.logger import Logger, ProgressMeter
-from engine.metrics import AccuracyCounter, Predictions, Throughput, Totals, cross_entropy, zero_unless_finite
-from engine.optimizer import LossScaler, ModelEma
-from engine.run_info import log_run_info, program_checksum, versions, write_args
-from engine.sampler import ResumableBatchSampler
+from engine.evaluation.files import write_evaluation
+from engine.evaluation.views import ViewAverage
+from engine.options import resolve
+from engine.options.flags import parse_args
+from engine.parallel.communicator import Communicator, StopVote, check_same_flags, check_same_parameters
+from engine.parallel.launcher import launch
+from engine.records.logger import Logger, ProgressMeter
+from engine.records.metrics import AccuracyCounter, Predictions, Throughput, Totals, cross_entropy, zero_unless_finite
+from engine.records.run_info import log_run_info, program_checksum, versions, write_args
 from engine.signals import StopSignals
-from engine.start import read_start
-from engine.transforms import decoder_name
-from engine.views import ViewAverage
 
 import torch
 
@@ -62,8 +61,8 @@ import torch
 class Runtime:
     """The services that every part of a run uses."""
 
-    group: ProcessGroup
-    accelerator: Accelerator
+    group: Communicator
+    accelerator: ComputeDevice
     logger: Logger
     stop: StopSignals
 
@@ -75,7 +74,7 @@ class Training:
     network: vgg.VGG
     model: torch.nn.Module  # the network as it is trained: wrapped by DDP, compiled
     normalize: Callable[[torch.Tensor], torch.Tensor]
-    scaler: LossScaler
+    scaler: MixedPrecisionOptimizer
     ema: ModelEma | None
     info: ModelInfo
     state: TrainState
@@ -248,7 +247,7 @@ def train_step(
 ) -> None:
     """Make one optimizer step, over args.accum_steps batches.
 
-    It synchronizes once if the optimizer cannot skip on the device (NPU, MPS, torch before 2.4); see LossScaler.
+    It synchronizes once if the optimizer cannot skip on the device (NPU, MPS, torch before 2.4).
     """
     accelerator, model, scaler, state = runtime.accelerator, training.model, training.scaler, training.state
     # Dropout depends on (seed, step, rank) alone, so that a resumed run draws the same masks.
@@ -416,7 +415,7 @@ def run_job(args: argparse.Namespace, runtime: Runtime) -> int:
         network.features.requires_grad_(False)
     normalize = accelerator.normalizer(preprocessing["mean"], preprocessing["std"])
     if args.evaluate:
-        assert val_set is not None and checkpoint is not None, "see _check_combinations in engine/flags.py"
+        assert val_set is not None and checkpoint is not None, "see _check_combinations in engine/options/flags.py"
         return evaluate(args, runtime, network, normalize, val_set, checkpoint)
 
     training = build_training(network, info, normalize, args, runtime)
@@ -482,9 +481,9 @@ def evaluate(
 def main_worker(args: argparse.Namespace, report: Callable[[str], None]) -> int:
     """Run one process of the job. Returns its exit code; raises UserError."""
     stop = StopSignals()
-    group = ProcessGroup(args.dist_backend, args.dist_url, args.rendezvous_timeout, report)
+    group = Communicator(args.dist_backend, args.dist_url, args.rendezvous_timeout, report)
     try:
-        accelerator = Accelerator(
+        accelerator = ComputeDevice(
             args.device,
             args.device_list[group.local_rank % len(args.device_list)],
             precision=args.precision,

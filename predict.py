@@ -22,16 +22,16 @@ from typing import NamedTuple, Sequence
 
 import engine  # noqa: F401  sets variables that torch reads when it is imported
 import vgg
-from engine import device
-from engine.accelerator import Accelerator
-from engine.cli import OneLineParser, check_file, nonempty_path, number
-from engine.errors import EXIT_USAGE, UsageError, UserError, exit_process, print_message, run_script
-from engine.flags import DEVICE_HELP, DEVICES
-from engine.folder_index import EXTENSIONS
-from engine.inference import CLASSES_HELP, Model, load_model
-from engine.loader import init_worker, share, unchanged
-from engine.logger import Logger
-from engine.transforms import printable, read_rgb, reason_of, resize, resize_center_crop
+from engine.checkpoints.model import CLASSES_HELP, Model, load_model
+from engine.data.folder_index import EXTENSIONS
+from engine.data.images import read_rgb, reason_of, resize, resize_center_crop
+from engine.data.loader import init_worker, share, unchanged
+from engine.device import choice as device
+from engine.device.compute import ComputeDevice
+from engine.errors import EXIT_USAGE, UsageError, UserError, exit_process, print_message, printable, run_script
+from engine.options.flags import DEVICE_HELP, DEVICES
+from engine.options.parser import OneLineParser, check_file, nonempty_path, number
+from engine.records.logger import Logger
 
 import numpy as np
 import torch
@@ -116,7 +116,7 @@ class ImageBatches:
             return error
 
 
-def load_images(paths: list[str], model: Model, batch_size: int, accelerator: Accelerator) -> DataLoader:
+def load_images(paths: list[str], model: Model, batch_size: int, accelerator: ComputeDevice) -> DataLoader:
     """Return batches of images, read by a worker per core if there is more than one batch."""
     batches = [paths[first : first + batch_size] for first in range(0, len(paths), batch_size)]
     workers = min(device.available_cores(), len(batches)) if len(batches) > 1 else 0
@@ -230,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.heatmap:
         check_heatmap(args.heatmap)
     name, count = device.resolve_device("gpu" if args.device == "cuda" else args.device)
-    accelerator = Accelerator(name, device.resolve_device_list(None, args.gpu or 0, name, count, one_device=True)[0])
+    accelerator = ComputeDevice(name, device.resolve_device_list(None, args.gpu or 0, name, count, one_device=True)[0])
     model = load_model(args.checkpoint, args.classes)
     accelerator.place(model.network.requires_grad_(False))
     normalize = accelerator.normalizer(model.mean, model.std)

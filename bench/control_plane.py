@@ -22,16 +22,16 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from engine.distributed import ProcessGroup, StopVote
 from engine.errors import exit_process
-from engine.launcher import free_port
+from engine.parallel.communicator import Communicator, StopVote
+from engine.parallel.launcher import free_port
 
 import torch
 
 KINDS = ("no vote", "vote waited for", "vote one step later")
 
 
-def run_steps(group: ProcessGroup, kind: str, steps: int, seconds: float) -> float:
+def run_steps(group: Communicator, kind: str, steps: int, seconds: float) -> float:
     """Return the milliseconds per step."""
     group.barrier()
     vote, begin = StopVote(group), time.perf_counter()
@@ -49,7 +49,7 @@ def work(url: str, args: argparse.Namespace) -> None:
     """Be one process of the job; rank 0 prints its result as JSON, then all wait to be ended."""
     torch.set_num_threads(1)
     begin = time.perf_counter()
-    group = ProcessGroup("gloo", url, timeout=600, report=lambda text: None)
+    group = Communicator("gloo", url, timeout=600, report=lambda text: None)
     met = time.perf_counter() - begin
     times: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for turn in range(args.turns + 1):

@@ -25,11 +25,10 @@ from typing import Any, Callable, Dict
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from engine.augmentation import Augmentation
-from engine.datasets import ImageFolder
-from engine.loader import BatchDataset, BatchLoader
-from engine.sampler import ResumableBatchSampler
-from engine.transforms import decoder_name
+from engine.data.augmentation import Augmentation
+from engine.data.datasets import ImageFolder
+from engine.data.images import decoder_name
+from engine.data.loader import BatchDataset, BatchLoader, ResumableBatchSampler
 
 import numpy as np
 import torch

@@ -21,9 +21,9 @@ import time
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import vgg
-from engine.accelerator import Accelerator
-from engine.checkpoint_file import CheckpointWriter
-from engine.device import resolve_device
+from engine.checkpoints.file import CheckpointWriter
+from engine.device.choice import resolve_device
+from engine.device.compute import ComputeDevice
 
 import torch
 
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--folder", default=".", help="where the file is written, and removed at the end")
     parser.add_argument("--turns", type=int, default=5, help="saves that count")
     args = parser.parse_args()
-    accelerator = Accelerator(resolve_device(args.device)[0])
+    accelerator = ComputeDevice(resolve_device(args.device)[0])
     scaler = accelerator.prepare_training(vgg.VGG("vgg16", 1000), lr=0.01, momentum=0.9, weight_decay=1e-4)
     writer = CheckpointWriter()
     stalls, saves = [], []

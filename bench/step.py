@@ -23,13 +23,12 @@ from typing import Any, Callable
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import vgg
-from engine import device as devices
-from engine.accelerator import Accelerator, keep_freed_memory
-from engine.datasets import IMAGENET_MEAN, IMAGENET_STD
-from engine.loader import SyntheticLoader
-from engine.metrics import AccuracyCounter, cross_entropy
-from engine.precision import resolve_precision
-from engine.sampler import ResumableBatchSampler
+from engine.data.datasets import IMAGENET_MEAN, IMAGENET_STD
+from engine.data.loader import ResumableBatchSampler, SyntheticLoader
+from engine.device import choice as devices
+from engine.device.choice import resolve_precision
+from engine.device.compute import ComputeDevice, keep_freed_memory
+from engine.records.metrics import AccuracyCounter, cross_entropy
 
 import torch
 
@@ -79,7 +78,7 @@ def ours(device_name: str, batch_size: int, flags: list[str]) -> Step:
     """What main.py's train_step does, from the same parts. flags: of main.py."""
     opt_level = flags[flags.index("--opt-level") + 1] if "--opt-level" in flags else "O1"
     precision = resolve_precision(device_name, [0], amp="--amp" in flags, opt_level=opt_level, amp_dtype="auto")
-    accelerator = Accelerator(device_name, precision=precision, opt_level=opt_level)
+    accelerator = ComputeDevice(device_name, precision=precision, opt_level=opt_level)
     accelerator.seed(49)
     model: torch.nn.Module = vgg.VGG("vgg16", 1000)
     scaler = accelerator.prepare_training(model, lr=0.01, momentum=0.9, weight_decay=1e-4)

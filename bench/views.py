@@ -19,11 +19,10 @@ import time
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import vgg
-from engine.accelerator import Accelerator
-from engine.datasets import IMAGENET_MEAN, IMAGENET_STD
-from engine.device import resolve_device
-from engine.precision import resolve_precision
-from engine.views import VIEWS, ViewAverage
+from engine.data.datasets import IMAGENET_MEAN, IMAGENET_STD
+from engine.device.choice import resolve_device, resolve_precision
+from engine.device.compute import ComputeDevice
+from engine.evaluation.views import VIEWS, ViewAverage
 
 import torch
 
@@ -38,7 +37,7 @@ def main() -> None:
     args = parser.parse_args()
     device, _ = resolve_device(args.device)
     precision = resolve_precision(device, [0], amp=args.amp, opt_level="O1", amp_dtype="auto")
-    accelerator = Accelerator(device, precision=precision)
+    accelerator = ComputeDevice(device, precision=precision)
     network = vgg.VGG("vgg16").eval().requires_grad_(False)
     accelerator.place(network)
     normalize = accelerator.normalizer(IMAGENET_MEAN, IMAGENET_STD)

@@ -70,6 +70,11 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def printable(path: str | bytes) -> str:
+    """Return a path as one line of valid text."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace").replace("\n", "\\n")
+
+
 def print_message(kind: str, text: str) -> None:
     """Print one line on stderr as the script that runs: `main.py: error: …`. kind: error or warning.
 

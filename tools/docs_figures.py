@@ -18,9 +18,9 @@ import tempfile
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import predict
-from engine.curves import read_events
-from engine.datasets import read_digits
-from engine.inference import load_model
+from engine.checkpoints.model import load_model
+from engine.data.datasets import read_digits
+from engine.records.curves import read_events
 
 import numpy as np
 import torch

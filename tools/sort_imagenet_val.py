@@ -18,8 +18,8 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from engine.cli import OneLineParser
 from engine.errors import UsageError, run_script
+from engine.options.parser import OneLineParser
 
 
 def classes_from_csv(path: str) -> dict[str, str]:

@@ -10,20 +10,19 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 import main
-from engine.accelerator import Accelerator
-from engine.checkpoint import TrainState
-from engine.datasets import ArrayDataset, read_digits
-from engine.distributed import ProcessGroup
+from engine.checkpoints.contents import TrainState
+from engine.data.datasets import ArrayDataset, read_digits
+from engine.data.loader import BatchLoader, ResumableBatchSampler
+from engine.device.compute import ComputeDevice
 from engine.errors import exit_process
-from engine.loader import BatchLoader
-from engine.logger import Logger
-from engine.sampler import ResumableBatchSampler
+from engine.parallel.communicator import Communicator
+from engine.records.logger import Logger
 from engine.signals import StopSignals
 
 import torch
 
-group = ProcessGroup("gloo", sys.argv[1], timeout=60, report=print)
-accelerator = Accelerator("cpu", local_world_size=group.world_size)
+group = Communicator("gloo", sys.argv[1], timeout=60, report=print)
+accelerator = ComputeDevice("cpu", local_world_size=group.world_size)
 runtime = main.Runtime(group, accelerator, Logger(prints=False, writes=False), StopSignals())
 runtime.stop.training = True
 digits = read_digits(training=False)

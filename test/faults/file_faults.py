@@ -12,9 +12,9 @@ import subprocess
 import sys
 import time
 
-from engine.checkpoint_file import CheckpointWriter, load
+from engine.checkpoints.file import CheckpointWriter, load
 from engine.errors import CheckpointError
-from engine.launcher import free_port
+from engine.parallel.launcher import free_port
 from helpers import strace
 
 import torch
@@ -35,7 +35,7 @@ from jobs import (
 
 SAVE = """
 import sys
-from engine.checkpoint_file import CheckpointWriter
+from engine.checkpoints.file import CheckpointWriter
 import torch
 
 path, step = sys.argv[1], int(sys.argv[2])

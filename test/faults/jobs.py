@@ -14,8 +14,8 @@ import sys
 import time
 from typing import Any, Iterator, Sequence
 
-from engine.checkpoint_file import load
-from engine.launcher import free_port
+from engine.checkpoints.file import load
+from engine.parallel.launcher import free_port
 from helpers import small
 
 import torch

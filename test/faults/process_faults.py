@@ -8,7 +8,7 @@ import os
 import signal
 import time
 
-from engine.launcher import free_port
+from engine.parallel.launcher import free_port
 from helpers import namespaces
 
 from jobs import (

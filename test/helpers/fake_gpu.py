@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any, Iterator
 
-from engine.optimizer import LossScaler
+from engine.device.step import MixedPrecisionOptimizer
 
 import torch
 from torch import nn
@@ -41,12 +41,12 @@ def fake_gpu(monkeypatch: Any) -> Iterator[list[torch.dtype]]:
                 copied.append(result.dtype)
             return result
 
-    def backward(scaler: LossScaler, loss: torch.Tensor) -> None:
+    def backward(scaler: MixedPrecisionOptimizer, loss: torch.Tensor) -> None:
         assert loss.device.type == "cuda" and loss.dim() == 0 and loss.dtype == torch.float32
         for weight in scaler.weights:
             weight.grad = torch.zeros_like(weight)
 
-    monkeypatch.setattr(LossScaler, "backward", backward)
+    monkeypatch.setattr(MixedPrecisionOptimizer, "backward", backward)
     monkeypatch.setattr(nn.Module, "to", lambda module, *_, **__: module)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: None)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from typing import Any
 
-from engine.checkpoint_file import load
+from engine.checkpoints.file import load
 
 import torch
 

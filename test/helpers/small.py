@@ -11,7 +11,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 
 import main
 import vgg
-from engine import accelerator
+from engine.device import compute as accelerator
 from engine.errors import run_script
 
 vgg.WIDTHS, vgg.HIDDEN = (8, 8, 16, 16, 16), 32  # at import: spawned processes import this file again

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from engine.accelerator import Accelerator
-from engine.optimizer import LossScaler
+from engine.device.compute import ComputeDevice
+from engine.device.step import MixedPrecisionOptimizer
 
 import torch
 from torch import nn
@@ -24,9 +24,9 @@ class Net(nn.Module):
 
 
 class Built(NamedTuple):
-    accelerator: Accelerator
+    accelerator: ComputeDevice
     model: nn.Module
-    scaler: LossScaler
+    scaler: MixedPrecisionOptimizer
 
 
 def build(
@@ -44,7 +44,7 @@ def build(
 
     loss_scale: in fp32 too. state_dict: weights to load, as a resumed run does, before the optimizer is built.
     """
-    accelerator = Accelerator("cpu", precision=precision, opt_level=opt_level)
+    accelerator = ComputeDevice("cpu", precision=precision, opt_level=opt_level)
     torch.manual_seed(0)
     net = Net()
     if state_dict is not None:
@@ -53,7 +53,7 @@ def build(
         net, lr=lr, momentum=momentum, weight_decay=weight_decay, clip_grad_norm=clip_grad_norm
     )
     if loss_scale is not None:
-        scaler = LossScaler(
+        scaler = MixedPrecisionOptimizer(
             net, scaler.master_weights, scaler.optimizer, loss_scale=loss_scale, clip_grad_norm=clip_grad_norm
         )
     return Built(accelerator, net, scaler)

@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any
 
-from engine.checkpoint_file import load
+from engine.checkpoints.file import load
 from helpers.program import REPOSITORY, Result, run, run_main
 
 import numpy as np

@@ -13,10 +13,10 @@ from typing import Any
 
 import main
 import vgg
-from engine.accelerator import Accelerator
-from engine.checkpoint import ModelInfo
-from engine.flags import parse_args
-from engine.logger import ProgressMeter
+from engine.checkpoints.contents import ModelInfo
+from engine.device.compute import ComputeDevice
+from engine.options.flags import parse_args
+from engine.records.logger import ProgressMeter
 from engine.versions import TORCH
 from helpers.fake_gpu import fake_gpu
 from helpers.program import MAIN, REPOSITORY, assert_same_weights, run, run_main, run_python, weights
@@ -35,9 +35,9 @@ NPU = """
 import sys
 from helpers import npu_backend
 npu = npu_backend.register(bf16=True)
-from engine.accelerator import Accelerator
+from engine.device.compute import ComputeDevice
 import torch
-accelerator = Accelerator("npu", 7, precision=sys.argv[1])
+accelerator = ComputeDevice("npu", 7, precision=sys.argv[1])
 print(accelerator.device, accelerator.memory_format, npu.calls, npu.config.allow_internal_format)
 print(accelerator.name())
 with accelerator.autocast():
@@ -75,7 +75,7 @@ def test_a_step_on_a_gpu_copies_its_batch_there_and_reads_nothing_back(
     group: Any = SimpleNamespace(rank=0, world_size=1)
     precision = "fp32" if args.opt_level == "O0" else dtype
     with fake_gpu(monkeypatch) as copied:
-        accelerator = Accelerator("gpu", precision=precision, opt_level=args.opt_level)
+        accelerator = ComputeDevice("gpu", precision=precision, opt_level=args.opt_level)
         with torch.device("cuda", 0):
             network = vgg.VGG(args.arch, 10)
         info = ModelInfo(args.arch, [str(number) for number in range(10)], {}, 1)
@@ -95,7 +95,7 @@ def test_a_step_on_a_gpu_copies_its_batch_there_and_reads_nothing_back(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_an_npu_fuses_sgd_for_the_precisions_that_its_optimizer_takes(monkeypatch: Any, dtype: torch.dtype) -> None:
     monkeypatch.setitem(sys.modules, "torch_npu", SimpleNamespace(optim=SimpleNamespace(NpuFusedSGD=FusedSGD)))
-    accelerator = Accelerator("cpu")
+    accelerator = ComputeDevice("cpu")
     accelerator.type = "npu"
     groups = [{"params": [torch.zeros(2, dtype=dtype, requires_grad=True)]}]
     optimizer = accelerator._build_sgd(groups, lr=0.1, momentum=0.9, weight_decay=0.0)
@@ -127,11 +127,11 @@ def scale_loss(loss, optimizer):
 STEP_WITH_APEX = """
 import json
 import sys
-import engine.accelerator
+import engine.device.compute
 from apex import amp
 import torch
-engine.accelerator.needs_apex = lambda device: True
-accelerator = engine.accelerator.Accelerator("cpu", precision="fp16", opt_level="O2")
+engine.device.compute.needs_apex = lambda device: True
+accelerator = engine.device.compute.ComputeDevice("cpu", precision="fp16", opt_level="O2")
 network = torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.Linear(1, 1))
 options = {"no_bias_decay": sys.argv[1] == "True", "loss_scale": 8.0}
 scaler = accelerator.prepare_training(network, lr=0.5, momentum=0.9, weight_decay=0.0, **options)
@@ -204,7 +204,7 @@ def test_o3_holds_everything_in_half_precision() -> None:
 
 
 def test_bytes_of_images_become_normalized_channels() -> None:
-    accelerator = Accelerator("cpu")
+    accelerator = ComputeDevice("cpu")
     images = torch.arange(2 * 5 * 5 * 3).view(2, 5, 5, 3).byte()
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     normalized = accelerator.normalizer(mean, std)(images)
@@ -218,7 +218,7 @@ def test_bytes_of_images_become_normalized_channels() -> None:
 def test_images_have_the_precision_of_the_weights() -> None:
     images = torch.zeros(1, 5, 5, 3, dtype=torch.uint8)
     for opt_level, dtype in (("O1", torch.float32), ("O2", torch.bfloat16), ("O3", torch.bfloat16)):
-        accelerator = Accelerator("cpu", precision="bf16", opt_level=opt_level)
+        accelerator = ComputeDevice("cpu", precision="bf16", opt_level=opt_level)
         assert accelerator.normalizer((0.5,) * 3, (0.5,) * 3)(images).dtype == dtype
 
 
@@ -241,7 +241,7 @@ def test_a_run_too_short_for_a_trace_says_so(folder: str, tmp_path: Any) -> None
 @no_gpu
 def test_batches_copied_beside_a_busy_gpu_arrive_intact() -> None:
     """Each batch is used after a matrix product that takes longer than its copy, and freed at once."""
-    accelerator = Accelerator("gpu")
+    accelerator = ComputeDevice("gpu")
     busy, sums = torch.randn(4096, 4096, device=accelerator.device), []
     for number in range(40):
         images = accelerator.to_device(torch.full((64, 224, 224, 3), number, dtype=torch.uint8).pin_memory())

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine import augmentation
-from engine.augmentation import COLOR_COMPONENTS, COLOR_DEVIATIONS, Augmentation, BatchMixer, seeded, shift_colors
+from engine.data import augmentation
+from engine.data.augmentation import COLOR_COMPONENTS, COLOR_DEVIATIONS, Augmentation, BatchMixer, seeded, shift_colors
+from engine.data.images import random_resized_crop, random_scale_box
+from engine.data.loader import ResumableBatchSampler
 from engine.errors import UsageError
-from engine.sampler import ResumableBatchSampler
-from engine.transforms import random_resized_crop, random_scale_box
 from engine.versions import TORCH
 from helpers.images import jpeg, photo
 from helpers.program import TWO, assert_same_weights, run_main, weights

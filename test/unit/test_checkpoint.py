@@ -2,8 +2,7 @@
 """What a checkpoint holds, and what continues from it."""
 
 import vgg
-from engine.accelerator import Accelerator
-from engine.checkpoint import (
+from engine.checkpoints.contents import (
     ModelInfo,
     TrainState,
     build_checkpoint,
@@ -15,11 +14,12 @@ from engine.checkpoint import (
     model_weights,
     restore,
 )
-from engine.checkpoint_file import CheckpointWriter
+from engine.checkpoints.file import CheckpointWriter
+from engine.device.compute import ComputeDevice
+from engine.device.step import ModelEma
 from engine.errors import CheckpointError, UsageError
-from engine.logger import Logger
-from engine.metrics import AccuracyCounter, Totals
-from engine.optimizer import ModelEma
+from engine.records.logger import Logger
+from engine.records.metrics import AccuracyCounter, Totals
 from helpers.program import assert_same_weights
 
 import pytest
@@ -55,7 +55,7 @@ class Run:
     def __init__(self, seed=0, ema=True, **info):
         torch.manual_seed(seed)
         self.network, self.state = SmallNet(), TrainState()
-        accelerator = Accelerator("cpu")
+        accelerator = ComputeDevice("cpu")
         self.scaler = accelerator.prepare_training(self.network, lr=0.1, momentum=0.9, weight_decay=1e-4)
         self.ema = ModelEma(self.network, self.scaler.weights, self.scaler.master_weights) if ema else None
         self.counter = AccuracyCounter(accelerator.device)

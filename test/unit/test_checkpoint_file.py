@@ -14,8 +14,8 @@ import threading
 import zipfile
 from collections import OrderedDict
 
-from engine import checkpoint_file
-from engine.checkpoint_file import CheckpointWriter, link, load, lock_folder
+from engine.checkpoints import file as checkpoint_file
+from engine.checkpoints.file import CheckpointWriter, link, load, lock_folder
 from engine.errors import CheckpointError, UsageError
 from engine.versions import TORCH
 from helpers import strace
@@ -307,7 +307,7 @@ def test_a_file_system_that_cannot_flush_a_folder_keeps_every_save(tmp_path, mon
 
 LOCK = """
 import sys, time
-from engine.checkpoint_file import lock_folder
+from engine.checkpoints.file import lock_folder
 lock_folder(sys.argv[1])
 print("locked", flush=True)
 time.sleep(60)
@@ -335,7 +335,7 @@ def test_a_lock_that_cannot_be_opened_is_one_line(tmp_path):
 
 SAVE = """
 import sys
-from engine.checkpoint_file import CheckpointWriter
+from engine.checkpoints.file import CheckpointWriter
 import torch
 
 writer = CheckpointWriter()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from engine.flags import parse_args
+from engine.options.flags import parse_args
 
 import pytest
 

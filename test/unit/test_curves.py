@@ -8,8 +8,8 @@ import json
 import os
 from typing import Any
 
-from engine import curves
-from engine.curves import PANELS, draw_confusion, draw_curves, read_events, save_curves, shorten, text_width
+from engine.records import curves
+from engine.records.curves import PANELS, draw_confusion, draw_curves, read_events, save_curves, shorten, text_width
 from helpers.program import run_main
 
 import numpy as np

@@ -4,8 +4,8 @@
 import os
 import pickle
 
-from engine.augmentation import Augmentation
-from engine.datasets import ImageFolder, check_same_classes, open_datasets, read_cifar10, read_digits
+from engine.data.augmentation import Augmentation
+from engine.data.datasets import ImageFolder, check_same_classes, open_datasets, read_cifar10, read_digits
 from engine.errors import DataError, ImageError, UsageError
 from helpers.images import make_folder, write_cifar10
 

@@ -9,10 +9,10 @@ import subprocess
 import sys
 from typing import Any
 
-from engine import device
+from engine.device import choice as device
 from engine.errors import DeviceUnavailableError
-from engine.flags import parse_args
-from engine.resolve import resolve_flags
+from engine.options.flags import parse_args
+from engine.options.resolve import resolve_flags
 from engine.versions import TORCH
 from helpers.program import REPOSITORY, run_python
 
@@ -25,8 +25,8 @@ import sys
 from helpers import npu_backend
 npu_backend.register(bf16=sys.argv[1] == "bf16")
 from engine.errors import UserError
-from engine.flags import parse_args
-from engine.resolve import resolve_flags
+from engine.options.flags import parse_args
+from engine.options.resolve import resolve_flags
 args = parse_args(sys.argv[2:])
 try:
     resolve_flags(args)

@@ -9,16 +9,16 @@ import sys
 import textwrap
 import time
 
-from engine.launcher import free_port
+from engine.parallel.launcher import free_port
 from helpers.program import environment, run, start_main, wait_for_line
 
 import pytest
 
 PREAMBLE = """
 import os, sys
-from engine import distributed
-from engine.accelerator import Accelerator
-from engine.distributed import ProcessGroup, check_same_flags, check_same_parameters
+from engine.parallel import communicator as distributed
+from engine.device.compute import ComputeDevice
+from engine.parallel.communicator import Communicator, check_same_flags, check_same_parameters
 from engine.errors import DivergedError, UsageError, exit_process
 import torch
 """
@@ -30,7 +30,7 @@ def run_group(code: str, tmp_path, world_size: int = 2) -> list[str]:
     script.write_text(
         PREAMBLE
         + textwrap.dedent(code)
-        + "\ngroup = ProcessGroup('gloo', sys.argv[1], timeout=60, report=print)"
+        + "\ngroup = Communicator('gloo', sys.argv[1], timeout=60, report=print)"
         + "\ncheck(group)\ngroup.close()\nexit_process(0)\n"
     )
     url = f"tcp://127.0.0.1:{free_port()}"
@@ -118,7 +118,7 @@ def test_a_non_finite_gradient_on_one_process_skips_the_step_on_both(tmp_path):
     outputs = run_group(
         """
         def check(group):
-            accelerator = Accelerator('cpu', local_world_size=2)
+            accelerator = ComputeDevice('cpu', local_world_size=2)
             torch.manual_seed(0)
             network = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2))
             scaler = accelerator.prepare_training(network, lr=0.1, momentum=0.9, weight_decay=1e-4)
@@ -163,7 +163,7 @@ def test_a_rank_that_dies_or_stalls_ends_the_others_within_a_minute(folder, tmp_
 def test_a_process_that_lost_another_exits_even_if_it_cannot_say_so():
     code = """
         import threading
-        from engine.heartbeat import Heartbeat
+        from engine.parallel.heartbeat import Heartbeat
 
         def report(text):
             raise OSError("no space left on the disk")

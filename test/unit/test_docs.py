@@ -12,7 +12,7 @@ import shlex
 import shutil
 import sys
 
-from engine.flags import parse_args
+from engine.options.flags import parse_args
 from engine.versions import TORCH
 from helpers.program import MAIN, REPOSITORY, run, run_python
 

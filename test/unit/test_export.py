@@ -11,9 +11,9 @@ from typing import Any
 
 import export
 import vgg
-from engine.checkpoint import load_safetensors, save_safetensors
-from engine.checkpoint_file import load
-from engine.datasets import ImageFolder
+from engine.checkpoints.contents import load_safetensors, save_safetensors
+from engine.checkpoints.file import load
+from engine.data.datasets import ImageFolder
 from engine.errors import CheckpointError, UsageError
 from helpers.program import Result, assert_same_weights, run_main
 from helpers.trained import CLASSES, FLAGS, PRETRAINED, expected_predictions, run_script, train_classifier

@@ -3,8 +3,8 @@
 
 import os
 
-from engine import folder_index
-from engine.folder_index import open_index
+from engine.data import folder_index
+from engine.data.folder_index import open_index
 from helpers.images import jpeg, make_folder, photo
 
 import pytest

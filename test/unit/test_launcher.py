@@ -9,9 +9,9 @@ import signal
 import sys
 import time
 
-from engine import launcher
 from engine.errors import UsageError
-from engine.launcher import Report, free_port, resolve_topology
+from engine.parallel import launcher
+from engine.parallel.launcher import Report, free_port, resolve_topology
 from helpers.program import (
     SMALL_MAIN,
     TWO,
@@ -189,7 +189,7 @@ def test_the_cause_of_a_failure_is_reported_and_not_its_consequences(capsys, end
 
 BIG_REPORT = """
 import argparse, sys
-from engine.launcher import Topology, launch
+from engine.parallel.launcher import Topology, launch
 
 def worker(args, report):
     raise ValueError("图" * 100000)

@@ -8,12 +8,11 @@ import subprocess
 import sys
 import traceback
 
-from engine.accelerator import Accelerator
-from engine.augmentation import Augmentation
-from engine.datasets import ImageFolder
+from engine.data.augmentation import Augmentation
+from engine.data.datasets import ImageFolder
+from engine.data.loader import BatchDataset, BatchLoader, ResumableBatchSampler, seed_augmentation, watch_workers
+from engine.device.compute import ComputeDevice
 from engine.errors import EXIT_FAILURE, ImageError, LoaderWorkerError
-from engine.loader import BatchDataset, BatchLoader, watch_workers
-from engine.sampler import ResumableBatchSampler, seed_augmentation
 from helpers.program import environment, is_alive, run
 
 import numpy as np
@@ -37,7 +36,7 @@ def make_loader(dataset, local_batch, workers, *, training, seed=0, rank=0, worl
     sampler = ResumableBatchSampler(
         len(dataset), local_batch, rank=rank, world_size=world_size, shuffle=shuffle, seed=seed, epochs=epochs
     )
-    options = Accelerator("cpu").loader_options(workers)
+    options = ComputeDevice("cpu").loader_options(workers)
     augmentation = Augmentation() if training else None
     return BatchLoader(dataset, sampler, 48, augmentation=augmentation, seed=seed, options=options)
 
@@ -117,17 +116,17 @@ def test_an_unreadable_image_is_an_error_that_names_it(tmp_path, workers, traini
 # Two workers, and an iterator that is still there when Python shuts down, as in any program.
 START = """
 import os, signal, sys
-from engine.accelerator import Accelerator
-from engine.augmentation import Augmentation
-from engine.datasets import ImageFolder
+from engine.device.compute import ComputeDevice
+from engine.data.augmentation import Augmentation
+from engine.data.datasets import ImageFolder
 from engine.errors import run_script
-from engine.loader import BatchLoader, watch_workers
-from engine.sampler import ResumableBatchSampler
+from engine.data.loader import BatchLoader, watch_workers
+from engine.data.loader import ResumableBatchSampler
 
 dataset = ImageFolder(sys.argv[1])
 sampler = ResumableBatchSampler(len(dataset), 2, rank=0, world_size=1, shuffle=True, epochs=100)
 loader = BatchLoader(
-    dataset, sampler, 48, augmentation=Augmentation(), options=Accelerator("cpu").loader_options(2)
+    dataset, sampler, 48, augmentation=Augmentation(), options=ComputeDevice("cpu").loader_options(2)
 )
 batches = iter(loader)
 for _ in range(3):

@@ -12,9 +12,9 @@ import sys
 import types
 from typing import Any
 
-from engine import logger as logger_module
-from engine.logger import Logger, ProgressMeter
-from engine.metrics import Totals
+from engine.records import logger as logger_module
+from engine.records.logger import Logger, ProgressMeter
+from engine.records.metrics import Totals
 from helpers.program import SMALL_MAIN, environment, events
 
 import pytest

@@ -13,13 +13,13 @@ import sys
 
 import main
 import vgg
-from engine.checkpoint_file import load
-from engine.datasets import preprocessing_of, read_digits
+from engine.checkpoints.file import load
+from engine.data.datasets import preprocessing_of, read_digits
+from engine.data.images import decoder_name
 from engine.errors import UserError
-from engine.flags import parse_args
-from engine.launcher import free_port
-from engine.resolve import keep_images_per_step, resolve_preprocessing
-from engine.transforms import decoder_name
+from engine.options.flags import parse_args
+from engine.options.resolve import keep_images_per_step, resolve_preprocessing
+from engine.parallel.launcher import free_port
 from engine.versions import TORCH
 from helpers.images import make_folder, write_cifar10
 from helpers.program import MAIN, TWO, assert_same_weights, events, run, run_main, start_main, wait_for_line, weights

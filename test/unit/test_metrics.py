@@ -6,8 +6,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from engine import metrics
-from engine.metrics import AccuracyCounter, Predictions, Throughput, Totals, cross_entropy, zero_unless_finite
+from engine.records import metrics
+from engine.records.metrics import AccuracyCounter, Predictions, Throughput, Totals, cross_entropy, zero_unless_finite
 
 import numpy as np
 import pytest

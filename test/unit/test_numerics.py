@@ -7,13 +7,13 @@ import sys
 from typing import Any, Callable, NamedTuple
 
 import vgg
-from engine.accelerator import Accelerator
-from engine.checkpoint_file import load
-from engine.datasets import ArrayDataset, read_digits
-from engine.device import available_cores
-from engine.loader import BatchDataset
-from engine.metrics import cross_entropy
-from engine.optimizer import LossScaler
+from engine.checkpoints.file import load
+from engine.data.datasets import ArrayDataset, read_digits
+from engine.data.loader import BatchDataset
+from engine.device.choice import available_cores
+from engine.device.compute import ComputeDevice
+from engine.device.step import MixedPrecisionOptimizer
+from engine.records.metrics import cross_entropy
 from engine.versions import TORCH
 from helpers.program import TWO, run
 
@@ -34,7 +34,7 @@ HALF_PRECISION = [
 
 class Trainer(NamedTuple):
     backward: Callable[..., float]  # (images, target) to the loss, which leaves gradients
-    scaler: LossScaler
+    scaler: MixedPrecisionOptimizer
     network: nn.Module
 
 
@@ -58,7 +58,7 @@ def build(digits: ArrayDataset, monkeypatch: Any) -> Callable[..., Trainer]:
             self.features.apply(vgg._initialize)
 
     def builder(arch: str, device: str, precision: str, opt_level: str, lr: float = 0.0) -> Trainer:
-        accelerator = Accelerator(
+        accelerator = ComputeDevice(
             device, precision=precision, opt_level=opt_level, local_world_size=available_cores()
         )  # one thread
         torch.manual_seed(3)

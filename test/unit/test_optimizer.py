@@ -7,10 +7,10 @@ import itertools
 import math
 from typing import Any
 
-from engine.accelerator import Accelerator
-from engine.checkpoint import load_checkpoint, model_weights
+from engine.checkpoints.contents import load_checkpoint, model_weights
+from engine.device.compute import ComputeDevice
+from engine.device.step import ModelEma
 from engine.errors import DivergedError
-from engine.optimizer import ModelEma
 from engine.versions import TORCH
 from helpers.program import TWO, Result, run_main, weights
 from helpers.step import Built, Net, batch, build, parameters, step
@@ -251,7 +251,7 @@ def test_an_ema_continues_from_its_state_dict() -> None:
 def test_biases_and_batch_norm_can_be_left_out_of_weight_decay(no_bias_decay: bool) -> None:
     net = Net()
     options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.5, "no_bias_decay": no_bias_decay}
-    scaler = Accelerator("cpu").prepare_training(net, **options)
+    scaler = ComputeDevice("cpu").prepare_training(net, **options)
     for parameter in net.parameters():
         parameter.data.fill_(1.0)
         parameter.grad = torch.zeros_like(parameter)
@@ -259,7 +259,7 @@ def test_biases_and_batch_norm_can_be_left_out_of_weight_decay(no_bias_decay: bo
     for name, parameter in net.named_parameters():
         kept = no_bias_decay and parameter.dim() == 1
         assert torch.allclose(parameter, torch.tensor(1.0 if kept else 0.95)), name
-    other = Accelerator("cpu").prepare_training(Net(), **{**options, "no_bias_decay": False})
+    other = ComputeDevice("cpu").prepare_training(Net(), **{**options, "no_bias_decay": False})
     other.load_optimizer_state_dict(scaler.optimizer_state_dict())  # momentum by position in the model
     for mine, theirs in zip(scaler.master_weights, other.master_weights):
         buffers = [s.optimizer.state[p]["momentum_buffer"] for s, p in ((scaler, mine), (other, theirs))]

@@ -6,10 +6,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from engine import precision
+from engine.device import choice as precision
 from engine.errors import DeviceUnavailableError, UsageError
-from engine.flags import parse_args
-from engine.resolve import resolve_flags
+from engine.options.flags import parse_args
+from engine.options.resolve import resolve_flags
 from engine.versions import TORCH
 
 import pytest

@@ -14,7 +14,7 @@ from typing import Any
 
 import predict
 import vgg
-from engine.datasets import ImageFolder, read_digits
+from engine.data.datasets import ImageFolder, read_digits
 from engine.errors import LoaderWorkerError, UsageError
 from helpers.program import REPOSITORY, Result, run
 from helpers.trained import CLASSES, PRETRAINED, RUN_SCRIPT, expected_predictions, run_script, train_classifier

@@ -9,8 +9,8 @@ import subprocess
 import sys
 import time
 
-from engine import rendezvous
-from engine.launcher import free_port
+from engine.parallel import rendezvous
+from engine.parallel.launcher import free_port
 from engine.versions import TORCH
 from helpers.program import environment, run_main
 
@@ -18,7 +18,7 @@ import pytest
 
 JOIN = """
 import os, sys
-from engine import rendezvous
+from engine.parallel import rendezvous
 from engine.errors import RendezvousError, exit_process
 from engine.signals import StopSignals
 rendezvous.REPORT_SECONDS = 0.5
@@ -165,12 +165,12 @@ def test_an_address_of_another_host_is_named_at_once(tmp_path):
 # A process of a job that has met, or cannot.
 GROUP = """
 import os, sys
-from engine.distributed import ProcessGroup
+from engine.parallel.communicator import Communicator
 from engine.errors import RendezvousError, exit_process
 os.environ.update(RANK=sys.argv[2], WORLD_SIZE=sys.argv[3], LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
 print("started", flush=True)
 try:
-    group = ProcessGroup("gloo", sys.argv[1], timeout=float(sys.argv[4]), report=print)
+    group = Communicator("gloo", sys.argv[1], timeout=float(sys.argv[4]), report=print)
 except RendezvousError as error:
     print(error, flush=True)
     exit_process(2)

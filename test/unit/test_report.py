@@ -8,7 +8,7 @@ import json
 import re
 from typing import Any
 
-from engine.checkpoint_file import load
+from engine.checkpoints.file import load
 from helpers.images import jpeg
 from helpers.program import TWO, Result, run_main
 from helpers.trained import FLAGS, TorchvisionVGG, train_classifier

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Which image comes when: the order of training images depends on the seed and the epoch alone."""
 
-from engine.sampler import ResumableBatchSampler, permutation, seed_augmentation
+from engine.data.loader import ResumableBatchSampler, permutation, seed_augmentation
 
 import numpy as np
 import pytest

@@ -10,13 +10,13 @@ import os
 import threading
 from typing import Any, Iterator
 
-from engine import start
-from engine.checkpoint import LATEST, load_checkpoint
-from engine.checkpoint_file import CheckpointWriter
+from engine.checkpoints import start
+from engine.checkpoints.contents import LATEST, load_checkpoint
+from engine.checkpoints.file import CheckpointWriter
+from engine.checkpoints.start import find_checkpoint
 from engine.errors import CheckpointError, UsageError
-from engine.launcher import free_port
-from engine.logger import Logger
-from engine.start import find_checkpoint
+from engine.parallel.launcher import free_port
+from engine.records.logger import Logger
 from helpers.program import start_main
 
 import pytest

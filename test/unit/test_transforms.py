@@ -5,11 +5,11 @@ import io
 import struct
 import zlib
 
-from engine import transforms
-from engine.augmentation import CROP_SCALE, Augmentation
-from engine.datasets import ImageFolder
+from engine.data import images as transforms
+from engine.data.augmentation import CROP_SCALE, Augmentation
+from engine.data.datasets import ImageFolder
+from engine.data.loader import seed_augmentation
 from engine.errors import ImageError
-from engine.sampler import seed_augmentation
 from helpers.images import jpeg, photo
 
 import numpy as np

@@ -8,10 +8,10 @@ import os
 from typing import Any
 
 import vgg
-from engine.accelerator import Accelerator
-from engine.datasets import IMAGENET_MEAN, IMAGENET_STD
-from engine.metrics import cross_entropy
-from engine.views import ViewAverage, crop_positions
+from engine.data.datasets import IMAGENET_MEAN, IMAGENET_STD
+from engine.device.compute import ComputeDevice
+from engine.evaluation.views import ViewAverage, crop_positions
+from engine.records.metrics import cross_entropy
 from helpers.images import photo
 from helpers.program import TWO, run_main
 
@@ -38,7 +38,7 @@ def network(monkeypatch: Any) -> vgg.VGG:
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
-    return Accelerator("cpu").normalizer(IMAGENET_MEAN, IMAGENET_STD)(images)
+    return ComputeDevice("cpu").normalizer(IMAGENET_MEAN, IMAGENET_STD)(images)
 
 
 def whole(height: int, width: int, count: int = 2) -> torch.Tensor:

@@ -10,10 +10,9 @@ import os
 import sys
 from typing import Any, Callable, ContextManager, Iterator, cast
 
-from engine.device import TORCH_DEVICES, available_cores
+from engine.device.choice import TORCH_DEVICES, available_cores, load_apex, needs_apex
+from engine.device.step import MixedPrecisionOptimizer
 from engine.errors import DeviceUnavailableError, first_line
-from engine.optimizer import LossScaler
-from engine.precision import load_apex, needs_apex
 from engine.versions import TORCH
 
 import torch
@@ -22,7 +21,7 @@ from torch import nn
 DEFAULT_LOSS_SCALE = 1024.0  # of fp16
 
 
-class Accelerator:
+class ComputeDevice:
     """The device of this process.
 
     Args:
@@ -104,8 +103,8 @@ class Accelerator:
         no_bias_decay: bool = False,
         loss_scale: float | str | None = None,
         clip_grad_norm: float | None = None,
-    ) -> LossScaler:
-        """Place a model and build its optimizer. Returns the LossScaler that steps it.
+    ) -> MixedPrecisionOptimizer:
+        """Place a model and build its optimizer. Returns the MixedPrecisionOptimizer that steps it.
 
         no_bias_decay: no weight decay for biases and batch norm.
         loss_scale: a number or `dynamic`, used in fp16 only.
@@ -131,7 +130,9 @@ class Accelerator:
             # apex copied its masters from weights that were already half precision.
             for master, weight in zip(masters, exact):
                 master.data.copy_(weight)
-        return LossScaler(model, masters, optimizer, loss_scale=scale, clip_grad_norm=clip_grad_norm, apex=self.apex)
+        return MixedPrecisionOptimizer(
+            model, masters, optimizer, loss_scale=scale, clip_grad_norm=clip_grad_norm, apex=self.apex
+        )
 
     def _build_sgd(
         self, groups: list[dict[str, Any]], *, lr: float, momentum: float, weight_decay: float
@@ -150,7 +151,7 @@ class Accelerator:
         return optimizer
 
     def wrap_ddp(self, model: nn.Module, grad_compress: str = "none") -> nn.Module:
-        """Wrap a model in DistributedDataParallel, which sends no buffers: ProcessGroup.broadcast_buffers does.
+        """Wrap a model in DistributedDataParallel, which sends no buffers: Communicator.broadcast_buffers does.
 
         grad_compress: bf16 or fp16 sends the gradients in that format, by DDP's own hooks. static_graph is left out: it
         fails in a first step under no_sync, and gains nothing if every parameter gets a gradient (bench/RESULTS.md).

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 
-class LossScaler:
+class MixedPrecisionOptimizer:
     """Scales the loss, then applies the gradients, or skips the step if one of them is not finite.
 
     Everything stays on the device: found_inf, the dynamic scale, the count of skips. One pass over the

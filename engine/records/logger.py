@@ -12,9 +12,9 @@ import threading
 import time
 from typing import IO, Any, Iterable, Iterator
 
-from engine.curves import save_curves
 from engine.errors import UsageError, first_line, print_message
-from engine.metrics import Totals
+from engine.records.curves import save_curves
+from engine.records.metrics import Totals
 
 
 class ProgressMeter:

@@ -45,7 +45,7 @@ class Member:
 
 
 @dataclass
-class Rendezvous:
+class JobStore:
     """Where the processes have met."""
 
     store: Any  # of torch.distributed; closes with this object, and rank 0's serves all processes
@@ -53,7 +53,7 @@ class Rendezvous:
     job: str  # prefix of this attempt's keys
 
 
-def rendezvous(url: str, member: Member) -> Rendezvous:
+def rendezvous(url: str, member: Member) -> JobStore:
     """Wait until all processes have joined. Raises RendezvousError.
 
     url: tcp://HOST:PORT or env:// (MASTER_ADDR and MASTER_PORT).
@@ -83,7 +83,7 @@ def rendezvous(url: str, member: Member) -> Rendezvous:
                 _await_store(master, waiting)
             store = dist.PrefixStore(job, _open_store(master, is_host, waiting))
             _check_in(store, address, member, waiting)
-            return Rendezvous(store, master, job)
+            return JobStore(store, master, job)
         except (RuntimeError, OSError, ValueError) as error:
             if isinstance(error, RuntimeError) and rank != 0 and not waiting.is_over():
                 time.sleep(POLL_SECONDS)  # rank 0 was restarted while others were missing: meet it again

@@ -8,15 +8,16 @@ import importlib.util
 from typing import Any, Callable
 
 import vgg
-from engine import device, precision
-from engine.augmentation import CROP_SCALE, Augmentation, require_torchvision
-from engine.checkpoint import model_weights
-from engine.cli import check_file, check_folder
-from engine.datasets import ImageDataset, ImageFolder, is_split, preprocessing_of
+from engine.checkpoints.contents import model_weights
+from engine.checkpoints.start import DEFAULT_ARCH
+from engine.data.augmentation import CROP_SCALE, Augmentation, require_torchvision
+from engine.data.datasets import ImageDataset, ImageFolder, is_split, preprocessing_of
+from engine.data.images import default_scale
+from engine.device import choice as device
+from engine.device import choice as precision
 from engine.errors import UsageError
-from engine.launcher import Topology, resolve_topology, under_torchrun
-from engine.start import DEFAULT_ARCH
-from engine.transforms import default_scale
+from engine.options.parser import check_file, check_folder
+from engine.parallel.launcher import Topology, resolve_topology, under_torchrun
 
 
 def resolve_flags(args: argparse.Namespace) -> Topology:

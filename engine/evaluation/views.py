@@ -7,17 +7,15 @@ Simonyan & Zisserman, arXiv:1409.1556, sections 3.2 and 4.3.
 from __future__ import annotations
 
 import math
-from typing import Callable, List, Tuple
+from typing import Callable
 
 import vgg
+from engine.data.loader import SizeGroups
 
 import torch
 import torch.nn.functional as F
 
 VIEWS = ["center", "ten-crop", "dense", "multi-crop"]
-
-# Of a batch, each image once per scale: [((n,) int64 positions in the batch, (n, H, W, 3) uint8)]
-SizeGroups = List[Tuple[torch.Tensor, torch.Tensor]]
 
 
 class ViewAverage:

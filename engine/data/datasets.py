@@ -12,13 +12,10 @@ import hashlib
 import os
 from typing import IO, Any, Iterator, Sequence, Union
 
-from engine.augmentation import Augmentation
-from engine.errors import DataError, ImageError, UsageError
-from engine.folder_index import Check, FolderIndex, open_index
-from engine.safe_pickle import load_arrays
-from engine.transforms import (
+from engine.data.augmentation import Augmentation
+from engine.data.folder_index import Check, FolderIndex, open_index
+from engine.data.images import (
     BILINEAR,
-    printable,
     random_padded_crop,
     random_resized_crop,
     read_rgb,
@@ -27,11 +24,13 @@ from engine.transforms import (
     resize_center_crop,
     resize_short_side,
 )
+from engine.errors import DataError, ImageError, UsageError, printable
+from engine.safe_pickle import load_arrays
 
 import numpy as np
 from PIL import Image
 
-DATA_FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data")
+DATA_FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "data")
 EMBEDDED = "the embedded digits"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of its training images

@@ -11,8 +11,8 @@ import pickle
 from typing import Any, Callable, Iterator, Sequence
 
 from engine.errors import DivergedError, RendezvousError, UsageError, first_line
-from engine.heartbeat import Heartbeat
-from engine.rendezvous import Member, Rendezvous, rendezvous
+from engine.parallel.heartbeat import Heartbeat
+from engine.parallel.rendezvous import JobStore, Member, rendezvous
 from engine.versions import TORCH
 
 import torch
@@ -22,7 +22,7 @@ from torch import nn
 OUT_OF_MEMORY = getattr(torch.cuda, "OutOfMemoryError", ())  # a RuntimeError of its own since torch 1.13
 
 
-class ProcessGroup:
+class Communicator:
     """This process among the others of its job; all methods except fail and before_exit are
     collective: every process must call them.
 
@@ -49,7 +49,7 @@ class ProcessGroup:
             member = Member(self.rank, self.world_size, self.local_rank, self.local_world_size, timeout)
             self._connect(backend, rendezvous(url, member), report)
 
-    def _connect(self, backend: str, met: Rendezvous, report: Callable[[str], None]) -> None:
+    def _connect(self, backend: str, met: JobStore, report: Callable[[str], None]) -> None:
         """Create torch's groups. A rank that dies now is found by the heartbeat; torch would wait for half an hour."""
         try:
             self.heartbeat = Heartbeat(*met.master, self.rank, self.world_size, met.job, report)
@@ -170,7 +170,7 @@ class StopVote:
     It takes a vote per step, because the processes receive a signal at different moments.
     """
 
-    def __init__(self, group: ProcessGroup) -> None:
+    def __init__(self, group: Communicator) -> None:
         self.group = group
         self.pending: tuple[Any, torch.Tensor] | None = None  # the all-reduce in flight, and its result
 
@@ -220,7 +220,7 @@ class _TensorUnpickler(pickle.Unpickler):
 # --- what all processes must agree on ---------------------------------------------------------------------------------
 
 
-def check_same_flags(group: ProcessGroup, flags: dict[str, Any]) -> None:
+def check_same_flags(group: Communicator, flags: dict[str, Any]) -> None:
     """Raise UsageError on every process if one of them was started differently from rank 0. flags: {name: value}."""
     expected = group.broadcast(flags)
     different = [
@@ -233,7 +233,7 @@ def check_same_flags(group: ProcessGroup, flags: dict[str, Any]) -> None:
         raise UsageError(f"the nodes were started differently: {details}")
 
 
-def check_same_parameters(group: ProcessGroup, model: nn.Module) -> None:
+def check_same_parameters(group: Communicator, model: nn.Module) -> None:
     """Raise DivergedError on every process if the parameters of one differ from rank 0's by a single bit."""
     own = parameter_checksum(model)
     different = own != group.broadcast(own)

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any, Callable
 
 import vgg
-from engine.checkpoint_file import load
-from engine.datasets import check_same_classes
+from engine.checkpoints.file import load
+from engine.data.datasets import check_same_classes
+from engine.data.images import decoder_name
+from engine.device.step import MixedPrecisionOptimizer, ModelEma
 from engine.errors import CheckpointError, UsageError, first_line
-from engine.logger import Logger
-from engine.metrics import AccuracyCounter, Totals
-from engine.optimizer import LossScaler, ModelEma
-from engine.transforms import decoder_name
+from engine.records.logger import Logger
+from engine.records.metrics import AccuracyCounter, Totals
 
 import torch
 
@@ -83,7 +83,7 @@ class ModelInfo:
 
 
 def build_checkpoint(
-    state: TrainState, totals: Totals, info: ModelInfo, scaler: LossScaler, ema: ModelEma | None
+    state: TrainState, totals: Totals, info: ModelInfo, scaler: MixedPrecisionOptimizer, ema: ModelEma | None
 ) -> dict[str, Any]:
     """Return the checkpoint: plain values and CPU tensors. A synchronization.
 
@@ -243,7 +243,7 @@ def restore(
     checkpoint: dict[str, Any],
     state: TrainState,
     counter: AccuracyCounter,
-    scaler: LossScaler,
+    scaler: MixedPrecisionOptimizer,
     ema: ModelEma | None,
     rank: int,
 ) -> None:

@@ -6,8 +6,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import vgg
-from engine.checkpoint import load_checkpoint, load_weights, model_weights
-from engine.datasets import IMAGENET_MEAN, IMAGENET_STD
+from engine.checkpoints.contents import load_checkpoint, load_weights, model_weights
+from engine.data.datasets import IMAGENET_MEAN, IMAGENET_STD
 from engine.errors import UsageError
 
 CLASSES_HELP = "names of the classes, one per line, in order (default: those in the checkpoint, else numbers)"

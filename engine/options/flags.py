@@ -8,9 +8,9 @@ import os
 from typing import Sequence
 
 import vgg
-from engine.augmentation import AUTO_AUGMENT, CROP_SCALE
-from engine.cli import OneLineParser, device_list, loss_scale, nonempty_path, number
-from engine.views import VIEWS
+from engine.data.augmentation import AUTO_AUGMENT, CROP_SCALE
+from engine.evaluation.views import VIEWS
+from engine.options.parser import OneLineParser, device_list, loss_scale, nonempty_path, number
 
 DEVICES = ["auto", "npu", "gpu", "cuda", "mps", "cpu"]
 DEVICE_HELP = "what to run on (default: the first of npu, gpu, mps, cpu that works)"

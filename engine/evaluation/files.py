@@ -10,11 +10,11 @@ import math
 import os
 from typing import Any, Callable
 
-from engine.checkpoint import BEST, LATEST
-from engine.datasets import ImageDataset, ImageFolder
+from engine.checkpoints.contents import BEST, LATEST
+from engine.data.datasets import ImageDataset, ImageFolder
 from engine.errors import UsageError
-from engine.metrics import Predictions, Totals
-from engine.report import write_report
+from engine.evaluation.page import write_report
+from engine.records.metrics import Predictions, Totals
 
 
 def write_evaluation(

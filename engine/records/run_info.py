@@ -12,12 +12,12 @@ import platform
 import subprocess
 from typing import Any, Sequence
 
-from engine.accelerator import Accelerator
-from engine.datasets import EMBEDDED, ImageDataset
-from engine.distributed import ProcessGroup
-from engine.errors import UsageError
-from engine.logger import Logger
-from engine.transforms import decoder_name, printable
+from engine.data.datasets import EMBEDDED, ImageDataset
+from engine.data.images import decoder_name
+from engine.device.compute import ComputeDevice
+from engine.errors import UsageError, printable
+from engine.parallel.communicator import Communicator
+from engine.records.logger import Logger
 
 import numpy as np
 import torch
@@ -25,8 +25,8 @@ import torch
 
 def log_run_info(
     args: argparse.Namespace,
-    group: ProcessGroup,
-    accelerator: Accelerator,
+    group: Communicator,
+    accelerator: ComputeDevice,
     logger: Logger,
     train_set: ImageDataset | None,
     val_set: ImageDataset | None,
@@ -54,7 +54,7 @@ def log_run_info(
             _write(path, "".join(f"{name}\t{reason}\n" for name, reason in unreadable))
 
 
-def write_args(args: argparse.Namespace, accelerator: Accelerator, logger: Logger) -> None:
+def write_args(args: argparse.Namespace, accelerator: ComputeDevice, logger: Logger) -> None:
     """Write args.json on rank 0: the flags, with what they were resolved to, and versions."""
     if not logger.writes:
         return
@@ -83,7 +83,7 @@ def describe_balance(classes: Sequence[str], labels: np.ndarray) -> str:
     )
 
 
-def versions(accelerator: Accelerator) -> dict[str, Any]:
+def versions(accelerator: ComputeDevice) -> dict[str, Any]:
     return {
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -94,9 +94,11 @@ def versions(accelerator: Accelerator) -> dict[str, Any]:
 
 def program_checksum() -> str:
     """Return the start of the SHA-256 of this program's files, which tells two versions of it apart."""
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    files = glob.glob(os.path.join(root, "*.py"))
+    files += glob.glob(os.path.join(root, "engine", "**", "*.py"), recursive=True)
     checksum = hashlib.sha256()
-    for path in sorted([*glob.glob(os.path.join(root, "*.py")), *glob.glob(os.path.join(root, "engine", "*.py"))]):
+    for path in sorted(files):
         with open(path, "rb") as file:
             checksum.update(file.read())
     return checksum.hexdigest()[:12]

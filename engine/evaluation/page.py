@@ -14,10 +14,10 @@ from html import escape
 from string import Template
 from typing import TYPE_CHECKING, Any, Callable, Sequence
 
-from engine.curves import ACC1, LOSS, draw_confusion, draw_curves, read_events
-from engine.datasets import ImageDataset, ImageFolder
+from engine.data.datasets import ImageDataset, ImageFolder
 from engine.errors import ImageError, UsageError
-from engine.metrics import Predictions, Totals
+from engine.records.curves import ACC1, LOSS, draw_confusion, draw_curves, read_events
+from engine.records.metrics import Predictions, Totals
 
 import numpy as np
 from PIL import Image
@@ -75,7 +75,7 @@ def write_report(
         (f"{totals.loss:.4f}", "loss"),
         (f"{len(mistakes):,}", f"wrong of {confusion.sum():,}"),
     ]
-    with open(os.path.join(os.path.dirname(__file__), "report.html"), encoding="utf-8") as file:
+    with open(os.path.join(os.path.dirname(__file__), "page.html"), encoding="utf-8") as file:
         template = Template(file.read())
     page = template.substitute(
         title=escape(title),

@@ -9,11 +9,11 @@ import os
 import urllib.error
 from typing import Any
 
-from engine.checkpoint import LATEST, PREVIOUS, load_checkpoint
-from engine.checkpoint_file import lock_folder
-from engine.distributed import ProcessGroup
+from engine.checkpoints.contents import LATEST, PREVIOUS, load_checkpoint
+from engine.checkpoints.file import lock_folder
 from engine.errors import CheckpointError, UsageError, first_line
-from engine.logger import Logger
+from engine.parallel.communicator import Communicator
+from engine.records.logger import Logger
 
 import torch
 
@@ -34,7 +34,7 @@ FILES = {
 
 
 def read_start(
-    args: argparse.Namespace, group: ProcessGroup, logger: Logger
+    args: argparse.Namespace, group: Communicator, logger: Logger
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """Return (checkpoint to continue or evaluate, pretrained weights) on every process; None for what there is not.
 

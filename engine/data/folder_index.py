@@ -17,8 +17,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Iterable
 
-from engine.errors import DataError
-from engine.transforms import printable, read_rgb, reason_of
+from engine.data.images import read_rgb, reason_of
+from engine.errors import DataError, printable
 
 import numpy as np
 

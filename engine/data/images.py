@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """From a file's bytes to the pixels that the model sees: decoding, cropping, resizing, mirroring.
 
-Images are (H, W, 3) uint8 arrays. Accelerator.normalizer does the rest on the device.
+Images are (H, W, 3) uint8 arrays. ComputeDevice.normalizer does the rest on the device.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import os
 import warnings
 from typing import IO, Any
 
-from engine.augmentation import Augmentation
+from engine.data.augmentation import Augmentation
 from engine.versions import TORCH
 
 import numpy as np
@@ -66,11 +65,6 @@ def read_rgb(path: str | bytes) -> Image.Image:
     """Return a file as an RGB Pillow image. Raises what open_image raises."""
     with open(path, "rb") as file:
         return to_rgb(open_image(file))
-
-
-def printable(path: str | bytes) -> str:
-    """Return a path as one line of valid text."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace").replace("\n", "\\n")
 
 
 def reason_of(error: Exception) -> str:
