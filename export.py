@@ -22,10 +22,12 @@ from typing import Any, Iterator, Sequence
 
 import engine  # noqa: F401  sets variables that torch reads when it is imported
 import vgg
+from engine import console
 from engine.checkpoints.contents import save_safetensors
 from engine.checkpoints.model import CLASSES_HELP, load_model
+from engine.console import run_script
 from engine.device.compute import onnx_export_options
-from engine.errors import EXIT_FAILURE, UsageError, UserError, run_script
+from engine.errors import EXIT_FAILURE, UsageError, UserError
 from engine.options.parser import OneLineParser, nonempty_path
 
 import torch
@@ -109,7 +111,7 @@ def export_safetensors(args: argparse.Namespace) -> None:
     with new_file(args.output) as temporary:
         info = {"classes": model.classes, "preprocessing": preprocessing, "val_split": model.val_split}
         save_safetensors(weights, temporary, arch=vgg.architecture_of(weights), **info)
-    print(f"{args.output}: {len(weights)} tensors, {len(model.classes)} classes")
+    console.line(f"{args.output}: {len(weights)} tensors, {len(model.classes)} classes")
 
 
 def export_onnx(args: argparse.Namespace) -> None:
@@ -141,7 +143,7 @@ def export_onnx(args: argparse.Namespace) -> None:
                 f"onnxruntime and torch differ by {difference:.1e}, more than {TOLERANCE:.0e}: {args.output} is not "
                 "written"
             )
-    print(
+    console.line(
         f"{args.output}: {len(source.classes)} classes, {size} pixels per side, differs from torch by at most "
         f"{difference:.1e} (onnxruntime {onnxruntime.__version__})"
     )

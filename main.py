@@ -21,6 +21,7 @@ from typing import Any, Callable, Iterator, Sequence
 
 import engine  # noqa: F401  sets variables that torch reads when it is imported
 import vgg
+from engine import console
 from engine.checkpoints.contents import (
     BEST,
     LATEST,
@@ -36,13 +37,15 @@ from engine.checkpoints.contents import (
 )
 from engine.checkpoints.file import CheckpointWriter
 from engine.checkpoints.start import read_start
+from engine.console import run_script
 from engine.data.augmentation import BatchMixer
 from engine.data.datasets import EMBEDDED, ImageDataset, open_datasets
+from engine.data.folder_index import track_check
 from engine.data.images import decoder_name
 from engine.data.loader import Batch, BatchLoader, Loader, ResumableBatchSampler, SyntheticLoader, watch_workers
 from engine.device.compute import ComputeDevice
 from engine.device.step import MixedPrecisionOptimizer, ModelEma
-from engine.errors import EXIT_STOPPED, SaveError, UsageError, run_script
+from engine.errors import EXIT_STOPPED, SaveError, UsageError
 from engine.evaluation.files import write_evaluation
 from engine.evaluation.views import ViewAverage
 from engine.options import resolve
@@ -98,8 +101,8 @@ def build_datasets(args: argparse.Namespace, runtime: Runtime) -> tuple[ImageDat
     The local main process goes first: it lists the files of a folder, and the others find its cached index. Raises
     DataError, or UsageError if the processes see different files.
     """
-    group, logger = runtime.group, runtime.logger
-    check = logger.track_check if args.bad_images == "skip" else None
+    group = runtime.group
+    check = track_check if args.bad_images == "skip" else None
     datasets: tuple[ImageDataset | None, ImageDataset | None] = (None, None)
     with group.local_main_first():
         if not args.dummy:
@@ -210,12 +213,12 @@ def train_one_epoch(
     vote, stopping = StopVote(group), False
 
     left = (steps - state.step_in_epoch) * global_batch
-    with logger.progress(state.images_in_epoch + left, state.images_in_epoch, f"Epoch {state.epoch}"):
+    with console.progress(state.images_in_epoch + left, state.images_in_epoch, f"Epoch {state.epoch}"):
         while state.step_in_epoch < steps and not stopping:
             train_step(args, runtime, training, batches, meter)
             state.images_in_epoch += global_batch
             throughput.step(global_batch, accelerator.synchronize)
-            logger.advance(global_batch)
+            console.advance(global_batch)
 
             # A stop signal on any process stops all of them after the next step.
             done = state.step_in_epoch
@@ -223,7 +226,7 @@ def train_one_epoch(
             if done == 1 or done % args.print_freq == 0 or done == steps or stopping:
                 totals = counter.read()  # a synchronization, and so is the next line
                 training.scaler.check_finite(state.step)
-                logger.line(meter.line(done, totals))
+                console.line(meter.line(done, totals))
                 logger.event("train", samples=state.images_in_epoch, lr=lr, **totals.metrics(), **state.position())
             if args.save_freq and state.step % args.save_freq == 0 and done < steps and not stopping:
                 accelerator.synchronize()
@@ -235,7 +238,7 @@ def train_one_epoch(
     accelerator.synchronize()
     totals = Totals(*group.sum(counter.read()))
     rate = group.broadcast(throughput.images_per_second())  # one value in the logs of all nodes
-    logger.line(f"[npu id: 0 ] * FPS@all {rate:.3f}")
+    console.line(f"[npu id: 0 ] * FPS@all {rate:.3f}")
     if state.step_in_epoch == steps:
         timing = {"images_per_second": rate, "seconds": throughput.seconds()}
         logger.event("epoch", samples=state.images_in_epoch, lr=lr, **timing, **totals.metrics(), **state.position())
@@ -294,7 +297,7 @@ def validate(
     counter, steps = AccuracyCounter(accelerator.device), loader.sampler.steps_per_epoch
     meter, start = ProgressMeter("Test: ", steps), time.perf_counter()
     batches, vote = iter(loader), StopVote(group)
-    with torch.no_grad(), logger.progress(loader.sampler.count, 0, "Test"):
+    with torch.no_grad(), console.progress(loader.sampler.count, 0, "Test"):
         for done in range(1, steps + 1):
             begin = time.perf_counter()
             images, target, indices = next(batches)
@@ -307,15 +310,15 @@ def validate(
                 if predictions is not None:
                     predictions.update(indices, logits)
             if done == 1 or done % args.print_freq == 0 or done == steps:
-                logger.line(meter.line(done, counter.read()))  # a synchronization
-            logger.advance(loader.sampler.global_batch)
+                console.line(meter.line(done, counter.read()))  # a synchronization
+            console.advance(loader.sampler.global_batch)
             if vote.vote(runtime.stop):
                 vote.result()
                 return None
     if vote.result():
         return None
     totals = Totals(*group.sum(counter.read()))
-    logger.line(f"[npu id: 0 ] [AVG-ACC] * Acc@1 {totals.acc1:.3f} Acc@5 {totals.acc5:.3f}")
+    console.line(f"[npu id: 0 ] [AVG-ACC] * Acc@1 {totals.acc1:.3f} Acc@5 {totals.acc5:.3f}")
     seconds = time.perf_counter() - start
     position = {} if state is None else state.position()
     logger.event("validate", samples=int(totals.images), seconds=seconds, **totals.metrics(), **position)
@@ -356,7 +359,7 @@ def train(
         if validates:
             runtime.logger.curves()
     if val_loader is not None and group.rank == 0:
-        runtime.logger.line(f"=> best Acc@1 {state.best_acc1:.3f}: {os.path.join(args.output_dir, BEST)}")
+        console.line(f"=> best Acc@1 {state.best_acc1:.3f}: {os.path.join(args.output_dir, BEST)}")
     return 0
 
 
@@ -372,12 +375,12 @@ def save(
     begin, state, logger = time.perf_counter(), training.state, runtime.logger
     training.scaler.check_finite(state.step)
     if training.scaler.skipped_in_a_row.item() and not (best or final):  # a synchronization
-        logger.line(f"=> checkpoint at step {state.step} skipped: non-finite gradients")
+        console.line(f"=> checkpoint at step {state.step} skipped: non-finite gradients")
         return
     totals = Totals(*runtime.group.sum(training.counter.read()))
     if runtime.group.rank == 0:
         checkpoint = build_checkpoint(state, totals, training.info, training.scaler, training.ema)
-        training.writer.wait_or_warn(logger.warning)
+        training.writer.wait_or_warn(console.warning)
         path, best_path = os.path.join(args.output_dir, LATEST), os.path.join(args.output_dir, BEST)
         training.writer.save(checkpoint, path, also=best_path if best else None)
         if final:
@@ -388,7 +391,7 @@ def save(
     logger.event("checkpoint", seconds=time.perf_counter() - begin, **state.position())
 
 
-def run_job(args: argparse.Namespace, runtime: Runtime) -> int:
+def run_job(args: argparse.Namespace, runtime: Runtime, build_network: Callable[[str, int], vgg.VGG]) -> int:
     """Build everything, then train and validate, or only evaluate. Returns the exit code."""
     group, accelerator, logger = runtime.group, runtime.accelerator, runtime.logger
     others = {"the JPEG decoder": decoder_name(), "the program's SHA-256": program_checksum()}
@@ -400,11 +403,11 @@ def run_job(args: argparse.Namespace, runtime: Runtime) -> int:
     preprocessing = resolve.resolve_preprocessing(args, val_set, checkpoint)
     log_run_info(args, group, accelerator, logger, train_set, val_set)
     # Before resolve_identity: it may change args.accum_steps, or args.lr and args.min_lr.
-    batch = resolve.keep_images_per_step(args, checkpoint, logger.line)
+    batch = resolve.keep_images_per_step(args, checkpoint, console.line)
     identity = resolve.resolve_identity(args, train_set)
     info = ModelInfo(args.arch, classes, preprocessing, group.world_size, args.val_split, identity, batch)
     accelerator.seed(args.seed)
-    network = vgg.VGG(args.arch, len(classes))
+    network = build_network(args.arch, len(classes))
     if checkpoint is not None:
         check_resumable(checkpoint, info, evaluate=args.evaluate)
         path = resolve.checkpoint_name(args)
@@ -428,19 +431,19 @@ def run_job(args: argparse.Namespace, runtime: Runtime) -> int:
     del checkpoint, pretrained  # up to a gigabyte
     val_loader = None if val_set is None else build_loader(val_set, args, runtime, training=False)
     if state.is_finished(args.epochs, args.stop_step_num):
-        logger.line(f"=> nothing left to train: {state.epoch} of {args.epochs} epochs and {state.step} steps are done")
+        console.line(f"=> nothing left to train: {state.epoch} of {args.epochs} epochs and {state.step} steps are done")
     else:
         write_args(args, accelerator, logger)
     logger.event("start", **state.position())
     runtime.stop.training = True
     trace_path = os.path.join(args.output_dir, "trace.json") if args.profile and group.rank == 0 else None
     try:
-        with accelerator.trace(trace_path, logger.line) as training.profiler, watch_workers(loader, val_loader):
+        with accelerator.trace(trace_path, console.line) as training.profiler, watch_workers(loader, val_loader):
             code = train(args, runtime, training, loader, val_loader)
     finally:
-        training.writer.wait_or_warn(logger.warning)  # a failure does not cost the checkpoint being written
+        training.writer.wait_or_warn(console.warning)  # a failure does not cost the checkpoint being written
     if code == EXIT_STOPPED:
-        logger.line(f"=> stopped on a signal after step {state.step}, checkpoint saved; continue with --auto-resume")
+        console.line(f"=> stopped on a signal after step {state.step}, checkpoint saved; continue with --auto-resume")
     logger.event("stop" if code == EXIT_STOPPED else "done", acc1=state.best_acc1, **state.position())
     return code
 
@@ -456,7 +459,7 @@ def evaluate(
     """Validate the network; write metrics.json, --predictions and --report. Returns the exit code."""
     group, accelerator = runtime.group, runtime.accelerator
     if "state_dict_ema" in checkpoint:
-        runtime.logger.line("=> evaluating the EMA weights (--ema-decay)")
+        console.line("=> evaluating the EMA weights (--ema-decay)")
     accelerator.place(network)
     scales = resolve.resolve_scales(args, dataset)
     predict: Callable[[Any], torch.Tensor] = functools.partial(predict_crops, network, normalize)
@@ -474,11 +477,13 @@ def evaluate(
         group.max_(predictions.probabilities)
     if group.rank == 0:
         facts = {**versions(accelerator), "weights": args.resume or args.pretrained, "data": args.data or EMBEDDED}
-        write_evaluation(args, dataset, totals, predictions, facts, runtime.logger.line)
+        write_evaluation(args, dataset, totals, predictions, facts, console.line)
     return 0
 
 
-def main_worker(args: argparse.Namespace, report: Callable[[str], None]) -> int:
+def main_worker(
+    build_network: Callable[[str, int], vgg.VGG], args: argparse.Namespace, report: Callable[[str], None]
+) -> int:
     """Run one process of the job. Returns its exit code; raises UserError."""
     stop = StopSignals()
     group = Communicator(args.dist_backend, args.dist_url, args.rendezvous_timeout, report)
@@ -491,8 +496,8 @@ def main_worker(args: argparse.Namespace, report: Callable[[str], None]) -> int:
             local_world_size=group.local_world_size,
             deterministic=args.deterministic,
         )
-        logger = Logger(args.output_dir, prints=group.local_rank == 0, writes=group.rank == 0)
-        code = run_job(args, Runtime(group, accelerator, logger, stop))
+        logger = Logger(args.output_dir, writes=group.rank == 0)
+        code = run_job(args, Runtime(group, accelerator, logger, stop), build_network)
         logger.close()
         group.close()
     except Exception as error:
@@ -501,12 +506,15 @@ def main_worker(args: argparse.Namespace, report: Callable[[str], None]) -> int:
     return code
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Check everything that can be checked, then run. Returns the exit code; raises UserError."""
+def main(argv: list[str] | None = None, build_network: Callable[[str, int], vgg.VGG] = vgg.VGG) -> int:
+    """Check everything that can be checked, then run. Returns the exit code; raises UserError.
+
+    build_network: from (architecture, number of classes) to the network.
+    """
     args = parse_args(argv)
     topology = resolve.resolve_flags(args)
     resolve.make_output_folders(args)
-    return launch(main_worker, args, topology)
+    return launch(functools.partial(main_worker, build_network), args, topology)
 
 
 if __name__ == "__main__":

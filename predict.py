@@ -22,16 +22,17 @@ from typing import NamedTuple, Sequence
 
 import engine  # noqa: F401  sets variables that torch reads when it is imported
 import vgg
+from engine import console
 from engine.checkpoints.model import CLASSES_HELP, Model, load_model
+from engine.console import exit_process, run_script
 from engine.data.folder_index import EXTENSIONS
 from engine.data.images import read_rgb, reason_of, resize, resize_center_crop
 from engine.data.loader import init_worker, share, unchanged
 from engine.device import choice as device
 from engine.device.compute import ComputeDevice
-from engine.errors import EXIT_USAGE, UsageError, UserError, exit_process, print_message, printable, run_script
+from engine.errors import EXIT_USAGE, UsageError, UserError, printable
 from engine.options.flags import DEVICE_HELP, DEVICES
 from engine.options.parser import OneLineParser, check_file, nonempty_path, number
-from engine.records.logger import Logger
 
 import numpy as np
 import torch
@@ -211,10 +212,10 @@ def format_predictions(path: str, predictions: list[Prediction], *, as_json: boo
     return "\n".join([path] + [f"  {rank}  {100 * p:6.2f}%  {name}" for rank, (name, p) in enumerate(predictions, 1)])
 
 
-def print_result(text: str, logger: Logger) -> None:
+def print_result(text: str) -> None:
     """Print a result. Raises UsageError if it is lost. Ends the program if the reader has seen enough (`| head`)."""
     try:
-        logger.result(text)
+        console.result(text)
     except BrokenPipeError:
         exit_process(0)
     except OSError as error:
@@ -234,17 +235,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = load_model(args.checkpoint, args.classes)
     accelerator.place(model.network.requires_grad_(False))
     normalize = accelerator.normalizer(model.mean, model.std)
-    logger, code = Logger(prints=True, writes=False), 0
+    code = 0
     rows: list[HeatmapRow] = []
     if args.csv:
-        print_result("image,rank,class,probability", logger)
-    with torch.no_grad(), logger.progress(len(paths), 0, "Images"):
+        print_result("image,rank,class,probability")
+    with torch.no_grad(), console.progress(len(paths), 0, "Images"):
         for batch in load_images(paths, model, args.batch_size, accelerator):
             if isinstance(batch, UserError):
                 raise batch
             read, images, errors = batch
             for error in errors:
-                print_message("error", error)
+                console.error(error)
                 code = EXIT_USAGE
             if read:
                 if args.heatmap:
@@ -255,13 +256,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for position, path in enumerate(read):
                     values, indices = top[0][position].tolist(), top[1][position].tolist()
                     predictions = [Prediction(model.classes[i], value) for value, i in zip(values, indices)]
-                    print_result(format_predictions(path, predictions, as_json=args.json, as_csv=args.csv), logger)
+                    print_result(format_predictions(path, predictions, as_json=args.json, as_csv=args.csv))
                     if args.heatmap:
                         rows.append(HeatmapRow(path, images[position].numpy(), heat[position].cpu(), predictions))
-            logger.advance(len(read) + len(errors))
+            console.advance(len(read) + len(errors))
     if rows:
         draw_heatmaps(rows, args.heatmap)
-        print(f"=> heatmap written to {args.heatmap}", file=sys.stderr)
+        console.notice(f"heatmap written to {args.heatmap}")
     return code
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
+from itertools import accumulate
+from typing import Sequence
 
 import torch
 from torch import nn
@@ -27,17 +29,19 @@ class VGG(nn.Module):
     torchvision has it before: the two commute exactly, and the ReLU then touches a quarter of the memory.
     """
 
-    def __init__(self, arch: str = "vgg16", num_classes: int = 1000) -> None:
+    def __init__(
+        self, arch: str = "vgg16", num_classes: int = 1000, widths: Sequence[int] = WIDTHS, hidden: int = HIDDEN
+    ) -> None:
         super().__init__()
-        self.features = _features(DEPTHS[arch.replace("_bn", "")], batch_norm=arch.endswith("_bn"))
+        self.features = _features(DEPTHS[arch.replace("_bn", "")], widths, batch_norm=arch.endswith("_bn"))
         self.classifier = nn.Sequential(
-            nn.Linear(WIDTHS[-1] * 7 * 7, HIDDEN),
+            nn.Linear(widths[-1] * 7 * 7, hidden),
             nn.ReLU(inplace=True),
             nn.Dropout(),
-            nn.Linear(HIDDEN, HIDDEN),
+            nn.Linear(hidden, hidden),
             nn.ReLU(inplace=True),
             nn.Dropout(),
-            nn.Linear(HIDDEN, num_classes),
+            nn.Linear(hidden, num_classes),
         )
         self.apply(_initialize)
 
@@ -63,10 +67,10 @@ class VGG(nn.Module):
         return self.classifier(torch.flatten(maps.contiguous(), 1))
 
 
-def _features(depths: tuple[int, ...], batch_norm: bool) -> nn.Sequential:
+def _features(depths: tuple[int, ...], widths: Sequence[int], batch_norm: bool) -> nn.Sequential:
     layers: list[nn.Module] = []
     channels = 3
-    for depth, width in zip(depths, WIDTHS):
+    for depth, width in zip(depths, widths):
         for position in range(depth):
             layers.append(nn.Conv2d(channels, width, kernel_size=3, padding=1))
             if batch_norm:
@@ -125,6 +129,17 @@ def architecture_of(state_dict: dict[str, torch.Tensor]) -> str | None:
         if sum(depths) == convolutions:
             return f"{name}_bn" if batch_norm else name
     return None
+
+
+def network_of(state_dict: dict[str, torch.Tensor]) -> VGG | None:
+    """Return a VGG of the shape of a state dict under torchvision's names, not loaded; None if it is not a VGG's."""
+    arch, last = architecture_of(state_dict), f"{LAST_LAYER}.weight"
+    if arch is None or not {last, "classifier.0.weight"} <= state_dict.keys():
+        return None
+    layers = {int(name.split(".")[1]): len(tensor) for name, tensor in state_dict.items() if tensor.dim() == 4}
+    channels = [layers[number] for number in sorted(layers)]
+    ends = accumulate(DEPTHS[arch.replace("_bn", "")])
+    return VGG(arch, len(state_dict[last]), [channels[end - 1] for end in ends], len(state_dict["classifier.0.weight"]))
 
 
 def describe_mismatch(state_dict: dict[str, torch.Tensor], model: nn.Module) -> str | None:

@@ -22,7 +22,7 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from engine.errors import exit_process
+from engine.console import exit_process
 from engine.parallel.communicator import Communicator, StopVote
 from engine.parallel.launcher import free_port
 

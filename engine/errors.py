@@ -1,16 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What a user sees as one line, the exit code that goes with it, and how a process ends."""
+"""What a user sees as one line, and the exit code that goes with it."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
-import shutil
-import signal
-import sys
-import traceback
-from typing import Callable, NoReturn
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2  # usage error or bad input
@@ -73,59 +66,3 @@ def first_line(error: Exception) -> str:
 def printable(path: str | bytes) -> str:
     """Return a path as one line of valid text."""
     return os.fsencode(path).decode("utf-8", "backslashreplace").replace("\n", "\\n")
-
-
-def print_message(kind: str, text: str) -> None:
-    """Print one line on stderr as the script that runs: `main.py: error: …`. kind: error or warning.
-
-    It never fails: what a run does next must not depend on whether its message can still be printed.
-    """
-    with contextlib.suppress(OSError):  # a full disk, or a reader that is gone (`| tee` at Ctrl-C)
-        print(f"{os.path.basename(sys.argv[0])}: {kind}: {text}", file=sys.stderr, flush=True)
-
-
-_temporary_folders: list[tuple[int, str]] = []  # (the process that made it, path)
-
-
-def remove_at_exit(folder: str) -> None:
-    """Have exit_process remove a folder when this process ends; not a forked child of it."""
-    _temporary_folders.append((os.getpid(), folder))
-
-
-def exit_process(code: int) -> NoReturn:
-    """End this process at once. The only call of os._exit in the program.
-
-    A normal exit would wait for DataLoader workers and for the threads of a process group whose peers may be gone, and
-    torch's own threads sometimes abort while Python shuts down.
-    """
-    for process, folder in _temporary_folders:
-        if process == os.getpid():
-            shutil.rmtree(folder, ignore_errors=True)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # the reader of a pipe is gone, or the disk is full
-            stream.flush()
-    os._exit(code)
-
-
-def escape_unprintable() -> None:
-    """Print what the terminal's encoding lacks as \\x…, not as an error that ends the run."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
-
-
-def run_script(main: Callable[[], int]) -> NoReturn:
-    """Run a script's `main` and exit with the code it returns; show a UserError as one line, and Ctrl-C as nothing."""
-    escape_unprintable()
-    try:
-        code = main()
-    except UserError as error:
-        print_message("error", str(error))
-        # Inside the handler: letting go of the traceback would shut down DataLoader workers that may hang.
-        exit_process(error.exit_code)
-    except KeyboardInterrupt:
-        exit_process(128 + signal.SIGINT)
-    except Exception:
-        traceback.print_exc()
-        exit_process(EXIT_FAILURE)
-    exit_process(code)

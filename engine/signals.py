@@ -13,7 +13,9 @@ import threading
 import time
 from typing import Iterator
 
-from engine.errors import EXIT_FAILURE, EXIT_STOPPED, exit_process, print_message
+from engine import console
+from engine.console import exit_process
+from engine.errors import EXIT_FAILURE, EXIT_STOPPED
 
 STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT] + ([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])
 SECOND_SIGNAL_SECONDS = 2  # Ctrl-C reaches a process from the terminal and again from the launcher: that is one request
@@ -45,7 +47,7 @@ class StopSignals:
                 continue
             if not self.training:
                 if os.environ.get("LOCAL_RANK", "0") == "0":
-                    print_message("warning", "stopped by a signal; there was nothing to save")
+                    console.warning("stopped by a signal; there was nothing to save")
                 exit_process(EXIT_STOPPED)
             if self.first is None:
                 self.first = time.monotonic()

@@ -23,9 +23,10 @@ from typing import Iterable, Tuple, Union
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from engine.console import run_script
 from engine.data.folder_index import EXTENSIONS
 from engine.data.images import open_image, reason_of, to_rgb
-from engine.errors import UsageError, printable, run_script
+from engine.errors import UsageError, printable
 from engine.options.parser import OneLineParser, number
 
 CHUNK = 32  # images per task

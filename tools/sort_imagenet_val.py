@@ -18,7 +18,8 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from engine.errors import UsageError, run_script
+from engine.console import run_script
+from engine.errors import UsageError
 from engine.options.parser import OneLineParser
 
 

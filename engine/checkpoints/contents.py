@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Callable
 
 import vgg
+from engine import console
 from engine.checkpoints.file import load
 from engine.data.datasets import check_same_classes
 from engine.data.images import decoder_name
@@ -197,11 +198,11 @@ def load_pretrained(network: vgg.VGG, checkpoint: dict[str, Any], path: str, log
         own = network.state_dict()[name]
         other_count = name in weights and weights[name].shape[1:] == own.shape[1:] and len(weights[name]) != len(own)
         if other_count:
-            logger.line(f"=> {name}: {len(weights[name])} classes in {path}, {len(own)} here: re-initialized")
+            console.line(f"=> {name}: {len(weights[name])} classes in {path}, {len(own)} here: re-initialized")
             weights[name] = own
     load_weights(network, weights, path)
     kind = "EMA weights" if "state_dict_ema" in checkpoint else "weights"
-    logger.line(f"=> loaded the {kind} of '{path}'")
+    console.line(f"=> loaded the {kind} of '{path}'")
 
 
 # --- continuing -------------------------------------------------------------------------------------------------------
@@ -287,7 +288,7 @@ def log_changes(
     if checkpoint is None:
         path = os.path.join(logger.folder, LATEST)
         if logger.writes and os.path.exists(path):
-            logger.warning(
+            console.warning(
                 f"this run replaces {path}, the checkpoint of an earlier run; --auto-resume would continue that run"
             )
         return
@@ -326,4 +327,4 @@ def log_changes(
             "level"
         )
     for line in lines:
-        logger.line(f"=> {line}")
+        console.line(f"=> {line}")

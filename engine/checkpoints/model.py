@@ -32,18 +32,17 @@ def load_model(path: str, classes_file: str | None = None) -> Model:
     """
     checkpoint = load_checkpoint(path)
     weights = model_weights(checkpoint, path)
-    last_layer = weights.get(f"{vgg.LAST_LAYER}.weight")
-    arch = vgg.architecture_of(weights)
-    if arch is None or last_layer is None:
+    network = vgg.network_of(weights)
+    if network is None:
         raise UsageError(f"{path}: holds weights, but not those of a VGG")
+    count = len(weights[f"{vgg.LAST_LAYER}.weight"])
     if classes_file:
         classes = read_classes(classes_file)
     else:
-        classes = [str(name) for name in checkpoint.get("classes") or range(len(last_layer))]
-    if len(classes) != len(last_layer):
+        classes = [str(name) for name in checkpoint.get("classes") or range(count)]
+    if len(classes) != count:
         names = f"{classes_file or path} has {len(classes)} class names"
-        raise UsageError(f"{names}, the network has {len(last_layer)} classes")
-    network = vgg.VGG(arch, len(last_layer))
+        raise UsageError(f"{names}, the network has {count} classes")
     load_weights(network, weights, path)
     values = checkpoint.get("preprocessing") or {}
     return Model(

@@ -9,6 +9,7 @@ import os
 import urllib.error
 from typing import Any
 
+from engine import console
 from engine.checkpoints.contents import LATEST, PREVIOUS, load_checkpoint
 from engine.checkpoints.file import lock_folder
 from engine.errors import CheckpointError, UsageError, first_line
@@ -65,7 +66,7 @@ def find_checkpoint(resume: str | None, auto_resume: bool, folder: str, logger: 
     resume: a file. auto_resume: take the newest intact checkpoint in `folder`. Raises CheckpointError.
     """
     if resume:
-        logger.line(f"=> resuming from '{resume}'")
+        console.line(f"=> resuming from '{resume}'")
         return load_checkpoint(resume)
     if not auto_resume:
         return None
@@ -79,9 +80,9 @@ def find_checkpoint(resume: str | None, auto_resume: bool, folder: str, logger: 
             checkpoint = load_checkpoint(path)
         except CheckpointError as error:
             corrupt.append((path, error))
-            logger.warning(f"{error}; trying the one before it")
+            console.warning(f"{error}; trying the one before it")
             continue
-        logger.line(f"=> resuming from '{path}'")
+        console.line(f"=> resuming from '{path}'")
         for other, _ in corrupt:  # else the next save would keep it in place of the intact one
             os.replace(other, f"{other}.corrupt")
         return checkpoint

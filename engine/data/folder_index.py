@@ -15,8 +15,9 @@ import os
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable, Iterable
+from typing import Any, Callable, Iterable, Iterator
 
+from engine import console
 from engine.data.images import read_rgb, reason_of
 from engine.errors import DataError, printable
 
@@ -77,6 +78,15 @@ def open_index(root: str, check: Check | None = None) -> FolderIndex:
             _write(path, *parts)
             index = _load(path, root) or index
     return index
+
+
+def track_check(reasons: Iterable[str | None], count: int) -> Iterator[str | None]:
+    """Pass the results of checking `count` images on, with a progress bar (a Check)."""
+    console.line(f"=> checking {count:,} images, once")
+    with console.progress(count, 0, "Checking"):
+        for reason in reasons:
+            console.advance(1)
+            yield reason
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import shutil
 import sysconfig
 from typing import Any
 
+from engine import console
 from engine.errors import DeviceUnavailableError, first_line
 from engine.versions import TORCH
 
@@ -21,12 +22,6 @@ import torch
 BACKENDS = {"npu": "hccl", "gpu": "nccl", "mps": "gloo", "cpu": "gloo"}
 TORCH_DEVICES = {"npu": "npu", "gpu": "cuda", "mps": "mps", "cpu": "cpu"}
 SOURCE_CANN = "run `source /usr/local/Ascend/ascend-toolkit/set_env.sh`"
-
-
-def notice(text: str) -> None:
-    """Print a line on the local main process."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"=> {text}", flush=True)
 
 
 # --- which device -----------------------------------------------------------------------------------------------------
@@ -101,8 +96,8 @@ def resolve_device_list(
             raise DeviceUnavailableError(f"--gpu {gpu} is an index into --device-list, which has {len(given)} entries")
         devices = [given[gpu] if given else gpu]
     elif one_device and len(devices) > 1:
-        notice(
-            f"{len(devices)} devices, and this is a one-device run: using number {devices[0]}; "
+        console.line(
+            f"=> {len(devices)} devices, and this is a one-device run: using number {devices[0]}; "
             "--multiprocessing-distributed uses all of them, --gpu N another one"
         )
         devices = devices[:1]
@@ -222,9 +217,9 @@ def _cpu_precision(amp_dtype: str) -> str:
             "--amp-dtype fp16 is not supported on a CPU, where it is 15 times slower than bf16; use --amp-dtype bf16"
         )
     if amp_dtype == "auto" and not _cpu_has_bf16():
-        notice(
-            "this CPU has no bf16 instructions, and without them bf16 is slower than fp32: --amp changes nothing here "
-            "(--amp-dtype bf16 forces it)"
+        console.line(
+            "=> this CPU has no bf16 instructions, and without them bf16 is slower than fp32: --amp changes nothing "
+            "here (--amp-dtype bf16 forces it)"
         )
         return "fp32"
     return "bf16"

@@ -8,6 +8,7 @@ import importlib.util
 from typing import Any, Callable
 
 import vgg
+from engine import console
 from engine.checkpoints.contents import model_weights
 from engine.checkpoints.start import DEFAULT_ARCH
 from engine.data.augmentation import CROP_SCALE, Augmentation, require_torchvision
@@ -34,7 +35,7 @@ def resolve_flags(args: argparse.Namespace) -> Topology:
     if args.loss_scale_value == "dynamic" and args.precision == "fp16" and precision.needs_apex(args.device):
         raise UsageError("--loss-scale-value dynamic is not supported with apex: give a number")
     if args.loss_scale_value is not None and args.precision == "bf16":
-        device.notice("--loss-scale-value is ignored: bf16 has the range of fp32 and needs no scale")
+        console.line("=> --loss-scale-value is ignored: bf16 has the range of fp32 and needs no scale")
     device.check_torch_options(
         args.device,
         deterministic=args.deterministic,

@@ -8,7 +8,8 @@ import threading
 import time
 from typing import Callable
 
-from engine.errors import EXIT_FAILURE, exit_process
+from engine.console import exit_process
+from engine.errors import EXIT_FAILURE
 
 import torch.distributed as dist
 

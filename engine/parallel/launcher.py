@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.util
@@ -14,23 +13,14 @@ import random
 import re
 import signal
 import socket
-import sys
 import time
 import traceback
 from dataclasses import dataclass
 from typing import Any, Callable, NamedTuple
 
-from engine.errors import (
-    EXIT_FAILURE,
-    EXIT_STOPPED,
-    RendezvousError,
-    UsageError,
-    UserError,
-    escape_unprintable,
-    exit_process,
-    print_message,
-    remove_at_exit,
-)
+from engine import console
+from engine.console import escape_unprintable, exit_process, remove_at_exit
+from engine.errors import EXIT_FAILURE, EXIT_STOPPED, RendezvousError, UsageError, UserError
 from engine.signals import STOP_SIGNALS, die_with_parent
 
 MULTI_NODE_PORT = 59629
@@ -138,7 +128,7 @@ def launch(worker: Worker, args: argparse.Namespace, topology: Topology) -> int:
         os.environ.update(
             RANK=str(topology.node_rank), WORLD_SIZE=str(topology.nodes), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1"
         )
-    return worker(args, functools.partial(print_message, "error"))
+    return worker(args, console.error)
 
 
 class Report(NamedTuple):
@@ -221,15 +211,14 @@ def _wait_for(children: list[Any], receivers: list[Any], first_rank: int) -> int
     if not causes and any(child.exitcode == EXIT_STOPPED for child in children):
         # A process was stopped before training or in an evaluation, and the others lost it. Rank 0 says so itself.
         if children[0].exitcode != EXIT_STOPPED:
-            print_message("warning", "a process was stopped by a signal; there was nothing to save")
+            console.warning("a process was stopped by a signal; there was nothing to save")
         return EXIT_STOPPED
     first = next((report for report in causes if report.code is not None), None) or next(iter(causes + reports), None)
     if first is not None:
         if "\n" in first.text:
-            with contextlib.suppress(OSError):
-                sys.stderr.write(first.text)
+            console.unexpected(first.text)
         else:
-            print_message("error", first.text)
+            console.error(first.text)
         code = first.code or code
     return code
 
@@ -239,6 +228,8 @@ def _child(worker: Worker, args: argparse.Namespace, environment: dict[str, str]
     die_with_parent(parent)
     escape_unprintable()
     os.environ.update(environment)
+    if environment["LOCAL_RANK"] != "0":
+        console.be_quiet()
 
     def report_peer(text: str) -> None:
         _send(pipe, Report(text, about_peers=True))

@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, Callable
 
+from engine import console
 from engine.errors import RendezvousError, first_line
 
 import torch.distributed as dist
@@ -116,15 +117,12 @@ class _Waiting:
             )
         if now - self.last_report >= REPORT_SECONDS:
             self.last_report = now
-            if self.member.local_rank == 0:
-                missing, nodes = find_missing(), -(-self.member.world_size // self.member.local_world_size)
-                verb = "has" if len(missing) == 1 else "have"
-                with contextlib.suppress(OSError):  # nobody reads it any more
-                    print(
-                        f"=> waiting for {len(missing)} of {nodes} nodes: {', '.join(missing)} {verb} not joined, "
-                        f"{waited:.0f} s of {timeout:.0f} s",
-                        flush=True,
-                    )
+            missing, nodes = find_missing(), -(-self.member.world_size // self.member.local_world_size)
+            verb = "has" if len(missing) == 1 else "have"
+            console.line(
+                f"=> waiting for {len(missing)} of {nodes} nodes: {', '.join(missing)} {verb} not joined, "
+                f"{waited:.0f} s of {timeout:.0f} s"
+            )
 
 
 def _check_port(port: int, address: str) -> None:

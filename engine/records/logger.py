@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Log lines, progress bar, metrics.jsonl, TensorBoard and curves.png."""
+"""The parsed log lines, metrics.jsonl, TensorBoard's events and curves.png."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import contextlib
 import json
 import math
 import os
-import sys
 import threading
 import time
-from typing import IO, Any, Iterable, Iterator
+from typing import IO, Any, Iterator
 
-from engine.errors import UsageError, first_line, print_message
+from engine import console
+from engine.errors import UsageError, first_line
 from engine.records.curves import save_curves
 from engine.records.metrics import Totals
 
@@ -56,20 +56,17 @@ class ProgressMeter:
 
 
 class Logger:
-    """Prints on the local main process of each node; writes files on rank 0 alone, from the first event on.
+    """Writes metrics.jsonl, TensorBoard's events and curves.png, from the first event on; nothing unless on rank 0.
 
     Args:
-        folder: where metrics.jsonl, curves.png and TensorBoard's events go.
-        prints: whether this is the local main process.
+        folder: where the files go.
         writes: whether this is rank 0.
     """
 
-    def __init__(self, folder: str = ".", *, prints: bool, writes: bool) -> None:
-        self.folder, self.prints, self.writes = folder, prints, writes
-        self.bar: Any = None
+    def __init__(self, folder: str = ".", *, writes: bool) -> None:
+        self.folder, self.writes = folder, writes
         self.tensorboard: Any = None
         self.jsonl: IO[str] | None = None
-        self.warned = False
 
     def open(self) -> None:
         """Open metrics.jsonl, and TensorBoard's file if it is installed. Raises UsageError."""
@@ -80,87 +77,12 @@ class Logger:
             self.jsonl = open(path, "a")  # noqa: SIM115  closed by close()
         except OSError as error:
             raise UsageError(f"{path}: {error.strerror}") from error
-        with self._optional("TensorBoard's events are not written"):  # metrics.jsonl has the same values
+        with _optional("TensorBoard's events are not written"):  # metrics.jsonl has the same values
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(os.path.join(self.folder, "tensorboard"))
             if hasattr(threading, "excepthook"):  # since Python 3.8
-                threading.excepthook = self._warn_of_thread_error  # TensorBoard writes in a thread of its own
-
-    def line(self, text: str) -> None:
-        """Print a line, above the progress bar if there is one."""
-        if self.prints:
-            with self._ignoring_write_errors():
-                self.result(text)
-
-    def result(self, text: str) -> None:
-        """Print output that the user asked for. Raises OSError if it is lost."""
-        if self.bar is not None:
-            self.bar.clear()
-        print(text, flush=True)
-        if self.bar is not None:
-            self.bar.refresh()
-
-    def warning(self, text: str) -> None:
-        print_message("warning", text)
-
-    @contextlib.contextmanager
-    def _ignoring_write_errors(self) -> Iterator[None]:
-        """A full disk, or a reader of our output that is gone (`| tee` at Ctrl-C), must not end the training."""
-        try:
-            yield
-        except OSError as error:
-            self._warn_of_lost_output(error)
-
-    @contextlib.contextmanager
-    def _optional(self, loss: str) -> Iterator[None]:
-        """A package that is missing is left out; one that is broken costs a warning, not the training."""
-        try:
-            yield
-        except ImportError:
-            pass
-        except Exception as error:
-            self.warning(f"{loss} ({type(error).__name__}: {first_line(error)})")
-
-    def _warn_of_lost_output(self, error: OSError) -> None:
-        if not self.warned:
-            self.warned = True
-            with contextlib.suppress(OSError):
-                self.warning(f"log output is being lost ({error})")
-
-    def _warn_of_thread_error(self, failure: Any) -> None:
-        if isinstance(failure.exc_value, OSError):
-            self._warn_of_lost_output(failure.exc_value)
-        else:
-            threading.__excepthook__(failure)  # type: ignore[attr-defined]
-
-    @contextlib.contextmanager
-    def progress(self, total: int, done: int, label: str) -> Iterator[None]:
-        """Show a bar with ETA and images/s on a terminal if tqdm is installed. total, done: images of all processes."""
-        if self.prints and sys.stderr.isatty():
-            with contextlib.suppress(ImportError):
-                from tqdm import tqdm
-
-                self.bar = tqdm(total=total, initial=done, desc=label, unit=" images", leave=False, dynamic_ncols=True)
-        try:
-            yield
-        finally:
-            if self.bar is not None:
-                self.bar.close()
-                self.bar = None
-
-    def advance(self, images: int) -> None:
-        """Move the progress bar."""
-        if self.bar is not None:
-            self.bar.update(min(images, self.bar.total - self.bar.n))  # the last validation batch is a smaller one
-
-    def track_check(self, reasons: Iterable[str | None], count: int) -> Iterator[str | None]:
-        """Pass the results of checking `count` images on, with a progress bar (a Check of folder_index.py)."""
-        self.line(f"=> checking {count:,} images, once")
-        with self.progress(count, 0, "Checking"):
-            for reason in reasons:
-                self.advance(1)
-                yield reason
+                threading.excepthook = _warn_of_thread_error  # TensorBoard writes in a thread of its own
 
     def event(self, event: str, **fields: Any) -> None:
         """Write a line of metrics.jsonl. event: start, train, epoch, validate, checkpoint, stop or done.
@@ -173,11 +95,11 @@ class Logger:
         record: dict[str, Any] = {"event": event}
         for key, value in fields.items():
             record[key] = None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no NaN
-        with self._ignoring_write_errors():
+        with console.warn_once():
             self.jsonl.write(json.dumps(record) + "\n")
             self.jsonl.flush()
         if self.tensorboard is not None and "step" in fields:
-            with self._ignoring_write_errors():
+            with console.warn_once():
                 for key in ("loss", "acc1", "acc5", "lr", "images_per_second"):
                     if key in fields:
                         self.tensorboard.add_scalar(f"{event}/{key}", fields[key], fields["step"])
@@ -185,11 +107,30 @@ class Logger:
     def curves(self) -> None:
         """Draw curves.png from metrics.jsonl if matplotlib is installed."""
         if self.writes:
-            with self._optional("curves.png is not drawn"), self._ignoring_write_errors():
+            with _optional("curves.png is not drawn"), console.warn_once():
                 save_curves(self.folder)
 
     def close(self) -> None:
         for file in (self.jsonl, self.tensorboard):
             if file is not None:
-                with self._ignoring_write_errors():
+                with console.warn_once():
                     file.close()
+
+
+@contextlib.contextmanager
+def _optional(loss: str) -> Iterator[None]:
+    """A package that is missing is left out; one that is broken costs a warning, not the training."""
+    try:
+        yield
+    except ImportError:
+        pass
+    except Exception as error:
+        console.warning(f"{loss} ({type(error).__name__}: {first_line(error)})")
+
+
+def _warn_of_thread_error(failure: Any) -> None:
+    if isinstance(failure.exc_value, OSError):
+        with console.warn_once():
+            raise failure.exc_value
+    else:
+        threading.__excepthook__(failure)  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ import platform
 import subprocess
 from typing import Any, Sequence
 
+from engine import console
 from engine.data.datasets import EMBEDDED, ImageDataset
 from engine.data.images import decoder_name
 from engine.device.compute import ComputeDevice
@@ -33,23 +34,23 @@ def log_run_info(
 ) -> None:
     """Describe the run in a few lines, and in bad_images.txt if images are left out."""
     device_name = f"{group.world_size} × {args.device} ({accelerator.name()})"
-    logger.line(f"=> {args.arch} on {device_name}, {args.precision}, torch {torch.__version__}")
+    console.line(f"=> {args.arch} on {device_name}, {args.precision}, torch {torch.__version__}")
     datasets = {"training": train_set, "validation": val_set}
     counts = [f"{len(dataset):,} {kind} images" for kind, dataset in datasets.items() if dataset is not None]
     source = "synthetic" if args.dummy else args.data or f"{EMBEDDED} (no --data given)"
     sizes = ", ".join(counts) or f"{args.dummy:,} images"
-    logger.line(f"=> data: {source}, {sizes}, {args.image_size} pixels per side")
+    console.line(f"=> data: {source}, {sizes}, {args.image_size} pixels per side")
     if train_set is not None:
-        logger.line(f"=> {describe_balance(train_set.classes, train_set.labels)}")
+        console.line(f"=> {describe_balance(train_set.classes, train_set.labels)}")
         if args.mixup or args.cutmix:
-            logger.line("=> images are mixed: the training accuracy is that of the larger part of each")
+            console.line("=> images are mixed: the training accuracy is that of the larger part of each")
     # Both parts of --val-split name the same images.
     unreadable = list(
         dict.fromkeys(image for dataset in (train_set, val_set) if dataset for image in dataset.unreadable)
     )
     if unreadable:
         path = os.path.join(args.output_dir, "bad_images.txt")
-        logger.line(f"=> skipping {len(unreadable):,} unreadable images, listed in {path}")
+        console.line(f"=> skipping {len(unreadable):,} unreadable images, listed in {path}")
         if group.rank == 0:
             _write(path, "".join(f"{name}\t{reason}\n" for name, reason in unreadable))
 

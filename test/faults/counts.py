@@ -11,10 +11,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 
 import main
 from engine.checkpoints.contents import TrainState
+from engine.console import exit_process
 from engine.data.datasets import ArrayDataset, read_digits
 from engine.data.loader import BatchLoader, ResumableBatchSampler
 from engine.device.compute import ComputeDevice
-from engine.errors import exit_process
 from engine.parallel.communicator import Communicator
 from engine.records.logger import Logger
 from engine.signals import StopSignals
@@ -23,7 +23,7 @@ import torch
 
 group = Communicator("gloo", sys.argv[1], timeout=60, report=print)
 accelerator = ComputeDevice("cpu", local_world_size=group.world_size)
-runtime = main.Runtime(group, accelerator, Logger(prints=False, writes=False), StopSignals())
+runtime = main.Runtime(group, accelerator, Logger(writes=False), StopSignals())
 runtime.stop.training = True
 digits = read_digits(training=False)
 torch.manual_seed(0)

@@ -79,7 +79,7 @@ def run_python(code: str, *args: Any, **env: str) -> list[str]:
 
     It ends as the program does: after a backward pass, torch 1.8 sometimes hangs while Python shuts down.
     """
-    code += "\nfrom engine.errors import exit_process\nexit_process(0)\n"
+    code += "\nfrom engine.console import exit_process\nexit_process(0)\n"
     result = run(sys.executable, "-c", code, *args, timeout=120, env=env)
     assert result.code == 0, result.err
     return result.out.splitlines()

@@ -11,17 +11,22 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 
 import main
 import vgg
-from engine.device import compute as accelerator
-from engine.errors import run_script
+from engine.console import run_script
+from engine.device import compute
 
-vgg.WIDTHS, vgg.HIDDEN = (8, 8, 16, 16, 16), 32  # at import: spawned processes import this file again
-accelerator.available_cores = lambda: 1  # layers this small only wait for a second thread
+WIDTHS, HIDDEN = (8, 8, 16, 16, 16), 32
+# At import, because spawned processes import this file again: layers this small only wait for a second thread.
+compute.available_cores = lambda: 1
+
+
+def small_vgg(arch: str, num_classes: int) -> vgg.VGG:
+    return vgg.VGG(arch, num_classes, WIDTHS, HIDDEN)
 
 
 def run(argv: list[str] | None = None) -> NoReturn:
     """Run main.py as the script does, and end the process."""
     sys.argv[0] = "main.py"  # the name in front of errors
-    run_script(lambda: main.main(argv))
+    run_script(lambda: main.main(argv, small_vgg))
 
 
 if __name__ == "__main__":

@@ -89,13 +89,13 @@ class Run:
     def resume(self, checkpoint, rank=0):
         load_weights(self.network, model_weights(checkpoint, "--resume", ema=False), "--resume")
         restore(checkpoint, self.state, self.counter, self.scaler, self.ema, rank)
-        log_changes(checkpoint, self.info, self.state, self.ema, 100, Logger(prints=True, writes=False))
+        log_changes(checkpoint, self.info, self.state, self.ema, 100, Logger(writes=False))
         return self
 
 
 @pytest.fixture
 def logger():
-    return Logger(prints=True, writes=False)
+    return Logger(writes=False)
 
 
 def save(state, path):

@@ -19,7 +19,8 @@ import os, sys
 from engine.parallel import communicator as distributed
 from engine.device.compute import ComputeDevice
 from engine.parallel.communicator import Communicator, check_same_flags, check_same_parameters
-from engine.errors import DivergedError, UsageError, exit_process
+from engine.console import exit_process
+from engine.errors import DivergedError, UsageError
 import torch
 """
 

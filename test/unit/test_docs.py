@@ -137,7 +137,7 @@ def test_the_readme_is_short():
 # Runs a script with small.py's network in place of VGG.
 SMALL_SCRIPT = (
     "import runpy, sys; from helpers import small; sys.argv = sys.argv[1:]; "
-    "runpy.run_path(sys.argv[0], run_name='__main__')"
+    "small.run() if sys.argv[0].endswith('main.py') else runpy.run_path(sys.argv[0], run_name='__main__')"
 )
 SMALLER = ["--arch", "vgg11_bn", "--image-size", "32", "--device", "cpu", "--epochs", "1", "-b", "6"]
 
@@ -149,8 +149,8 @@ def followed(folder, tmp_path_factory):
         pytest.skip("the documentation is followed on torch 2")
     root = tmp_path_factory.mktemp("a user")
     run_python(
-        "import sys, torch; from helpers import small; import vgg; torch.manual_seed(0); "
-        "torch.save(vgg.VGG('vgg11_bn', 5).state_dict(), sys.argv[1])",
+        "import sys, torch; from helpers import small; torch.manual_seed(0); "
+        "torch.save(small.small_vgg('vgg11_bn', 5).state_dict(), sys.argv[1])",
         root / "vgg16-397923af.pth",
     )
     (root / "imagenet_classes.txt").write_text(

@@ -119,7 +119,7 @@ import os, signal, sys
 from engine.device.compute import ComputeDevice
 from engine.data.augmentation import Augmentation
 from engine.data.datasets import ImageFolder
-from engine.errors import run_script
+from engine.console import run_script
 from engine.data.loader import BatchLoader, watch_workers
 from engine.data.loader import ResumableBatchSampler
 

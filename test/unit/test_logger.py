@@ -12,6 +12,8 @@ import sys
 import types
 from typing import Any
 
+from engine import console
+from engine.data.folder_index import track_check
 from engine.records import logger as logger_module
 from engine.records.logger import Logger, ProgressMeter
 from engine.records.metrics import Totals
@@ -89,9 +91,12 @@ def test_every_line_has_the_shape_that_is_parsed(prefix: str, totals: Totals) ->
 
 
 @pytest.mark.parametrize("prints, writes", [(True, True), (True, False), (False, False)])
-def test_local_main_processes_print_and_rank_0_writes(tmp_path: Any, capsys: Any, prints: bool, writes: bool) -> None:
-    logger = Logger(str(tmp_path), prints=prints, writes=writes)
-    logger.line("=> a line")
+def test_local_main_processes_print_and_rank_0_writes(
+    tmp_path: Any, capsys: Any, monkeypatch: Any, prints: bool, writes: bool
+) -> None:
+    monkeypatch.setattr(console, "_prints", prints)
+    logger = Logger(str(tmp_path), writes=writes)
+    console.line("=> a line")
     logger.event("train", loss=1.0, step=1)
     logger.close()
     assert (capsys.readouterr().out == "=> a line\n") == prints
@@ -101,7 +106,7 @@ def test_local_main_processes_print_and_rank_0_writes(tmp_path: Any, capsys: Any
 
 def test_metrics_are_appended_and_hold_no_nan(tmp_path: Any) -> None:
     for step, loss in enumerate([1.5, math.nan, math.inf]):
-        logger = Logger(str(tmp_path), prints=False, writes=True)
+        logger = Logger(str(tmp_path), writes=True)
         logger.event("train", loss=loss, step=step)
         logger.close()
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
@@ -110,7 +115,7 @@ def test_metrics_are_appended_and_hold_no_nan(tmp_path: Any) -> None:
 
 
 def test_metrics_are_complete_while_the_run_goes_on(tmp_path: Any) -> None:
-    logger = Logger(str(tmp_path), prints=False, writes=True)
+    logger = Logger(str(tmp_path), writes=True)
     for step in range(3):
         logger.event("train", loss=1.0, step=step)
         assert [record["step"] for record in events(tmp_path, "train")] == list(range(step + 1))
@@ -121,7 +126,7 @@ def test_tensorboard_has_the_same_values(tmp_path: Any) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    logger = Logger(str(tmp_path), prints=False, writes=True)
+    logger = Logger(str(tmp_path), writes=True)
     for step in (1, 2):
         logger.event("train", loss=0.5 * step, acc1=10.0 * step, lr=0.1, samples=8, step=step)
     logger.event("validate", acc1=55.0, step=2)
@@ -144,7 +149,7 @@ def test_a_broken_optional_package_costs_a_warning_and_nothing_else(
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", Broken("torch.utils.tensorboard"))
     monkeypatch.setattr(logger_module, "save_curves", broken)
-    logger = Logger(str(tmp_path), prints=True, writes=True)
+    logger = Logger(str(tmp_path), writes=True)
     logger.event("validate", acc1=55.0, step=2)
     logger.curves()
     logger.close()
@@ -161,34 +166,38 @@ def test_a_progress_bar_on_a_terminal_ends_at_its_total_and_leaves_the_lines_int
     monkeypatch: Any, capsys: Any
 ) -> None:
     pytest.importorskip("tqdm")
-    logger = Logger(prints=True, writes=False)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with logger.progress(20, 0, "Test"):
-        bar = logger.bar
+    with console.progress(20, 0, "Test"):
+        bar = console._bar
         for number in range(3):
-            logger.line(f"line {number}")
-            logger.advance(8)
+            console.line(f"line {number}")
+            console.advance(8)
         assert bar.n == 20  # the last of the three batches has four images
-    assert logger.bar is None
+    assert console._bar is None
     assert capsys.readouterr().out.splitlines() == ["line 0", "line 1", "line 2"]
 
 
 def test_without_a_terminal_there_is_no_progress_bar(capsys: Any) -> None:
-    logger = Logger(prints=True, writes=False)
-    assert list(logger.track_check([None, "corrupt"], 2)) == [None, "corrupt"]
+    assert list(track_check([None, "corrupt"], 2)) == [None, "corrupt"]
     assert capsys.readouterr().err == ""
+
+
+@pytest.fixture
+def nothing_lost(monkeypatch: Any) -> None:
+    """No line was lost before this test."""
+    monkeypatch.setattr(console, "_lost", False)
 
 
 # --- output that cannot be written ------------------------------------------------------------------------------------
 
 
 @full_disk
-def test_a_full_disk_for_metrics_is_one_warning(tmp_path: Any, capsys: Any) -> None:
+def test_a_full_disk_for_metrics_is_one_warning(tmp_path: Any, capsys: Any, nothing_lost: None) -> None:
     os.symlink("/dev/full", str(tmp_path / "metrics.jsonl"))
-    logger = Logger(str(tmp_path), prints=True, writes=True)
+    logger = Logger(str(tmp_path), writes=True)
     for step in range(3):
         logger.event("train", loss=1.0, step=step)
-    logger.line("=> training continues")
+    console.line("=> training continues")
     logger.close()
     captured = capsys.readouterr()
     assert captured.out == "=> training continues\n"
@@ -196,8 +205,8 @@ def test_a_full_disk_for_metrics_is_one_warning(tmp_path: Any, capsys: Any) -> N
     assert warning.endswith("warning: log output is being lost ([Errno 28] No space left on device)")
 
 
-def test_a_full_disk_for_tensorboard_at_the_end_is_a_warning(tmp_path: Any, capsys: Any) -> None:
-    logger = Logger(str(tmp_path), prints=True, writes=True)
+def test_a_full_disk_for_tensorboard_at_the_end_is_a_warning(tmp_path: Any, capsys: Any, nothing_lost: None) -> None:
+    logger = Logger(str(tmp_path), writes=True)
     logger.event("start", step=0)
 
     class Full:

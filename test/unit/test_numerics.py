@@ -44,14 +44,14 @@ def digits() -> ArrayDataset:
 
 
 @pytest.fixture
-def build(digits: ArrayDataset, monkeypatch: Any) -> Callable[..., Trainer]:
+def build(digits: ArrayDataset) -> Callable[..., Trainer]:
     """A function that builds a narrow VGG without dropout, from the same weights each time."""
-    monkeypatch.setattr(vgg, "WIDTHS", NARROW)
 
     class NarrowVGG(vgg.VGG):
         def __init__(self, arch: str) -> None:
             nn.Module.__init__(self)  # VGG's own would initialize 100 million weights of its classifier
-            self.features = vgg._features(vgg.DEPTHS[arch.replace("_bn", "")], batch_norm=arch.endswith("_bn"))
+            depths = vgg.DEPTHS[arch.replace("_bn", "")]
+            self.features = vgg._features(depths, NARROW, batch_norm=arch.endswith("_bn"))
             self.classifier = nn.Sequential(
                 nn.Linear(NARROW[-1] * 7 * 7, 128), nn.ReLU(inplace=True), nn.Linear(128, 10)
             )

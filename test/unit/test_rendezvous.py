@@ -19,7 +19,8 @@ import pytest
 JOIN = """
 import os, sys
 from engine.parallel import rendezvous
-from engine.errors import RendezvousError, exit_process
+from engine.console import exit_process
+from engine.errors import RendezvousError
 from engine.signals import StopSignals
 rendezvous.REPORT_SECONDS = 0.5
 stop = StopSignals()
@@ -166,7 +167,8 @@ def test_an_address_of_another_host_is_named_at_once(tmp_path):
 GROUP = """
 import os, sys
 from engine.parallel.communicator import Communicator
-from engine.errors import RendezvousError, exit_process
+from engine.console import exit_process
+from engine.errors import RendezvousError
 os.environ.update(RANK=sys.argv[2], WORLD_SIZE=sys.argv[3], LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
 print("started", flush=True)
 try:

@@ -52,7 +52,7 @@ def test_a_signal_before_training_exits_at_once_with_75(stderr):
 
 
 def test_ctrl_c_in_a_script_is_no_traceback():
-    code = "import os, signal, time; from engine.errors import run_script; "
+    code = "import os, signal, time; from engine.console import run_script; "
     code += "run_script(lambda: [os.kill(os.getpid(), signal.SIGINT), time.sleep(60)])"
     result = run(sys.executable, "-c", code)
     assert (result.code, result.out, result.err) == (128 + signal.SIGINT, "", "")

@@ -27,7 +27,7 @@ NAME = f"vgg16-{hashlib.sha256(CONTENT).hexdigest()[:8]}.pth"
 
 @pytest.fixture
 def logger() -> Logger:
-    return Logger(prints=True, writes=False)
+    return Logger(writes=False)
 
 
 def save(state: Any, path: Any) -> str:

@@ -25,12 +25,10 @@ SMALL = ["--arch", "vgg11", "--image-size", "32", "-b", "4"]
 
 
 @pytest.fixture
-def network(monkeypatch: Any) -> vgg.VGG:
+def network() -> vgg.VGG:
     """A narrow VGG whose predictions differ from image to image, in evaluation mode."""
-    monkeypatch.setattr(vgg, "WIDTHS", (8, 8, 16, 16, 16))
-    monkeypatch.setattr(vgg, "HIDDEN", 32)
     torch.manual_seed(0)
-    network = vgg.VGG("vgg11", 5).eval()
+    network = vgg.VGG("vgg11", 5, (8, 8, 16, 16, 16), 32).eval()
     for layer in network.classifier:
         if isinstance(layer, torch.nn.Linear):
             torch.nn.init.kaiming_normal_(layer.weight)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # as engine does, before any test imports torch
-TEST = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TEST = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(TEST), TEST]
 
 from helpers.images import make_folder  # noqa: E402  sys.path comes first
