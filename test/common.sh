@@ -8,14 +8,13 @@
 set -euo pipefail
 network=Vgg16_ID1630_for_PyTorch
 kind=acc cards=1 batch_size=256 learning_rate=0.01 epochs=90 nodes=one recipe=()
-test_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+test_dir=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 repository=$(dirname "$test_dir")
 # shellcheck source-path=SCRIPTDIR source=setup.sh
 source "$test_dir/setup.sh"
 
-fail() { # message
-    echo "$(basename "$0"): error: $1" >&2
-    exit 2
+warn() { # message
+    echo "$(basename "$0"): warning: $1" >&2
 }
 
 usage() {
@@ -26,7 +25,7 @@ usage: bash test/$(basename "$0") --data_path=DIR [options]
   --workers=N            DataLoader workers on this node          (the cores that the processes leave)
   --epochs=N             epochs                                   ($epochs)
   --device=NAME          npu, gpu or cpu                          (the first that works)
-  --device_id=N          the card of a one-card run               (ASCEND_DEVICE_ID, else 0)
+  --device_id=N          the card of a one-card run               (ASCEND_DEVICE_ID wins; else 0)
   --device_list=0,1,…    the cards of a run on several            (0 to 7)
   --learning_rate=RATE   peak learning rate                       ($learning_rate)
   --opt_level=O0…O3      mixed precision                          (O1)
@@ -38,7 +37,7 @@ USAGE
   --nnodes=N             number of nodes; with torchrun also MIN:MAX  (1)
   --node_rank=N          rank of this node, from 0                (0)
   --local_addr=IP        address of this node
-  --master_addr=IP       address of node 0                        (127.0.0.1)
+  --master_addr=IP       address of node 0                        (this node's first)
   --master_port=N        port of node 0                           (59629)
   --rendezvous_timeout=S seconds to wait for other nodes          (600)
   --launcher=NAME        spawn, or torchrun, which restarts       (spawn)
@@ -50,8 +49,14 @@ absolute() { # path, relative to the caller's folder
     realpath -m -- "$1"
 }
 
-data_path='' workers='' device='' device_id=${ASCEND_DEVICE_ID:-0} device_list='' opt_level='' resume=''
-output='' moved='' nnodes=1 node_rank=0 local_addr='' master_addr=127.0.0.1 master_port=59629 rendezvous_timeout=600 launcher=spawn
+data_path='' workers='' device='' device_id=0 device_list='' opt_level='' resume='' output='' moved='' stopped=''
+nnodes=1 node_rank=0 local_addr='' master_addr='' master_port=59629 rendezvous_timeout=600 launcher=spawn
+
+# The evaluation ignores it, as the reference's does, whose users pass --world_size=.
+unknown_option() { # message
+    if [ "$kind" != eval ]; then fail "$1; --help lists the options"; fi
+    warn "$1, which is ignored; --help lists the options"
+}
 
 parse_options() { # the script's arguments
     local option name value
@@ -74,15 +79,16 @@ parse_options() { # the script's arguments
             -h | --help) usage; exit 0 ;;
             --nnodes=* | --node_rank=* | --local_addr=* | --master_addr=* | --master_port=* | \
                 --rendezvous_timeout=* | --launcher=*)
-                [ "$nodes" = many ] || fail "$option requires a multi-node script; --help lists the options of this one"
-                printf -v "${name#--}" '%s' "$value" ;;
-            *) fail "unknown option $option; --help lists the options" ;;
+                if [ "$nodes" = many ]; then printf -v "${name#--}" '%s' "$value"
+                else unknown_option "$option requires a multi-node script"; fi ;;
+            *) unknown_option "unknown option $option" ;;
         esac
     done
     [ -n "$data_path" ] || fail "--data_path=DIR is required: a folder with train/ and val/, or CIFAR-10"
     data_path=$(absolute "$data_path")
     [ -d "$data_path" ] || fail "--data_path=$data_path: no such folder"
     if [ -n "$resume" ]; then resume=$(absolute "$resume"); fi
+    if [ "$cards" = 1 ] && [ -n "${ASCEND_DEVICE_ID:-}" ]; then device_id=$ASCEND_DEVICE_ID; fi # as in the reference
     case $launcher in
         spawn) ;;
         torchrun)
@@ -95,6 +101,15 @@ checkpoint.pth.tar in --output; copy the checkpoint there" ;;
         [ "$launcher" = torchrun ] || fail "--nnodes=$nnodes requires --launcher=torchrun"
         [ "${nnodes%:*}" -le "${nnodes#*:}" ] || fail "--nnodes=$nnodes: MIN must be at most MAX"
     fi
+    choose_master
+}
+
+# Without --master_addr=, node 0 takes its own first address, as the reference's scripts do.
+choose_master() {
+    if [ -n "$master_addr" ]; then return; fi
+    [ "$node_rank" = 0 ] || fail "--master_addr=IP of node 0 is required on node $node_rank"
+    if [ "$nodes" = many ]; then master_addr=$(hostname -I 2>/dev/null | awk '{ print $1 }' || true); fi
+    master_addr=${master_addr:-127.0.0.1}
 }
 
 # Sets `python`: PYTHON, the .venv that quickstart.sh made, or the active one.
@@ -147,6 +162,11 @@ make_output() {
         case $resume in "$output"/*) resume=$moved/${resume#"$output"/} ;; esac
     fi
     mkdir -p "$output" 2>/dev/null || fail "--output=$output: cannot write there"
+    if [ -n "$moved" ]; then
+        local earlier=("$output".[0-9]*)
+        echo "=> the earlier output is in $moved; ${#earlier[@]} earlier ones take $(du -shc "${earlier[@]}" |
+            tail -n 1 | cut -f 1): delete what you do not need"
+    fi
 }
 
 # The reference leaves its checkpoints in the repository's folder. train_eval_8p.sh looks for them there.
@@ -156,14 +176,14 @@ publish_checkpoints() {
         if [ ! -f "$output/$name" ]; then continue; fi
         if ! { move_aside "$repository/$name" >/dev/null &&
             { ln "$output/$name" "$repository/$name" 2>/dev/null || cp "$output/$name" "$repository/$name"; }; }; then
-            echo "$(basename "$0"): warning: cannot write $repository/$name; the checkpoint is in $output" >&2
+            warn "cannot write $repository/$name; the checkpoint is in $output"
         fi
     done
 }
 
-# Prints the last match of the pattern's group in the log; empty if there is none.
-last_match() { # pattern
-    sed -n "s|.*$1.*|\1|p" "$log" | tail -n 1
+# Prints the matches of the pattern's group in the log.
+matches() { # pattern
+    sed -n "s|.*$1.*|\1|p" "$log"
 }
 
 count_cards() {
@@ -221,7 +241,7 @@ build_command() {
 
 # Runs main.py and sets `code`. A signal to the script is passed on to main.py, which saves and exits with code 75.
 run_main() {
-    local child='' stopped='' lines
+    local child='' lines
     lines=$(wc -l <"$log")
     trap 'stopped=yes; if [ -n "${child:-}" ]; then kill -TERM "$child" 2>/dev/null || true; fi' TERM INT USR1
     "${launch[@]}" "$repository/main.py" "${flags[@]}" >>"$log" 2>&1 &
@@ -276,18 +296,34 @@ run_training() { # the script's arguments
     begin=$SECONDS
     run_main
     if [ "$code" -ne 0 ]; then exit_with_end_of_log; fi
+    if [ "$kind" = perf ]; then validate_measured; fi
     if [ "$kind" = acc ]; then publish_checkpoints; fi
     report $((SECONDS - begin))
 }
 
+# As in the reference, a measurement ends with a validation. --stop-step-num ends without one, so this is a second run.
+# Under torchrun there is none: a node may have left, and the checkpoint is on the node that torchrun ranks first.
+validate_measured() {
+    if [ "$launcher" = torchrun ] || ! grep -q 'FPS@all' "$log" || grep -q '\[AVG-ACC\]' "$log"; then return; fi
+    recipe=(--evaluate)
+    resume=$output/checkpoint.pth.tar
+    build_command
+    run_main
+    if [ "$code" -ne 0 ]; then exit_with_end_of_log; fi
+}
+
 # Prints the metrics and writes them to CASE.log. Other people's parsers read both: the lines are frozen.
 report() { # duration in seconds
-    local ranks=1 images_per_second accuracy loss
-    if [ "$cards" != 1 ]; then ranks=$(($(count_cards) * ${nnodes#*:})); fi
-    images_per_second=$(last_match '\* FPS@all \([0-9.]*\)')
-    accuracy=$(last_match '\[AVG-ACC\] \* Acc@1 \([0-9.]*\)')
-    sed -n 's|^Epoch:.*Loss *\([0-9.naif]*\) .*|\1|p' "$log" >"$output/train_${case_name}_loss.txt"
-    loss=$(tail -n 1 "$output/train_${case_name}_loss.txt")
+    local ranks=1 images_per_second accuracy loss losses=$output/train_${case_name}_loss.txt
+    if [ "$cards" != 1 ]; then ranks=$(count_cards); fi # of this node, as in the reference
+    images_per_second=$(matches '\* FPS@all \([0-9.]*\)' | tail -n 1)
+    accuracy=$(matches '\[AVG-ACC\] \* Acc@1 \([0-9.]*\)' | tail -n 1)
+    if [ "$kind" = eval ]; then
+        loss=$(matches 'Test:.*Loss *\([0-9.naif]*\) ' | tail -n 1)
+    else
+        matches 'Epoch:.*Loss *\([0-9.naif]*\) ' >"$losses"
+        loss=$(tail -n 1 "$losses")
+    fi
 
     echo "------------------ Final result ------------------"
     if [ -n "$images_per_second" ]; then echo "Final Performance images/sec : $images_per_second"; fi
@@ -301,11 +337,15 @@ report() { # duration in seconds
         echo "CaseName = $case_name"
         if [ -n "$images_per_second" ]; then
             echo "ActualFPS = $images_per_second"
-            echo "TrainingTime = $(awk -v b="$batch_size" -v n="${nnodes#*:}" -v f="$images_per_second" \
+            echo "TrainingTime = $(LC_ALL=C awk -v b="$batch_size" -v n="${nnodes#*:}" -v f="$images_per_second" \
                 'BEGIN { printf "%.2f", (f > 0) ? b * n * 1000 / f : 0 }')"
         fi
         if [ -n "$accuracy" ]; then echo "TrainAccuracy = $accuracy"; fi
         if [ -n "$loss" ]; then echo "ActualLoss = $loss"; fi
         echo "E2ETrainingTime = $1"
+        if [ "$kind$cards" = perf1 ]; then
+            echo "CompileTime = $(matches 'Epoch:.*Time *\([0-9.]*\) ' |
+                LC_ALL=C awk 'NR <= 2 { seconds += $1 } END { printf "%.3f", seconds }')"
+        fi
     } >"$output/$case_name.log"
 }

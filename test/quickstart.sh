@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # The first five minutes: set up, train VGG16 on the embedded digits, evaluate it, say what to do next.
 # Arguments go to main.py: bash test/quickstart.sh --seed 7
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
-repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+repository=$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")
 # shellcheck source=test/setup.sh
 source "$repository/test/setup.sh"
 # shellcheck source=test/env_npu.sh
@@ -12,17 +13,47 @@ evaluation=()
 for word in "$@"; do
     case $word in
         --output-dir* | --stop-step-num*)
-            echo "quickstart.sh: error: $word is for main.py alone: the quick start evaluates the whole run" >&2
-            exit 2 ;;
+            fail "$word is for main.py alone: the quick start evaluates the whole run" ;;
         --auto-resume) ;;
         *) evaluation+=("$word") ;;
     esac
 done
-set_up_python
 
 cd "$repository"
 output=test/output/quickstart
 mkdir -p "$output"
+# Of VGG16's weights and momentum: the latest checkpoint, the one before it, the best, and one that is being written.
+# Those of an earlier quick start are replaced.
+earlier=$(du -sk "$output" | awk '{ print int($1 * 1024 / 1e9) }')
+set_up_python $((5 > earlier ? 5 - earlier : 0)) "checkpoints of 1.07 GB each in $output"
+
+# Keeps the lines of a log, and shows them. A progress bar that is on the terminal too is erased before each line.
+keep_lines() { # file
+    trap '' INT # Ctrl-C stops the training, which saves, and not the log
+    if [ -t 1 ] && [ -t 2 ]; then
+        tee "$1" | sed -u $'s/^/\r\e[K/'
+    else
+        tee "$1"
+    fi
+}
+
+train() {
+    if [ -t 2 ]; then # stderr stays on the terminal: main.py shows a progress bar there
+        "$python" -u main.py "$@" | keep_lines "$output/train.log" || return "${PIPESTATUS[0]}"
+    else
+        "$python" -u main.py "$@" 2>&1 | keep_lines "$output/train.log" || return "${PIPESTATUS[0]}"
+    fi
+}
+
+stop_with() { # exit code of main.py
+    if [ "$1" = 1 ] && { grep -qsi 'no space left\|quota exceeded' "$output/train.log" ||
+        LC_ALL=C awk -v free="$(free_gb)" 'BEGIN { exit !(free != "" && free < 1.2) }'; }; then
+        echo "quickstart.sh: the disk is full: free some space (a checkpoint takes 1.07 GB), then continue with" \
+            "bash test/quickstart.sh --auto-resume" >&2
+    fi
+    exit "$1"
+}
+
 amp=(--amp)
 if ! python_can "$python" 'import torch; torch.autocast'; then amp=(); fi # torch before 1.10 has none on a CPU
 report=(--report "$output/page")
@@ -30,14 +61,15 @@ if ! python_can "$python" 'import matplotlib'; then
     report=()
     echo "=> matplotlib is not installed: no curves and no evaluation page"
 fi
-# tee -i: Ctrl-C stops the training, which saves, and not the log.
-"$python" -u main.py ${amp[@]+"${amp[@]}"} --output-dir "$output" "$@" 2>&1 | tee -i "$output/train.log"
+if ! python_can "$python" 'import tqdm'; then echo "=> tqdm is not installed: no progress bar"; fi
+train ${amp[@]+"${amp[@]}"} --output-dir "$output" "$@" || stop_with $?
 
 "$python" main.py ${amp[@]+"${amp[@]}"} ${evaluation[@]+"${evaluation[@]}"} --evaluate \
-    --resume "$output/model_best.pth.tar" ${report[@]+"${report[@]}"} --output-dir "$output" >"$output/evaluate.log"
+    --resume "$output/model_best.pth.tar" ${report[@]+"${report[@]}"} --output-dir "$output" >"$output/evaluate.log" ||
+    stop_with $?
 accuracy=$(sed -n 's/.*\[AVG-ACC\] \* Acc@1 \([0-9.]*\).*/\1/p' "$output/evaluate.log" | tail -n 1)
 echo
-printf 'Validation accuracy: %.2f%%\n' "$accuracy"
+LC_ALL=C printf 'Validation accuracy: %.2f%%\n' "$accuracy"
 echo "Next, in $repository:"
 if [ ${#report[@]} -gt 0 ]; then echo "  open $output/page/index.html in a browser"; fi
 echo "  ${python#"$repository"/} predict.py IMAGE --checkpoint $output/model_best.pth.tar"

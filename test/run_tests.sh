@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Runs linters and tests, and installs what they need: on this machine's torch, then on torch 1.8 and 1.5 if Python 3.8
 # and 3.7 are found. Ends with a table of the results. Arguments go to pytest: bash test/run_tests.sh -k checkpoint
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
-repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+repository=$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")
 # shellcheck source=test/setup.sh
 source "$repository/test/setup.sh"
 cd "$repository"
@@ -62,7 +63,7 @@ run_tests() { # python, arguments of pytest
     rm -f "$log"
 }
 
-set_up_python
+set_up_python 0 ''
 add_dev_tools
 run_linters
 run_tests "$python" "$@"

@@ -3,6 +3,34 @@
 # Finds or installs a Python that can run this project. To be sourced.
 
 set -euo pipefail
+set +o posix # sh may be bash
+
+# Bash cannot trap a signal that was ignored when it started, as SIGINT is in a background job of another script.
+if [ "$(trap -p INT)" = "trap -- '' SIGINT" ] && env --default-signal=INT true 2>/dev/null; then
+    exec env --default-signal=INT bash "$0" "$@"
+fi
+
+fail() { # message, exit code (2)
+    echo "$(basename "$0"): error: $1" >&2
+    exit "${2:-2}"
+}
+
+# LC_ALL=C: with a German locale, say, awk and printf would expect and print 4,5 instead of 4.5.
+
+# Prints the GB (10^9 bytes) that are free for the repository; nothing if df cannot tell.
+free_gb() {
+    df -Pk "${repository:?}" 2>/dev/null | LC_ALL=C awk 'NR > 1 { printf "%.1f", $4 * 1024 / 1e9 }' || true
+}
+
+# Says what is going to be written, and exits with code 2 if it does not fit.
+require_space() { # GB, what for
+    local free
+    free=$(free_gb)
+    echo "=> up to $1 GB of disk for $2; ${free:-?} GB are free"
+    if LC_ALL=C awk -v free="${free:-$1}" -v needed="$1" 'BEGIN { exit !(free < needed) }'; then
+        fail "$repository: $free GB are free, $1 GB are needed: free some space, or move the repository to a larger disk"
+    fi
+}
 
 # Whether a Python runs this code without an error. Without the variable, torch 2.5 and later load torch_npu on import,
 # which fails if CANN is not installed.
@@ -16,25 +44,30 @@ torch_works() { # python
 }
 
 # Sets `python`: the active one if its torch works, as in an Ascend or CUDA image, where nothing must be replaced;
-# else the one in .venv, where requirements.txt is installed if necessary.
-set_up_python() {
+# else the one in .venv, where requirements.txt is installed if necessary. Exits with code 2 if the disk is too small.
+set_up_python() { # GB that the caller is going to write, what for
     local active candidate venv=${repository:?}/.venv
     active=$(command -v python3 || command -v python || true)
-    if [ -n "$active" ] && torch_works "$active"; then
-        python=$active
-        return
-    fi
-    python=$venv/bin/python
-    if [ -x "$python" ] && torch_works "$python"; then return; fi
-    for candidate in python3 python3.13 python3.12 python3.11 python3.10 python3.14; do
-        if "$candidate" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
-            echo "=> installing torch and the rest of requirements.txt into $venv (a few minutes)"
-            "$candidate" -m venv "$venv"
-            "$python" -m pip install --quiet --disable-pip-version-check -r "$repository/requirements.txt"
-            torch_works "$python" || { echo "error: torch in $venv cannot be imported" >&2; exit 1; }
+    for python in "$active" "$venv/bin/python"; do
+        if [ -x "$python" ] && torch_works "$python"; then
+            if [ "$1" != 0 ]; then require_space "$1" "$2"; fi
             return
         fi
     done
-    echo "error: requires Python 3.10 or later with the venv module (on Debian: apt-get install python3-venv)" >&2
-    exit 1
+    for candidate in python3 python3.13 python3.12 python3.11 python3.10 python3.14; do
+        if "$candidate" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            # 6 GB stay. While pip installs, the archives are there too, 3 GB.
+            require_space $(($1 > 3 ? 6 + $1 : 9)) "torch with CUDA in $venv${2:+, and for $2}"
+            echo "=> installing requirements.txt into $venv: several GB to download, a few minutes"
+            if ! command -v nvidia-smi >/dev/null; then
+                echo "=> no NVIDIA GPU is found: docs/troubleshooting.md shows how to install the smaller torch without CUDA"
+            fi
+            "$candidate" -m venv "$venv"
+            "$python" -m pip install --disable-pip-version-check -r "$repository/requirements.txt" ||
+                fail "pip failed, see above; the same command tries again" 1
+            torch_works "$python" || fail "torch in $venv cannot be imported" 1
+            return
+        fi
+    done
+    fail "requires Python 3.10 or later with the venv module (on Debian: apt-get install python3-venv)" 1
 }

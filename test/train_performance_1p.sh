@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: BSD-3-Clause
 # One card: measures throughput; one epoch, at most 200 steps.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"
 kind=perf cards=1 batch_size=256 learning_rate=0.01 epochs=1
 recipe=(--loss-scale-value 8 --stop-step-num 200)
 run_training "$@"

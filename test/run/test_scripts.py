@@ -1,0 +1,657 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The scripts in test/, run as a user runs them: most with a stub in place of python, two with the real program."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+
+from helpers.images import write_cifar10
+from helpers.program import REPOSITORY, run
+
+import pytest
+
+SCRIPTS = [
+    "train_full_1p",
+    "train_full_8p",
+    "train_performance_1p",
+    "train_performance_8p",
+    "train_eval_8p",
+    "train_performance_multinodes",
+    "train_full_multinodes",
+]
+# A Python script whose interpreter may have a space in its path, which a #! line cannot: sh starts it.
+SHEBANG = """#!/bin/sh
+''''exec "{python}" "$0" "$@" # '''
+"""
+STUB = (
+    SHEBANG
+    + """
+import os, sys
+if sys.argv[1] == '-c':
+    sys.exit({autocast})
+print('ARGS', sys.argv[2:])
+if os.environ.get('STUB_FAILS'):
+    print(os.environ.get('STUB_SAYS', 'something broke')); sys.exit(int(os.environ['STUB_FAILS']))
+evaluates = '--evaluate' in sys.argv
+for step, loss in ((1, '1.1041'), (10, '1.2000')) if evaluates else ((1, '6.8921'), (10, '5.5000')):
+    print(('Test: [%2d/20]' if evaluates else 'Epoch: [0][%2d/20]') % step
+          + '\\tTime  0.251 ( 0.249)\\tData  0.001 ( 0.002)\\tLoss %s (6.9012)\\t' % loss
+          + 'Acc@1   0.39 (  0.21)\\tAcc@5   1.17 (  0.86)')
+if not evaluates:
+    print('[npu id: 0 ] * FPS@all 1024.020')
+    output = sys.argv[sys.argv.index('--output-dir') + 1]
+    for name in ('checkpoint.pth.tar', 'model_best.pth.tar'):
+        open(os.path.join(output, name), 'w').write('weights')
+if '--stop-step-num' not in sys.argv:
+    print('[npu id: 0 ] [AVG-ACC] * Acc@1 73.385 Acc@5 91.337')
+"""
+)
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A copy of the repository under a path with a space."""
+    root = tmp_path / "a clone"
+    shutil.copytree(
+        REPOSITORY, str(root), ignore=shutil.ignore_patterns(".git", ".venv*", "output", "*.tar*", "__pycache__")
+    )
+    return root
+
+
+def stub(tmp_path, autocast=0):
+    path = tmp_path / "stub python"
+    path.write_text(STUB.format(python=sys.executable, autocast=autocast))
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def bash(clone, name, *options, python=sys.executable, cwd=None, **env):
+    return run(
+        "bash",
+        os.path.join(str(clone), "test", name + ".sh"),
+        *options,
+        cwd=str(cwd or clone),
+        env=dict(env, PYTHON=python),
+        timeout=600,
+    )
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_each_script_prints_and_writes_the_references_metrics(clone, tmp_path, name):
+    (clone / "model_best.pth.tar").write_text("x")
+    (tmp_path / "my data").mkdir()
+    result = bash(clone, name, "--data_path=my data", "--device_list=0,1", python=stub(tmp_path), cwd=tmp_path)
+    assert result.code == 0, result.err
+    last = result.out.splitlines()[
+        result.out.splitlines().index("------------------ Final result ------------------") :
+    ]
+    performance, evaluation = "performance" in name, "eval" in name
+    printed = ["Final Performance images/sec : 1024.020", "Final Train Accuracy : 73.385"][evaluation:]
+    assert last[1:-1] == printed and last[-1].startswith("E2E Training Duration sec : ")
+    output = clone / "test" / "output" / "0"
+    kind = "perf" if performance else "eval" if evaluation else "acc"
+    size, cards = ("256", "1p") if name.endswith("1p") else ("2048", "8p")
+    case = f"Vgg16_ID1630_for_PyTorch_bs{size}_{cards}_{kind}"
+    metrics = dict(line.split(" = ") for line in (output / (case + ".log")).read_text().splitlines())
+    expected = {
+        "Network": "Vgg16_ID1630_for_PyTorch",
+        "RankSize": "1" if cards == "1p" else "2",
+        "BatchSize": size,
+        "CaseName": case,
+        "TrainAccuracy": "73.385",
+        "ActualLoss": "1.2000" if evaluation else "5.5000",
+    }
+    if not evaluation:
+        expected.update(ActualFPS="1024.020", TrainingTime="250.00" if size == "256" else "1999.96")
+    if name == "train_performance_1p":
+        expected["CompileTime"] = "0.502"  # the first two log lines' Time
+    assert metrics.keys() == {*expected, "E2ETrainingTime", "DeviceType"}
+    assert all(metrics[key] == value for key, value in expected.items()), metrics
+    losses = output / f"train_{case}_loss.txt"
+    assert not losses.exists() if evaluation else losses.read_text() == "6.8921\n5.5000\n"
+    flags = (output / "train_0.log").read_text()
+    assert "'--data', '{}'".format(tmp_path / "my data") in flags and "'--amp', '--opt-level', 'O1'" in flags
+    assert "'--seed', '49'" in flags and "'--lr', '{}'".format("0.01" if cards == "1p" else "0.08") in flags
+    assert ("'--loss-scale-value', '1024'" in flags) == (name in ("train_full_8p", "train_full_multinodes"))
+    if performance:  # --stop-step-num ends without a validation
+        measured, validated = flags.split("ARGS")[1:]
+        assert "'--stop-step-num', '200'" in measured and "'--evaluate'" in validated
+        assert "'--resume', '{}'".format(output / "checkpoint.pth.tar") in validated
+    if evaluation:
+        assert "'--resume', '{}'".format(clone / "model_best.pth.tar") in flags
+
+
+def test_train_best_8p_uses_mindcvs_recipe(clone, tmp_path):
+    result = bash(clone, "train_best_8p", "--data_path=.", python=stub(tmp_path))
+    assert result.code == 0, result.err
+    flags = (clone / "test" / "output" / "0" / "train_0.log").read_text().replace("'", "").replace(",", "")
+    for words in (
+        "--epochs 200",
+        "-b 256",
+        "--lr 0.01",
+        "--warmup-epochs 2",
+        "--min-lr 1e-4",
+        "--label-smoothing 0.1",
+        "--wd 4e-5",
+        "--no-bias-decay",
+    ):
+        assert words in flags, words
+
+
+def test_a_failure_shows_the_log_and_keeps_the_exit_code(clone, tmp_path):
+    result = bash(clone, "train_full_1p", "--data_path=.", python=stub(tmp_path), STUB_FAILS="75")
+    assert result.code == 75 and "something broke" in result.err and "Final" not in result.out
+    assert "stopped before there was anything to save" in result.err
+    says = "=> stopped on a signal after step 3, checkpoint saved"
+    result = bash(clone, "train_full_1p", "--data_path=.", python=stub(tmp_path), STUB_FAILS="75", STUB_SAYS=says)
+    assert result.code == 75 and "to continue, add --resume=" in result.err
+
+
+@pytest.mark.parametrize("option", ["--output-dir=x", "--stop-step-num"])
+def test_the_quick_start_refuses_what_would_have_it_evaluate_an_older_run(clone, tmp_path, option):
+    result = bash(clone, "quickstart", option, "3", python=stub(tmp_path))
+    assert result.code == 2 and len(result.err.splitlines()) == 1 and option in result.err
+
+
+def test_earlier_output_is_moved_aside_and_its_checkpoint_is_found(clone, tmp_path):
+    for _ in range(2):
+        assert bash(clone, "train_full_1p", "--data_path=.", python=stub(tmp_path)).code == 0
+    said = bash(clone, "train_full_1p", "--data_path=.", python=stub(tmp_path)).out
+    assert re.search(r"earlier output is in .*/output/0\.\S+; 2 earlier ones take \d", said), said
+    outputs = sorted(os.listdir(str(clone / "test" / "output")))
+    assert len(outputs) == 3 and outputs[0] == "0"
+    assert (clone / "model_best.pth.tar").read_text() == "weights"
+    resume = "test/output/0/model_best.pth.tar"
+    assert bash(clone, "train_full_1p", "--data_path=.", "--resume=" + resume, python=stub(tmp_path)).code == 0
+    flags = (clone / "test" / "output" / "0" / "train_0.log").read_text()
+    moved = flags.split("'--resume', '")[1].split("'")[0]
+    assert os.path.exists(moved) and moved.startswith(str(clone / "test" / "output" / "0."))
+
+
+@pytest.mark.parametrize("used", ["repository", "data", "folder"])
+def test_an_output_folder_that_holds_what_is_in_use_is_refused(clone, tmp_path, used):
+    data, folder = tmp_path / "data" / "set", tmp_path / "folder" / "below"
+    data.mkdir(parents=True)
+    folder.mkdir(parents=True)
+    output = {"repository": clone, "data": data.parent, "folder": folder.parent}[used]
+    result = bash(
+        clone, "train_full_1p", f"--data_path={data}", f"--output={output}", python=stub(tmp_path), cwd=folder
+    )
+    assert result.code == 2 and "must not contain" in result.err and len(result.err.splitlines()) == 1, result.err
+    assert clone.exists() and data.exists() and folder.exists()
+
+
+def test_a_run_that_is_refused_leaves_the_earlier_output_where_it_was(clone, tmp_path):
+    python, checkpoint = stub(tmp_path), clone / "test" / "output" / "0" / "model_best.pth.tar"
+    assert bash(clone, "train_full_1p", "--data_path=.", python=python).code == 0
+    options = ["--data_path=.", f"--resume={checkpoint}"]
+    refused = bash(clone, "train_full_1p", *options, python=python, STUB_FAILS="2", STUB_SAYS="main.py: error: wrong")
+    assert refused.code == 2 and refused.err.endswith("main.py: error: wrong\n"), refused.err
+    assert checkpoint.exists() and os.listdir(str(clone / "test" / "output")) == ["0"]
+    assert bash(clone, "train_full_1p", *options, python=python).code == 0
+
+
+def test_a_training_is_no_failure_if_its_checkpoints_cannot_be_copied(clone, tmp_path):
+    (clone / "model_best.pth.tar").write_text("of an earlier training")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "mv").write_text("#!/bin/sh\necho 'mv: read-only file system' >&2; exit 1\n")
+    (tmp_path / "bin" / "mv").chmod(0o755)
+    path = os.pathsep.join([str(tmp_path / "bin"), os.environ["PATH"]])
+    result = bash(clone, "train_full_1p", "--data_path=.", python=stub(tmp_path), PATH=path)
+    assert result.code == 0 and "Final Train Accuracy : 73.385" in result.out, result.err
+    assert "warning: cannot write" in result.err
+    assert (clone / "model_best.pth.tar").read_text() == "of an earlier training"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--data_path="],
+        ["--data_path=.", "--no_such=1"],
+        ["--data_path=.", "--resume="],
+        ["--data_path=/no/such"],
+        ["--data_path=.", "--nnodes=2"],
+    ],
+)
+def test_wrong_options_are_one_line_and_exit_code_2(clone, tmp_path, options):
+    result = bash(clone, "train_full_8p", *options, python=stub(tmp_path))
+    assert result.code == 2 and len(result.err.splitlines()) == 1 and "error" in result.err
+
+
+def test_the_evaluation_ignores_unknown_options_as_the_references_does(clone, tmp_path):
+    (clone / "model_best.pth.tar").write_text("x")
+    options = ["--data_path=.", "--world_size=8", "--no_such=1", "--nnodes=2"]
+    result = bash(clone, "train_eval_8p", *options, python=stub(tmp_path))
+    assert result.code == 0 and "Final Train Accuracy : 73.385" in result.out, result.err
+    warnings = result.err.splitlines()
+    assert len(warnings) == 3 and all(option in line for option, line in zip(options[1:], warnings)), warnings
+
+
+def commands(tmp_path, **scripts):
+    """A PATH with these shell scripts in front."""
+    folder = tmp_path / "commands"
+    folder.mkdir()
+    for name, text in scripts.items():
+        (folder / name).write_text("#!/bin/sh\n" + text)
+        (folder / name).chmod(0o755)
+    return os.pathsep.join([str(folder), os.environ["PATH"]])
+
+
+@pytest.mark.parametrize("addresses, master", [("10.0.0.7 172.17.0.1", "10.0.0.7"), ("", "127.0.0.1")])
+def test_node_0_is_the_master_at_its_first_address_and_other_nodes_must_name_it(clone, tmp_path, addresses, master):
+    path = commands(tmp_path, hostname=f'[ "$1" = -I ] && echo "{addresses}"')
+    options = ["--data_path=.", "--nnodes=2"]
+    result = bash(clone, "train_full_multinodes", *options, python=stub(tmp_path), PATH=path)
+    assert result.code == 0, result.err
+    flags = (clone / "test" / "output" / "0" / "train_0.log").read_text()
+    assert f"'--addr', '{master}'" in flags and f"'tcp://{master}:59629'" in flags
+    assert "RankSize = 8\n" in next((clone / "test" / "output" / "0").glob("*_acc.log")).read_text()
+    refused = bash(clone, "train_full_multinodes", *options, "--node_rank=1", python=stub(tmp_path), PATH=path)
+    assert refused.code == 2 and len(refused.err.splitlines()) == 1 and "--master_addr=" in refused.err
+
+
+def test_options_reach_main_py(clone, tmp_path):
+    result = bash(
+        clone,
+        "train_performance_multinodes",
+        "--data_path=.",
+        "--nnodes=2",
+        "--node_rank=1",
+        "--batch_size=512",
+        "--master_addr=10.0.0.1",
+        "--local_addr=127.0.0.1",
+        "--workers=3",
+        "--epochs=7",
+        "--device=cpu",
+        "--learning_rate=0.5",
+        "--output=out put",
+        python=stub(tmp_path, autocast=1),
+    )
+    assert result.code == 0, result.err
+    flags = (clone / "out put" / "train_0.log").read_text()
+    for part in (
+        "'--world-size', '2', '--rank', '1', '--dist-url', 'tcp://10.0.0.1:59629'",
+        "'-b', '512'",
+        "'--workers', '3'",
+        "'--epochs', '7'",
+        "'--lr', '0.5'",
+        "'--device', 'cpu'",
+        "'--opt-level', 'O0'",
+    ):  # no autocast on this cpu
+        assert part in flags, flags
+
+
+def test_torchrun_is_started_and_continues_an_unfinished_output(clone, tmp_path):
+    """The stub stands in for torchrun, so what it ends with says how the script reads torchrun's report."""
+    options = [
+        "--data_path=.",
+        "--launcher=torchrun",
+        "--nnodes=2",
+        "--node_rank=1",
+        "--master_addr=10.0.0.1",
+        "--local_addr=127.0.0.1",
+        "--device_list=0,1",
+    ]
+    python = stub(tmp_path)
+    output = clone / "test" / "output" / "0_node1"  # nodes may share the file system
+    stopped = bash(
+        clone, "train_full_multinodes", *options, python=python, STUB_FAILS="1", STUB_SAYS="=> stopped on a signal"
+    )
+    assert stopped.code == 75 and "the same command" in stopped.err, stopped.err
+    failed = bash(
+        clone, "train_full_multinodes", *options, python=python, STUB_FAILS="1", STUB_SAYS="exitcode  : 2 (pid: 9)"
+    )
+    assert failed.code == 2, failed.err
+    assert bash(clone, "train_full_multinodes", *options, python=python).code == 0
+    log = (output / "train_0.log").read_text()
+    assert log.count("ARGS") == 3  # the same folder each time
+    for part in (
+        "'--nnodes', '2', '--nproc_per_node', '2'",
+        "'--rdzv_endpoint', '10.0.0.1:59629'",
+        "'is_host=false'",
+        "'--local_addr', '127.0.0.1'",
+        "'--auto-resume', '--save-freq', '100'",
+        "'--device-list', '0,1'",
+    ):
+        assert part in log, log
+    assert "'--dist-url'" not in log and "'--world-size'" not in log
+    assert bash(clone, "train_full_multinodes", *options, python=python).code == 0
+    assert (output / "train_0.log").read_text().count("ARGS") == 1  # a finished run is moved aside
+    refused = bash(clone, "train_full_multinodes", *options, "--resume=x", python=python)
+    assert refused.code == 2 and len(refused.err.splitlines()) == 1
+
+
+def test_ascend_device_id_picks_the_card(clone, tmp_path):
+    """Of a run on one card; it beats --device_id. A run on several writes to output/0, as the reference does."""
+    python = stub(tmp_path)
+    options = ["--data_path=.", "--device_id=1"]
+    assert bash(clone, "train_full_1p", *options, python=python, ASCEND_DEVICE_ID="3").code == 0
+    assert "'--gpu', '3'" in (clone / "test" / "output" / "3" / "train_3.log").read_text()
+    assert bash(clone, "train_full_8p", "--data_path=.", python=python, ASCEND_DEVICE_ID="3").code == 0
+    assert sorted(os.listdir(str(clone / "test" / "output"))) == ["0", "3"]
+
+
+# --- how a script or the program is started ---------------------------------------------------------------------------
+
+
+def ignore(*numbers):
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
+
+
+# Options of Popen. A shell without job control starts a background job with SIGINT and SIGQUIT ignored.
+SURROUNDINGS = {
+    "terminal": {},
+    "background": {"preexec_fn": lambda: ignore(signal.SIGINT, signal.SIGQUIT), "stdin": subprocess.DEVNULL},
+    "nohup": {"preexec_fn": lambda: ignore(signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)},
+    "cron": {"env": {"PATH": "/usr/bin:/bin"}, "start_new_session": True, "stdin": subprocess.DEVNULL},
+    "no stdin": {"preexec_fn": lambda: os.close(0), "start_new_session": True},
+}
+
+
+@contextlib.contextmanager
+def started(surroundings, *command, cwd, **env):
+    """A process in such surroundings, with both ends of its output: a terminal's, or pipes'."""
+    options = {"env": dict(os.environ), **SURROUNDINGS[surroundings]}
+    options["env"] = {**options["env"], **env}
+    if surroundings == "terminal":
+        reader, writer = pty.openpty()
+        options.update(stdin=writer, stdout=writer, stderr=writer, start_new_session=True)
+    else:
+        reader, writer = os.pipe()
+        options.update(stdout=writer, stderr=writer)
+    process = subprocess.Popen([str(word) for word in command], cwd=str(cwd), **options)
+    os.close(writer)
+    try:
+        yield process, reader
+    finally:
+        process.kill()
+        process.wait()
+        os.close(reader)
+
+
+def read_all(reader):
+    data = b""
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while True:
+            part = os.read(reader, 65536)
+            if not part:
+                break
+            data += part
+    return data.decode()
+
+
+@pytest.mark.parametrize("surroundings", SURROUNDINGS)
+def test_the_program_stops_on_sigint_however_it_was_started(surroundings):
+    code = "import os, signal, time; from engine.console import run_script; "
+    code += "run_script(lambda: [os.kill(os.getpid(), signal.SIGINT), time.sleep(60)])"
+    with started(surroundings, sys.executable, "-c", code, cwd=REPOSITORY) as (process, reader):
+        assert read_all(reader) == "" and process.wait(60) == 128 + signal.SIGINT
+
+
+def has_default_signal():
+    return run("env", "--default-signal=INT", "true").code == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("surroundings", SURROUNDINGS)
+def test_a_signal_to_the_script_reaches_main_py(clone, tmp_path, surroundings, number):
+    if number == signal.SIGINT and surroundings in ("background", "nohup") and not has_default_signal():
+        pytest.skip("coreutils before 8.31 cannot undo an ignored signal")
+    waiting = tmp_path / "waiting python"
+    code = (
+        "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+        f"open({str(tmp_path / 'up')!r}, 'w').close()\nwhile True: time.sleep(0.05)\n"
+    )
+    waiting.write_text(SHEBANG.format(python=sys.executable) + code)
+    waiting.chmod(0o755)
+    command = ["bash", clone / "test" / "train_full_1p.sh", "--data_path=."]
+    with started(surroundings, *command, cwd=clone, PYTHON=str(waiting)) as (process, reader):
+        while not (tmp_path / "up").exists():
+            assert process.poll() is None
+        process.send_signal(number)
+        said = read_all(reader)
+        assert process.wait(60) == 75, said
+
+
+@pytest.mark.parametrize("shell", ["sh", "dash", "bash --posix"])
+@pytest.mark.parametrize("linked", [False, True])
+def test_scripts_run_under_sh_and_through_a_link(clone, tmp_path, shell, linked):
+    if shutil.which(shell.split()[0]) is None:
+        pytest.skip(f"no {shell}")
+    script = clone / "test" / "train_full_1p.sh"
+    if linked:
+        (tmp_path / "train").symlink_to(script)
+        script = tmp_path / "train"
+    result = run(*shell.split(), script, "--data_path=.", cwd=str(tmp_path), env={"PYTHON": stub(tmp_path)})
+    assert result.code == 0 and "Final Train Accuracy : 73.385" in result.out and result.err == "", result.err
+    assert (clone / "test" / "output" / "0").is_dir()
+
+
+@pytest.mark.parametrize("name", sorted(os.listdir(os.path.join(REPOSITORY, "test"))))
+def test_every_script_starts_under_sh(name):
+    """The line comes before anything that only bash knows."""
+    if not name.endswith(".sh") or name in ("common.sh", "setup.sh", "env_npu.sh"):
+        return
+    with open(os.path.join(REPOSITORY, "test", name)) as file:
+        lines = [line for line in file if not line.startswith("#")]
+    assert lines[0] == '[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"\n'
+
+
+def test_git_checks_scripts_out_with_unix_line_ends(tmp_path):
+    """Also where Git is set to convert them, as on Windows."""
+    if shutil.which("git") is None:
+        pytest.skip("no git")
+    shutil.copy(os.path.join(REPOSITORY, ".gitattributes"), str(tmp_path))
+    names = ["a.sh", "a.py", "a.txt", "a.md", "a.sbatch", "run"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"one\ntwo\n")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    identity = ["-c", "core.autocrlf=true", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"], ["rm", "-rq", "."], ["reset", "-q", "--hard"]):
+        assert run("git", *identity, *words, cwd=str(tmp_path)).code == 0
+    assert all((tmp_path / name).read_bytes() == b"one\ntwo\n" for name in names)
+    assert (tmp_path / "a.png").read_bytes() == b"\x89PNG\r\n\x1a\n"
+
+
+# --- the NPU's environment --------------------------------------------------------------------------------------------
+
+VARIABLES = {
+    "ASCEND_SLOG_PRINT_TO_STDOUT": "0",
+    "ASCEND_GLOBAL_LOG_LEVEL": "3",
+    "ASCEND_GLOBAL_EVENT_ENABLE": "0",
+    "TASK_QUEUE_ENABLE": "1",
+    "PTCOPY_ENABLE": "1",
+    "COMBINED_ENABLE": "1",
+    "DYNAMIC_OP": "ADD#MUL",
+    "HCCL_WHITELIST_DISABLE": "1",
+    "HCCL_IF_IP": "10.0.0.7",
+}
+
+
+@pytest.fixture
+def npu(tmp_path):
+    """(env_npu.sh that looks for everything below a folder, the folder, run it and return the environment)."""
+    with open(os.path.join(REPOSITORY, "test", "env_npu.sh")) as file:
+        text = file.read()
+    for path in ("/etc/Ascend", "/dev/davinci", "/usr/local/Ascend"):
+        assert path in text
+        text = text.replace(path, f"{tmp_path}{path}")
+    script = tmp_path / "env_npu.sh"
+    script.write_text(text)
+    path = commands(
+        tmp_path, hostname="echo 10.0.0.7 10.0.0.8", msnpureport=f'echo "$@" >>"{tmp_path}/reported"; exit 1'
+    )
+
+    def environment_of(options="-euo pipefail", **env):
+        code = f'set {options}; before=$-; source "$1"; [ "$before" = "$-" ] || echo OPTIONS=$-; env'
+        clean = {"PATH": path, "HOME": str(tmp_path), **env}
+        done = subprocess.run(["bash", "-c", code, "-", str(script)], stdout=subprocess.PIPE, env=clean, timeout=60)
+        assert done.returncode == 0
+        return dict(line.split("=", 1) for line in done.stdout.decode().splitlines())
+
+    return environment_of
+
+
+def install_cann(folder, name):
+    (folder / name).mkdir(parents=True)
+    (folder / name / "set_env.sh").write_text(f'export CANN="{name}$no_such_variable"\n')
+
+
+@pytest.mark.parametrize("options", ["-euo pipefail", "+eu"])
+def test_the_npu_environment_is_the_references_and_keeps_what_the_user_set(npu, options):
+    found = npu(options)
+    assert {name: found.get(name) for name in VARIABLES} == VARIABLES and "OPTIONS" not in found
+    mine = dict.fromkeys(VARIABLES, "mine")
+    assert npu(options, **mine).items() >= mine.items()
+    assert "HCCL_IF_IP" not in npu(HCCL_SOCKET_IFNAME="eth1")  # it would win over the interface
+
+
+def test_cann_is_found_where_its_installer_says_and_nnae_without_a_toolkit(npu, tmp_path):
+    assert "CANN" not in npu()
+    (tmp_path / "etc" / "Ascend").mkdir(parents=True)
+    info = tmp_path / "etc" / "Ascend" / "ascend_cann_install.info"
+    info.write_text(f"Version=1\nInstall_Path={tmp_path}/opt/cann here\n")
+    install_cann(tmp_path / "usr" / "local" / "Ascend", "ascend-toolkit")
+    assert npu()["CANN"] == "ascend-toolkit"
+    install_cann(tmp_path / "opt" / "cann here", "nnae")
+    for options in ("-euo pipefail", "+eu"):
+        found = npu(options)
+        assert found["CANN"] == "nnae" and "OPTIONS" not in found
+    install_cann(tmp_path / "opt" / "cann here", "ascend-toolkit")
+    assert npu()["CANN"] == "ascend-toolkit"
+
+
+def test_each_device_logs_errors_only(npu, tmp_path):
+    npu()
+    assert not (tmp_path / "reported").exists()
+    (tmp_path / "dev").mkdir()
+    for name in ("davinci0", "davinci12", "davinci_manager"):
+        (tmp_path / "dev" / name).write_text("")
+    npu()
+    assert (tmp_path / "reported").read_text() == "-g error -d 0\n-g error -d 12\n"
+
+
+# --- the quick start --------------------------------------------------------------------------------------------------
+
+TRAINER = (
+    SHEBANG
+    + """
+import os, sys
+if sys.argv[1] == '-c':
+    sys.exit(0)
+output = sys.argv[sys.argv.index('--output-dir') + 1]
+if os.environ.get('STUB_SAYS'):
+    sys.exit('main.py: error: ' + os.environ['STUB_SAYS'])
+for step in range(2):
+    sys.stderr.write('\\rBAR %d' % step if sys.stderr.isatty() else '')
+    print('line', step, flush=True)
+print('[npu id: 0 ] [AVG-ACC] * Acc@1 98.889 Acc@5 100.000')
+print('warning', file=sys.stderr)
+"""
+)
+
+
+def quick_start(clone, tmp_path, surroundings, *flags, free_gb=(100.0, 100.0), python=TRAINER, **env):
+    """Run it with a Python whose main.py is a stub, and this much free space: at first, and later.
+
+    Returns (exit code, what it says, its log).
+    """
+    blocks = [int(gb * 1e9 / 1024) for gb in free_gb]
+    path = commands(
+        tmp_path,
+        df=f"echo header; echo disk 9 9 $([ -e '{tmp_path}/later' ] && echo {blocks[1]} || echo {blocks[0]}) 9% /; "
+        f"touch '{tmp_path}/later'",
+        python3=python.format(python=sys.executable).replace("#!/bin/sh\n", "", 1),
+    )
+    command = ["bash", clone / "test" / "quickstart.sh", *flags]
+    with started(surroundings, *command, cwd=tmp_path, **{"PATH": path, **env}) as (process, reader):
+        said = read_all(reader)
+        code = process.wait(60)
+    log = clone / "test" / "output" / "quickstart" / "train.log"
+    return code, said, log.read_text() if log.exists() else None
+
+
+def test_the_quick_start_shows_the_progress_bar_on_a_terminal_and_keeps_the_lines(clone, tmp_path):
+    code, said, log = quick_start(clone, tmp_path, "terminal")
+    assert code == 0 and "Validation accuracy: 98.89%" in said, said
+    assert "BAR 0" in said and "\r\x1b[Kline 0\r\n" in said and "\r\x1b[Kline 1\r\n" in said  # the bar is erased first
+    assert log.splitlines()[:2] == ["line 0", "line 1"] and "BAR" not in log
+
+
+def test_the_quick_start_without_a_terminal_writes_plain_lines_and_all_of_them_to_the_log(clone, tmp_path):
+    code, said, log = quick_start(clone, tmp_path, "nohup")
+    assert code == 0 and "BAR" not in said + log and "\x1b" not in said + log
+    assert all(line in text.splitlines() for line in ("line 0", "line 1", "warning") for text in (said, log))
+    assert "1.07 GB" in said and "100.0 GB are free" in said  # what it takes, before it starts
+
+
+def test_the_quick_start_does_not_start_on_a_disk_that_is_too_small(clone, tmp_path):
+    code, said, log = quick_start(clone, tmp_path, "nohup", free_gb=(4.5, 4.5))
+    assert code == 2 and log is None and "4.5 GB are free, 5 GB are needed" in said, said
+
+
+@pytest.mark.parametrize("surroundings, later", [("terminal", 0.3), ("nohup", 100.0)])
+def test_a_quick_start_that_filled_the_disk_says_how_to_continue(clone, tmp_path, surroundings, later):
+    """On a terminal stderr is not in the log, but the free space tells; with a quota the log tells."""
+    full = "could not write the last checkpoint ([Errno 28] No space left on device)"
+    code, said, _ = quick_start(clone, tmp_path, surroundings, free_gb=(100.0, later), STUB_SAYS=full)
+    assert code == 1 and full in said and "quickstart.sh --auto-resume" in said and "1.07 GB" in said, said
+
+
+def test_a_quick_start_that_failed_otherwise_does_not_blame_the_disk(clone, tmp_path):
+    code, said, _ = quick_start(clone, tmp_path, "nohup", STUB_SAYS="something broke")
+    assert code == 1 and "something broke" in said and "--auto-resume" not in said
+
+
+# A Python without torch, whose venv has one after pip.
+BARE = (
+    SHEBANG
+    + """
+import os, shutil, sys
+pip = os.path.join(os.path.dirname(sys.argv[0]), 'pip was here')
+if sys.argv[1:3] == ['-m', 'venv']:
+    os.makedirs(sys.argv[3] + '/bin'); shutil.copy(sys.argv[0], sys.argv[3] + '/bin/python'); sys.exit(0)
+if sys.argv[1:3] == ['-m', 'pip']:
+    print('Downloading torch'); open(pip, 'w').close(); sys.exit(os.environ.get('PIP_FAILS'))
+if sys.argv[1] == '-c' and 'torch' in sys.argv[2] and not os.path.exists(pip):
+    sys.exit(1)
+"""
+    + TRAINER[len(SHEBANG) :]
+)
+
+
+def test_the_quick_start_says_what_installing_takes_and_shows_pips_progress(clone, tmp_path):
+    code, said, _ = quick_start(clone, tmp_path, "nohup", python=BARE)
+    assert code == 0 and said.index("up to 11 GB of disk") < said.index("Downloading torch"), said
+
+
+@pytest.mark.parametrize("free, failure, expected", [(10.0, "", 2), (100.0, "no connection", 1)])
+def test_the_quick_start_that_cannot_install_ends_with_one_line(clone, tmp_path, free, failure, expected):
+    code, said, log = quick_start(clone, tmp_path, "nohup", python=BARE, free_gb=(free, free), PIP_FAILS=failure)
+    assert code == expected and log is None and said.splitlines()[-1].startswith("quickstart.sh: error: "), said
+    assert (clone / ".venv").exists() == (expected == 1)  # nothing is written before the check
+
+
+def test_training_and_evaluation_with_the_real_program(clone, tmp_path):
+    """train_full_8p.sh and train_eval_8p.sh on two CPU processes: the evaluation repeats the training's accuracy."""
+    write_cifar10(tmp_path / "some data", binary=True, count=2)
+    common = ["--data_path=some data", "--device=cpu", "--device_list=0,1", "--batch_size=2", "--workers=2"]
+    trained = bash(clone, "train_full_8p", *common, "--epochs=1", cwd=tmp_path)
+    assert trained.code == 0, trained.err
+    evaluated = bash(clone, "train_eval_8p", *common, cwd=tmp_path)
+    assert evaluated.code == 0, evaluated.err
+
+    def accuracy(result):
+        return [line for line in result.out.splitlines() if "Accuracy" in line]
+
+    assert accuracy(trained) == accuracy(evaluated) != []
