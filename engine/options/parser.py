@@ -5,15 +5,24 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import math
 import os
 import re
 import shlex
 import sys
 import tempfile
+from math import inf, isfinite
 from typing import Any, Callable, NoReturn, Sequence
 
 from engine.errors import EXIT_USAGE, UsageError
+
+REWORDED = [  # from argparse's words to ours
+    (r"^argument ([^:]+): (?=must)", r"\1 "),  # "--epochs must be at least 1, got 0"
+    (r"^argument ", ""),
+    (r": ignored explicit argument (.*)$", r" takes no value, got \1"),
+    (r"^\[Errno \d+\] (.*): '(.*)'$", r"@\2: \1"),
+]
+# What programs call a trained model.
+MODEL_FLAGS = ["--checkpoint", "--resume", "--pretrained", "--weights", "--model", "--ckpt"]
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -35,15 +44,23 @@ class OneLineParser(argparse.ArgumentParser):
             self.error(f"{arg_line.strip()}: {error}")
 
     def error(self, message: str) -> NoReturn:
-        message = re.sub(r"^argument ([^:]+): (?=must)", r"\1 ", message)  # "--epochs must be at least 1, got 0"
-        message = re.sub(r"^argument ", "", message)
-        message = re.sub(r": ignored explicit argument (.*)$", r" takes no value, got \1", message)
-        message = re.sub(r"^\[Errno \d+\] (.*): '(.*)'$", r"@\2: \1", message)
-        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-        for flag in difflib.get_close_matches(unknown[1], self._option_string_actions, n=1) if unknown else []:
-            message += f" (did you mean {flag}?)"
-        self.exit(EXIT_USAGE, f"{self.prog}: error: {message}; see python {self.prog} --help\n")
+        for pattern, ours in REWORDED:
+            message = re.sub(pattern, ours, message)
+        self.exit(EXIT_USAGE, f"{self.prog}: error: {message}{self._hint(message)}; see python {self.prog} --help\n")
         raise AssertionError("unreachable: exit() raises SystemExit")
+
+    def _hint(self, message: str) -> str:
+        """Return a guess what was meant by an unknown flag, or by a device such as cuda:0."""
+        flags = self._option_string_actions
+        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        device = re.search(r"--device: invalid choice: '(npu|gpu|cuda|mps|cpu):(\d+)'", message)
+        guesses: list[str] = []
+        if unknown:
+            known = MODEL_FLAGS if unknown[1] in MODEL_FLAGS else difflib.get_close_matches(unknown[1], flags, n=1)
+            guesses = [flag for flag in known if flag in flags]
+        elif device:
+            guesses = [f"--device {device[1].replace('cuda', 'gpu')} --gpu {device[2]}"]
+        return f" (did you mean {guesses[0]}?)" if guesses else ""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
         words: list[str] = []
@@ -51,8 +68,13 @@ class OneLineParser(argparse.ArgumentParser):
             action = self._option_string_actions.get(word[:2])
             if len(word) > 2 and word[0] == "-" and word[1] != "-" and action is not None and action.nargs is None:
                 words += [word[:2], word[2:].lstrip("=")]
+            elif word[:2] == "@~" and self.fromfile_prefix_chars:
+                words.append("@" + os.path.expanduser(word[1:]))
             else:
                 words.append(word)
+        for word in words[: words.index("--")] if "--" in words else words:
+            if re.match("--[a-z]", word) and word.partition("=")[0] not in self._option_string_actions:
+                self.error(f"unrecognized arguments: {word}")  # argparse would first name the flags that are missing
         try:
             return super().parse_args(words, namespace)
         except UnicodeDecodeError as error:
@@ -62,36 +84,22 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def number(
-    kind: type,
-    at_least: float | None = None,
-    at_most: float | None = None,
-    *,
-    above: float | None = None,
-    below: float | None = None,
+    kind: type, at_least: float = -inf, at_most: float = inf, *, above: float = -inf, below: float = inf
 ) -> Callable[[str], Any]:
     """Return an argparse type: a finite int or float inside the bounds."""
-    bounds = []
-    if at_least is not None:
-        bounds.append(f"at least {at_least}")
-    if above is not None:
-        bounds.append(f"above {above}")
-    if at_most is not None:
-        bounds.append(f"at most {at_most}")
-    if below is not None:
-        bounds.append(f"below {below}")
-    expected = f"expected {'an integer' if kind is int else 'a number'}"
+    bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+    expected = " and ".join(f"{name} {bound}" for name, bound in bounds.items() if isfinite(bound))
 
     def parse(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{expected}, got {text!r}") from None
-        too_low = (at_least is not None and value < at_least) or (above is not None and value <= above)
-        too_high = (at_most is not None and value > at_most) or (below is not None and value >= below)
-        if kind is float and not math.isfinite(value):
+            wanted = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}") from None
+        if kind is float and not isfinite(value):
             raise argparse.ArgumentTypeError(f"must be finite, got {text}")
-        if too_low or too_high:
-            raise argparse.ArgumentTypeError(f"must be {' and '.join(bounds)}, got {text}")
+        if not (at_least <= value <= at_most and above < value < below):
+            raise argparse.ArgumentTypeError(f"must be {expected}, got {text}")
         return value
 
     return parse
@@ -109,10 +117,10 @@ def device_list(text: str) -> list[int]:
 
 
 def nonempty_path(text: str) -> str:
-    """An argparse type: a path. An empty one is most likely a shell variable that is not set."""
+    """An argparse type: a path. An empty one is most likely a shell variable that is not set; a ~ was in quotes."""
     if not text:
         raise argparse.ArgumentTypeError("expected a path, got an empty string")
-    return text
+    return os.path.expanduser(text)
 
 
 def check_folder(flag: str, folder: str) -> None:
