@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import functools
 import importlib.util
 import io
 import json
@@ -21,18 +20,15 @@ import sys
 from typing import NamedTuple, Sequence
 
 import engine  # noqa: F401  sets variables that torch reads when it is imported
-import vgg
 from engine import console
-from engine.checkpoints.model import CLASSES_HELP, Model, load_model
+from engine.checkpoints import CLASSES_HELP, Model, load_model
 from engine.console import exit_process, run_script
-from engine.data.folder_index import EXTENSIONS
-from engine.data.images import read_rgb, reason_of, resize, resize_center_crop
-from engine.data.loader import init_worker, share, unchanged
-from engine.device import choice as device
-from engine.device.compute import ComputeDevice
-from engine.errors import EXIT_USAGE, UsageError, UserError, printable
-from engine.options.flags import DEVICE_HELP, DEVICES
-from engine.options.parser import OneLineParser, check_file, nonempty_path, number
+from engine.data import FileList, ImageBatches, read_batches, worker_options
+from engine.device import ComputeDevice, available_cores, resolve_device, resolve_device_list
+from engine.errors import EXIT_USAGE, UsageError
+from engine.options import DEVICE_FLAG, OneLineParser, check_file, nonempty_path, number
+
+import vgg
 
 import numpy as np
 import torch
@@ -57,77 +53,31 @@ class Prediction(NamedTuple):
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser("predict.py", (__doc__ or "").splitlines()[0])
-    parser.add_argument("images", metavar="IMAGE|DIR", nargs="+", help="images, or folders of images")
-    parser.add_argument(
-        "--checkpoint", type=nonempty_path, metavar="FILE", required=True, help="main.py's, ModelZoo's or torchvision's"
-    )
-    parser.add_argument("--classes", metavar="FILE", help=CLASSES_HELP)
+    add, path, count = parser.add_argument, nonempty_path, number(int, 1)
+    add("images", metavar="IMAGE|DIR", nargs="+", type=path, help="images, or folders of images")
+    add("--checkpoint", type=path, metavar="FILE", required=True, help="main.py's, ModelZoo's or torchvision's")
+    add("--classes", type=path, metavar="FILE", help=CLASSES_HELP)
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON object per image: image, predictions")
     output.add_argument("--csv", action="store_true", help="print image,rank,class,probability")
-    parser.add_argument("--heatmap", metavar="OUT.png", help="draw what each top prediction is based on (Grad-CAM)")
-    parser.add_argument(
-        "--top-k", type=number(int, 1), default=5, metavar="K", help="predictions per image (default: 5)"
-    )
-    parser.add_argument(
-        "-b", "--batch-size", type=number(int, 1), default=32, metavar="N", help="images at a time (default: 32)"
-    )
-    parser.add_argument("--device", default="auto", choices=DEVICES, help=DEVICE_HELP)
-    parser.add_argument("--gpu", type=number(int, 0), metavar="N", help="the number of the device (default: 0)")
+    add("--heatmap", type=path, metavar="OUT.png", help="draw what each top prediction is based on (Grad-CAM)")
+    add("--top-k", type=count, default=5, metavar="K", help="predictions per image (default: 5)")
+    add("-b", "--batch-size", type=count, default=32, metavar="N", help="images at a time (default: 32)")
+    add("--device", **DEVICE_FLAG)
+    add("--gpu", type=number(int, 0), metavar="N", help="the number of the device (default: 0)")
     return parser.parse_args(argv)
 
 
-def find_images(paths: Sequence[str]) -> list[str]:
-    """Return the files among the paths, and the images in the folders among them, in order."""
-    found = []
-    for path in paths:
-        if not os.path.isdir(path):
-            found.append(path)
-            continue
-        files = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
-        images = sorted(file for file in files if file.lower().endswith(EXTENSIONS))
-        if not images:
-            raise UsageError(f"{path}: no images in it ({' '.join(EXTENSIONS)})")
-        found += images
-    return found
-
-
-class ImageBatches:
-    """Reads images for a DataLoader: `batches[paths]` is (those read, (n, S, S, 3) uint8 of them, error lines)."""
-
-    def __init__(self, model: Model) -> None:
-        self.center_crop, self.size = model.center_crop, model.image_size
-
-    def __getitem__(self, paths: list[str]) -> tuple[list[str], torch.Tensor, list[str]] | UserError:
-        read, images, errors = [], [np.empty((0, self.size, self.size, 3), np.uint8)], []
-        for path in paths:
-            try:
-                image = read_rgb(path)  # prepared exactly as for validation
-                crop = (
-                    resize_center_crop(image, self.size) if self.center_crop else resize(np.asarray(image), self.size)
-                )
-            except Exception as error:  # Pillow raises nearly any type for a corrupt file
-                errors.append(f"{printable(path)}: cannot be read as an image ({reason_of(error)})")
-                continue
-            read.append(path)
-            images.append(crop[None])
-        try:
-            return read, share(torch.from_numpy(np.concatenate(images))), errors
-        except UserError as error:  # /dev/shm is full
-            return error
-
-
-def load_images(paths: list[str], model: Model, batch_size: int, accelerator: ComputeDevice) -> DataLoader:
-    """Return batches of images, read by a worker per core if there is more than one batch."""
-    batches = [paths[first : first + batch_size] for first in range(0, len(paths), batch_size)]
-    workers = min(device.available_cores(), len(batches)) if len(batches) > 1 else 0
+def load_images(files: FileList, model: Model, batch_size: int, device: ComputeDevice) -> DataLoader:
+    """Return batches (images, target, indices, errors), read by a worker per core if there is more than one batch."""
+    batches = [(0, part) for part in np.split(np.arange(len(files)), range(batch_size, len(files), batch_size))]
+    workers = min(available_cores(), len(batches)) if len(batches) > 1 else 0
     return DataLoader(
-        ImageBatches(model),  # type: ignore[arg-type]
+        ImageBatches(files, model.preprocessing, leave_out=True),  # type: ignore[arg-type]
         batch_size=None,
         sampler=batches,  # type: ignore[arg-type]
-        collate_fn=unchanged,
-        worker_init_fn=functools.partial(init_worker, os.getpid()),
-        **accelerator.loader_options(workers),
+        **device.loader_options(),
+        **worker_options(workers),
     )
 
 
@@ -153,8 +103,10 @@ class HeatmapRow(NamedTuple):
     predictions: list[Prediction]
 
 
-def check_heatmap(path: str) -> None:
+def check_heatmap(path: str, images: int) -> None:
     """Raise UsageError if a heatmap cannot be drawn or written, before any image is read."""
+    if images > MAX_HEATMAPS:
+        raise UsageError(f"--heatmap: at most {MAX_HEATMAPS} images, got {images}")
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--heatmap requires matplotlib: pip install matplotlib")
     if not path.lower().endswith((".png", ".jpg", ".pdf", ".svg")):
@@ -222,44 +174,41 @@ def print_result(text: str) -> None:
         raise UsageError(f"the predictions cannot be printed ({error.strerror})") from error
 
 
+def top_predictions(logits: torch.Tensor, classes: list[str], count: int) -> list[list[Prediction]]:
+    """Return the most probable classes of each image, best first."""
+    tops = zip(*(part.tolist() for part in logits.softmax(1).topk(min(count, len(classes)))))
+    return [[Prediction(classes[label], value) for value, label in zip(*top)] for top in tops]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the predictions for every image. Returns 2 if some could not be read, else 0. Raises UserError."""
     args = parse_args(argv)
-    paths = find_images(args.images)
-    if args.heatmap and len(paths) > MAX_HEATMAPS:
-        raise UsageError(f"--heatmap: at most {MAX_HEATMAPS} images, got {len(paths)}")
+    files = FileList.find(args.images)
     if args.heatmap:
-        check_heatmap(args.heatmap)
-    name, count = device.resolve_device("gpu" if args.device == "cuda" else args.device)
-    accelerator = ComputeDevice(name, device.resolve_device_list(None, args.gpu or 0, name, count, one_device=True)[0])
+        check_heatmap(args.heatmap, len(files))
+    name, count = resolve_device("gpu" if args.device == "cuda" else args.device)
+    device = ComputeDevice(name, resolve_device_list(None, args.gpu or 0, name, count, one_device=True)[0])
     model = load_model(args.checkpoint, args.classes)
-    accelerator.place(model.network.requires_grad_(False))
-    normalize = accelerator.normalizer(model.mean, model.std)
-    code = 0
-    rows: list[HeatmapRow] = []
+    device.place(model.network.requires_grad_(False))
+    normalize = device.normalizer(model.preprocessing.mean, model.preprocessing.std)
+    code, rows = 0, []
     if args.csv:
         print_result("image,rank,class,probability")
-    with torch.no_grad(), console.progress(len(paths), 0, "Images"):
-        for batch in load_images(paths, model, args.batch_size, accelerator):
-            if isinstance(batch, UserError):
-                raise batch
-            read, images, errors = batch
+    with torch.no_grad(), console.progress(len(files), 0, "Images"):
+        for images, _, indices, errors in read_batches(load_images(files, model, args.batch_size, device)):
+            console.advance(len(indices) + len(errors))
             for error in errors:
-                console.error(error)
+                console.error(str(error))
                 code = EXIT_USAGE
-            if read:
-                if args.heatmap:
-                    heat, logits = grad_cam(model.network, normalize(images))
-                else:
-                    logits = model.network(normalize(images))
-                top = [part.cpu() for part in logits.softmax(1).topk(min(args.top_k, len(model.classes)))]
-                for position, path in enumerate(read):
-                    values, indices = top[0][position].tolist(), top[1][position].tolist()
-                    predictions = [Prediction(model.classes[i], value) for value, i in zip(values, indices)]
-                    print_result(format_predictions(path, predictions, as_json=args.json, as_csv=args.csv))
-                    if args.heatmap:
-                        rows.append(HeatmapRow(path, images[position].numpy(), heat[position].cpu(), predictions))
-            console.advance(len(read) + len(errors))
+            if not len(indices):
+                continue
+            inputs = normalize(images)
+            heat, logits = grad_cam(model.network, inputs) if args.heatmap else (None, model.network(inputs))
+            for position, predictions in enumerate(top_predictions(logits, model.classes, args.top_k)):
+                path = files.name(indices[position])
+                print_result(format_predictions(path, predictions, as_json=args.json, as_csv=args.csv))
+                if heat is not None:  # a copy, because workers use a batch's memory again
+                    rows.append(HeatmapRow(path, images[position].numpy().copy(), heat[position].cpu(), predictions))
     if rows:
         draw_heatmaps(rows, args.heatmap)
         console.notice(f"heatmap written to {args.heatmap}")

@@ -25,10 +25,7 @@ from typing import Any, Callable, Dict
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from engine.data.augmentation import Augmentation
-from engine.data.datasets import ImageFolder
-from engine.data.images import decoder_name
-from engine.data.loader import BatchDataset, BatchLoader, ResumableBatchSampler
+from engine.data import Augmentation, FileList, ImageBatches, ResumableBatchSampler, read_batches, worker_options
 
 import numpy as np
 import torch
@@ -64,10 +61,10 @@ def generate(root: str, args: argparse.Namespace) -> None:
 def link_subset(root: str, source: str, count: int) -> None:
     """Fill ROOT/a with links to `count` images spread evenly over a folder DIR/class/image."""
     os.makedirs(os.path.join(root, "a"))
-    dataset = ImageFolder(source)
+    dataset = FileList.find([source])
     chosen = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)
     for number, index in enumerate(chosen):
-        path = os.path.abspath(dataset.path(index))
+        path = os.path.abspath(dataset.name(index))
         os.symlink(path, os.path.join(root, "a", f"{number}{os.path.splitext(path)[1]}"))
 
 
@@ -121,9 +118,9 @@ def dali_pipeline(root: str, batch: int) -> Any:
 
 def one_core(root: str, count: int) -> Contestants:
     """Datasets alone, in this process."""
-    stock, ours = torchvision_dataset(root), BatchDataset(ImageFolder(root), size=SIZE, augmentation=Augmentation())
+    stock, ours = torchvision_dataset(root), ImageBatches(FileList.find([root]), Augmentation(SIZE))
     subprocess.check_call([sys.executable, SHRINK, root, f"{root}320"], stdout=subprocess.DEVNULL)
-    shrunk = BatchDataset(ImageFolder(f"{root}320"), size=SIZE, augmentation=Augmentation())
+    shrunk = ImageBatches(FileList.find([f"{root}320"]), Augmentation(SIZE))
     indices = np.arange(count)
     contestants: Contestants = {
         "torchvision": lambda turn: [stock[index] for index in indices],
@@ -151,24 +148,22 @@ def each_augmentation(root: str, count: int) -> Contestants:
     }
     indices = np.arange(count)
 
-    def load(batches: BatchDataset) -> Callable[[int], Any]:
+    def load(batches: ImageBatches) -> Callable[[int], Any]:
         return lambda turn: batches[turn, indices]
 
-    dataset = ImageFolder(root)
-    return {
-        name: load(BatchDataset(dataset, size=SIZE, augmentation=Augmentation(**values)))
-        for name, values in options.items()
-    }
+    dataset = FileList.find([root])
+    return {name: load(ImageBatches(dataset, Augmentation(SIZE, **values))) for name, values in options.items()}
 
 
 def end_to_end(root: str, batch_size: int, workers: int) -> Contestants:
     """Batches through worker processes, as they reach the training loop. Each turn is an epoch of its own."""
     options: dict[str, Any] = {"num_workers": workers, "persistent_workers": True, "multiprocessing_context": "fork"}
     stock = DataLoader(torchvision_dataset(root), batch_size=batch_size, shuffle=True, drop_last=True, **options)
-    dataset = ImageFolder(root)
+    dataset = FileList.find([root])
     sampler = ResumableBatchSampler(len(dataset), batch_size, rank=0, world_size=1, shuffle=True)
-    ours = BatchLoader(dataset, sampler, SIZE, augmentation=Augmentation(), options=options)
-    return {"torchvision": lambda turn: sum(1 for _ in stock), "ours": lambda turn: sum(1 for _ in ours)}
+    batches: Any = ImageBatches(dataset, Augmentation(SIZE))
+    ours = DataLoader(batches, batch_size=None, sampler=sampler, **worker_options(workers))  # type: ignore[arg-type]
+    return {"torchvision": lambda turn: sum(1 for _ in stock), "ours": lambda turn: sum(1 for _ in read_batches(ours))}
 
 
 def parse_args() -> argparse.Namespace:
@@ -219,7 +214,7 @@ def main() -> None:
         "images": f"{args.data or f'{args.width}×{args.height}'}, {kilobytes:.0f} KB",
         "torch": torch.__version__,
         "workers": args.workers,
-        "decoder": decoder_name(),
+        "decoder": Augmentation.decoder,
         "images_per_second": {name: round(statistics.median(values), 1) for name, values in rates.items()},
         "ours_relative_to": ratios,
     }

@@ -9,6 +9,7 @@ Writes quickstart.png (its curves, and its predictions for validation digits, er
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -17,17 +18,17 @@ import tempfile
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import predict
-from engine.checkpoints.model import load_model
+from engine.checkpoints import load_model
 from engine.data.datasets import read_digits
-from engine.records.curves import read_events
+
+import predict
 
 import numpy as np
 import torch
 from PIL import Image
 
 ROWS, COLUMNS = 4, 8
-BLUE, ORANGE, RED = "#2f6fb5", "#d0531f", "#d02020"
+BLUE, ORANGE, RED = "#3b82c4", "#d0651f", "#be2d5f"  # training, validation, wrong: as in curves.png and on the page
 
 
 def draw_quickstart(folder: str, path: str) -> None:
@@ -39,16 +40,19 @@ def draw_quickstart(folder: str, path: str) -> None:
     model = load_model(os.path.join(folder, "model_best.pth.tar"))
     images = torch.from_numpy(dataset.images[: ROWS * COLUMNS]).permute(0, 3, 1, 2).float() / 255
     with torch.no_grad():
-        logits = model.network((images - model.mean[0]) / model.std[0])
+        logits = model.network((images - model.preprocessing.mean[0]) / model.preprocessing.std[0])
     confidence, predicted = logits.softmax(1).max(1)
 
     figure = Figure(figsize=(11, 3.5), constrained_layout=True)
     FigureCanvasAgg(figure)
     left, right = np.asarray(figure.subfigures(1, 2, width_ratios=[1.25, 1]))
-    train, validation = read_events(folder)
+    with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as file:
+        events = [json.loads(line) for line in file]
+    train, validation = ([event for event in events if event["event"] == kind] for kind in ("epoch", "validate"))
+    validation = [event for event in validation if "epoch" in event]  # not that of -e
     for axis, key, title in zip(left.subplots(1, 2), ("loss", "acc1"), ("Loss", "Acc@1 (%)")):
         for records, label, color in ((train, "training", BLUE), (validation, "validation", ORANGE)):
-            epochs = [record["epoch"] + 1 for record in records]
+            epochs = [record["epoch"] for record in records]
             axis.plot(epochs, [record[key] for record in records], marker="o", markersize=3.5, label=label, color=color)
         axis.set_title(title, loc="left", fontsize=11)
         axis.set_xlabel("epoch", fontsize=9)
@@ -60,7 +64,7 @@ def draw_quickstart(folder: str, path: str) -> None:
         if key == "acc1":
             axis.legend(frameon=False, fontsize=9, loc="lower right")
             last = validation[-1]
-            position, offset = (last["epoch"] + 1, last[key]), (0, -14)
+            position, offset = (last["epoch"], last[key]), (0, -14)
             axis.annotate(
                 f"{last[key]:.2f}%", position, offset, textcoords="offset points", ha="center", fontsize=9, color=ORANGE
             )

@@ -25,9 +25,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from engine.console import run_script
 from engine.data.folder_index import EXTENSIONS
-from engine.data.images import open_image, reason_of, to_rgb
+from engine.data.transforms import open_image, read_file, reason_of, to_rgb
 from engine.errors import UsageError, printable
-from engine.options.parser import OneLineParser, number
+from engine.options import OneLineParser, number
 
 CHUNK = 32  # images per task
 LANCZOS = 1
@@ -38,26 +38,25 @@ def shrink(source: str, target: str, short_side: int) -> bool:
     """Write an image smaller, or copy it. Returns False if it exists already. Raises whatever Pillow raises."""
     if os.path.exists(target):
         return False
-    with open(source, "rb") as file:
-        image = open_image(file)
-        scale = min(1.0, short_side / min(image.size))
-        width, height = (max(short_side, round(edge * scale)) for edge in image.size)
-        temporary = f"{target}.{os.getpid()}.tmp"
-        try:
-            if scale == 1.0 and image.format == "JPEG":
-                image.load()  # a corrupt file is found now
-                shutil.copyfile(source, temporary)
-            else:
-                image.draft(None, (2 * width, 2 * height))  # decodes a JPEG at 1/2 or less if that is large enough
-                smaller = to_rgb(image)
-                if scale < 1.0:
-                    smaller = smaller.resize((width, height), LANCZOS)
-                smaller.save(temporary, format="JPEG", quality=95)
-            os.replace(temporary, target)
-        except BaseException:
-            if os.path.exists(temporary):
-                os.remove(temporary)
-            raise
+    image = open_image(read_file(source))
+    scale = min(1.0, short_side / min(image.size))
+    width, height = (max(short_side, round(edge * scale)) for edge in image.size)
+    temporary = f"{target}.{os.getpid()}.tmp"
+    try:
+        if scale == 1.0 and image.format == "JPEG":
+            image.load()  # a corrupt file is found now
+            shutil.copyfile(source, temporary)
+        else:
+            image.draft(None, (2 * width, 2 * height))  # decodes a JPEG at 1/2 or less if that is large enough
+            smaller = to_rgb(image)
+            if scale < 1.0:
+                smaller = smaller.resize((width, height), LANCZOS)
+            smaller.save(temporary, format="JPEG", quality=95)
+        os.replace(temporary, target)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
     return True
 
 

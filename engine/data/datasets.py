@@ -1,29 +1,19 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The datasets: a folder of images, CIFAR-10, and the embedded digits.
+"""The datasets: a folder of images, CIFAR-10, the embedded digits, and files by name.
 
-Each gives single images: `training_image(index, size, rng, augmentation)` and `validation_image(index, size)`, both
-(size, size, 3) uint8, and `whole_image(index, scale)`, whose short side is `scale`. loader.py makes batches of them.
+`read(index)` gives a file's bytes or a small array, which transforms.py makes pixels of; `name(index)` is the file's
+path or the image's number.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-from typing import IO, Any, Iterator, Sequence, Union
+from dataclasses import dataclass
+from typing import IO, Sequence, Union
 
-from engine.data.augmentation import Augmentation
-from engine.data.folder_index import Check, FolderIndex, open_index
-from engine.data.images import (
-    BILINEAR,
-    random_padded_crop,
-    random_resized_crop,
-    read_rgb,
-    reason_of,
-    resize,
-    resize_center_crop,
-    resize_short_side,
-)
+from engine.data.folder_index import EXTENSIONS, FolderIndex, open_index
+from engine.data.transforms import BILINEAR, Preprocessing, read_file, reason_of
 from engine.errors import DataError, ImageError, UsageError, printable
 from engine.safe_pickle import load_arrays
 
@@ -31,192 +21,169 @@ import numpy as np
 from PIL import Image
 
 DATA_FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "data")
-EMBEDDED = "the embedded digits"
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of its training images
+# Mean and standard deviation of the training images.
+CIFAR10 = Preprocessing(32, crop=False, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-DIGITS_MEAN, DIGITS_STD = (0.3053,) * 3, (0.3760,) * 3  # of all 1,797 digits at 8×8
+DIGITS = Preprocessing(32, crop=False, mean=(0.3053,) * 3, std=(0.3760,) * 3)  # of all 1,797 digits at 8×8
 
 
 class ImageFolder:
     """ROOT/class/**/image, read as torchvision's ImageFolder reads it: the same classes, files and order.
 
-    check: None, or what leaves unreadable images out; see folder_index.open_index.
-    index, positions: of the root if it is open already, and of the images in it, if not all.
-    Raises DataError if the folder is missing or has no classes, or if a class is empty.
+    part: (training or validation, --val-split, positions of its images) if this is a part of the folder.
     """
 
-    mean, std = IMAGENET_MEAN, IMAGENET_STD
-    default_size = 224
+    preprocessing = Preprocessing()
     default_hflip = 0.5
-    center_crop = True  # validation resizes and crops the center; otherwise it resizes the whole image
+    val_split: float | None = None
 
-    def __init__(
-        self,
-        root: str,
-        check: Check | None = None,
-        *,
-        index: FolderIndex | None = None,
-        positions: np.ndarray | None = None,
-    ) -> None:
-        self.index = index or open_index(root, check)
-        self.classes, self.labels, self.fingerprint = self.index.classes, self.index.labels, self.index.fingerprint
-        self.unreadable = [(printable(os.path.join(root, name)), reason) for name, reason in self.index.unreadable]
-        self.positions = positions
-        if positions is not None:
-            self.labels = np.asarray(self.labels)[positions]
+    def __init__(self, index: FolderIndex, part: tuple[str, float, np.ndarray] | None = None) -> None:
+        self.index, self.classes, self.labels, self.fingerprint = index, index.classes, index.labels, index.fingerprint
+        self.unreadable = index.unreadable
+        self.positions: Sequence[int] | np.ndarray = range(len(self.labels))
+        if part is not None:
+            name, self.val_split, self.positions = part
+            self.labels = self.labels[self.positions]
+            self.fingerprint += f" {name} part, --val-split {self.val_split}"
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def path(self, index: int) -> str:
-        return self.index.path(index if self.positions is None else self.positions[index])
+    def name(self, index: int) -> str:
+        return self.index.path(self.positions[index])
 
-    def training_image(
-        self, index: int, size: int, rng: np.random.RandomState, augmentation: Augmentation
-    ) -> np.ndarray:
-        with self._named_errors(index) as path:
-            with open(path, "rb", buffering=0) as file:
-                content = file.read()
-            return random_resized_crop(content, size, rng, augmentation)
+    def short_name(self, index: int) -> str:
+        """Return the path below the folder."""
+        return os.fsdecode(self.index.name(self.positions[index]))
 
-    def validation_image(self, index: int, size: int) -> np.ndarray:
-        with self._named_errors(index) as path:
-            return resize_center_crop(read_rgb(path), size)
-
-    def whole_image(self, index: int, scale: int) -> np.ndarray:
-        with self._named_errors(index) as path:
-            return np.asarray(resize_short_side(read_rgb(path), scale))
-
-    @contextlib.contextmanager
-    def _named_errors(self, index: int) -> Iterator[str]:
-        """Yield the path of an image, and turn whatever its reader raises into an ImageError that names it."""
-        path = self.path(index)
-        try:
-            yield path
-        except Exception as error:  # Pillow raises nearly any type for a corrupt file
-            raise ImageError(
-                f"{printable(path)}: cannot be read as an image ({reason_of(error)}); --bad-images skip leaves such "
-                "files out"
-            ) from error
+    def read(self, index: int) -> bytes:
+        return read_file(self.name(index))
 
 
-def split_by_name(index: FolderIndex, share: float) -> np.ndarray:
-    """Return which images are for validation: (N,) bool. Raises DataError if a class has a single image.
+class FileList:
+    """Files by name, without labels."""
 
-    An image is for validation if the SHA-256 of its path below the folder, as a number in [0, 1), is below the share.
-    So adding files moves none; but a class without such an image gives the one with the smallest number, and one
-    without any other keeps the one with the largest for training.
-    """
-    labels = np.asarray(index.labels)
-    digests = b"".join(hashlib.sha256(index.name(position)).digest()[:8] for position in range(len(labels)))
-    numbers = np.frombuffer(digests, ">u8") / 2.0**64
-    validation = numbers < share
-    for label, name in enumerate(index.classes):
-        positions = np.flatnonzero(labels == label)
-        if len(positions) < 2:
-            raise DataError(f"{printable(name)}: a single image in this class, and --val-split needs two")
-        order = positions[np.argsort(numbers[positions])]
-        validation[order[0]], validation[order[-1]] = True, False
-    return validation
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths, self.labels = paths, np.zeros(len(paths), np.int64)
+
+    @staticmethod
+    def find(paths: Sequence[str]) -> FileList:
+        """Return the files among the paths, and the images in the folders among them, in order. Raises UsageError."""
+        found = []
+        for path in paths:
+            if not os.path.isdir(path):
+                found.append(path)
+                continue
+            files = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
+            images = sorted(file for file in files if file.lower().endswith(EXTENSIONS))
+            if not images:
+                raise UsageError(f"{path}: no images in it ({' '.join(EXTENSIONS)})")
+            found += images
+        return FileList(found)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        return self.paths[index]
+
+    def read(self, index: int) -> bytes:
+        return read_file(self.paths[index])
 
 
+@dataclass
 class ArrayDataset:
-    """Small images held in memory.
+    """Small images held in memory."""
 
-    Args:
-        images: (N, 32, 32, 3) uint8.
-        labels: N integers.
-        default_hflip: probability that a training image is mirrored, if --hflip is not given.
-    """
+    images: np.ndarray  # (N, 32, 32, 3) uint8
+    labels: np.ndarray
+    classes: list[str]
+    preprocessing: Preprocessing  # of validation images, unless another --image-size is given
+    default_hflip: float  # probability that a training image is mirrored, if --hflip is not given
 
-    default_size = 32
-    center_crop = False
-    unreadable: Sequence[tuple[str, str]] = ()
+    val_split, unreadable = None, ()
 
-    def __init__(
-        self,
-        images: np.ndarray,
-        labels: Sequence[int] | np.ndarray,
-        classes: Sequence[str],
-        *,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        default_hflip: float,
-    ) -> None:
-        self.images, self.labels, self.classes = images, np.asarray(labels, np.int64), list(classes)
-        self.mean, self.std, self.default_hflip = mean, std, default_hflip
-        self.fingerprint = hashlib.sha256(images.tobytes() + self.labels.tobytes()).hexdigest()
+    def __post_init__(self) -> None:
+        self.labels, self.classes = np.asarray(self.labels, np.int64), list(self.classes)
+        self.fingerprint = hashlib.sha256(self.images.tobytes() + self.labels.tobytes()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def training_image(
-        self, index: int, size: int, rng: np.random.RandomState, augmentation: Augmentation
-    ) -> np.ndarray:
-        return random_padded_crop(self.images[index], size, augmentation.hflip, rng)
+    def name(self, index: int) -> str:
+        return str(index)
 
-    def validation_image(self, index: int, size: int) -> np.ndarray:
-        return resize(self.images[index], size)
+    def short_name(self, index: int) -> str:
+        return f"image {index}"
 
-    whole_image = validation_image
+    def read(self, index: int) -> np.ndarray:
+        return self.images[index]
 
 
 ImageDataset = Union[ImageFolder, ArrayDataset]
 
 
-def preprocessing_of(dataset: ImageDataset | type[ImageFolder], size: int) -> dict[str, Any]:
-    """Return how validation images become the model's input, as checkpoints hold it."""
-    return {"image_size": size, "crop": dataset.center_crop, "mean": list(dataset.mean), "std": list(dataset.std)}
-
-
-def is_split(root: str) -> bool:
-    """Whether a folder holds training and validation images apart: CIFAR-10, train/ or val/."""
-    return find_cifar10(root) is not None or any(os.path.isdir(os.path.join(root, name)) for name in ("train", "val"))
+def image_error(dataset: ImageDataset | FileList, index: int, error: Exception) -> ImageError:
+    """Return what to raise for an error of reading an image. It names the file."""
+    hint = "; --bad-images skip leaves such files out" if isinstance(dataset, ImageFolder) else ""
+    name = printable(dataset.name(index))
+    return ImageError(f"{name}: cannot be read as an image ({reason_of(error)}){hint}")
 
 
 def open_datasets(
-    root: str | None, *, evaluate: bool, check: Check | None, val_split: float | None = None
+    root: str | None,
+    *,
+    evaluate: bool,
+    skip_unreadable: bool,
+    val_split: float | None = None,
+    saved_val_split: float | None = None,
 ) -> tuple[ImageDataset | None, ImageDataset | None]:
     """Return (training, validation) datasets below a folder, or the embedded digits; no training dataset to evaluate.
 
-    check: leaves unreadable images of a folder out. val_split: the share of a single folder that is for validation.
+    skip_unreadable: leaves unreadable images of a folder out. val_split: the share of a single folder that is for
+    validation; saved_val_split: that of a checkpoint, for a folder that is not split already.
     Raises DataError, or UsageError if the classes of the two differ or --val-split does not fit.
     """
     if root is None:
         return None if evaluate else read_digits(training=True), read_digits(training=False)
+    name, has_cifar10 = printable(root), find_cifar10(root) is not None
+    train, val = os.path.join(root, "train"), os.path.join(root, "val")
+    if not (has_cifar10 or os.path.isdir(train) or os.path.isdir(val)):
+        share = saved_val_split if val_split is None else val_split
+        if share is None:
+            raise DataError(f"{name}: no train/ and val/ in it; if its folders are the classes, use --val-split 0.1")
+        return split_by_name(open_index(root, skip_unreadable), share, evaluate=evaluate)
     if val_split is not None:
-        return _split_folder(root, val_split, evaluate=evaluate, check=check)
-    if find_cifar10(root):
+        raise UsageError(f"--val-split: {name} is split already (CIFAR-10, train/ or val/): leave it out")
+    if has_cifar10:
         return None if evaluate else read_cifar10(root, training=True), read_cifar10(root, training=False)
-    if not is_split(root):
-        raise DataError(
-            f"{printable(root)}: no train/ and val/ in it; if its folders are the classes, use --val-split 0.1"
-        )
-    if not os.path.isdir(os.path.join(root, "val")):
-        train = printable(os.path.join(root, "train"))
-        raise DataError(f"{printable(root)}: no val/ in it; to split train/, use --data {train} --val-split 0.1")
-    training = None if evaluate else ImageFolder(os.path.join(root, "train"), check)
-    validation = ImageFolder(os.path.join(root, "val"), check)
+    if not os.path.isdir(val):
+        raise DataError(f"{name}: no val/ in it; to split train/, use --data {printable(train)} --val-split 0.1")
+    training = None if evaluate else ImageFolder(open_index(train, skip_unreadable))
+    validation = ImageFolder(open_index(val, skip_unreadable))
     if training is not None:
         check_same_classes(training.classes, validation.classes, "train/", "val/")
     return training, validation
 
 
-def _split_folder(
-    root: str, share: float, *, evaluate: bool, check: Check | None
-) -> tuple[ImageDataset | None, ImageDataset | None]:
-    if is_split(root):
-        raise UsageError(f"--val-split: {printable(root)} is split already (CIFAR-10, train/ or val/): leave it out")
-    index = open_index(root, check)
-    for_validation = split_by_name(index, share)
+def split_by_name(index: FolderIndex, share: float, *, evaluate: bool) -> tuple[ImageFolder | None, ImageFolder]:
+    """Return (training, validation) parts of a folder. Raises DataError if a class has a single image.
 
-    def part(name: str, chosen: np.ndarray) -> ImageFolder:
-        dataset = ImageFolder(root, index=index, positions=np.flatnonzero(chosen))
-        dataset.fingerprint += f" {name} part, --val-split {share}"
-        return dataset
-
-    return None if evaluate else part("training", ~for_validation), part("validation", for_validation)
+    An image is for validation if the SHA-256 of its path below the folder, as a number in [0, 1), is below the share.
+    So adding files moves none; but a class without such an image gives the one with the smallest number, and one
+    without any other keeps the one with the largest for training.
+    """
+    digests = b"".join(hashlib.sha256(index.name(position)).digest()[:8] for position in range(len(index.labels)))
+    numbers = np.frombuffer(digests, ">u8") / 2.0**64
+    chosen = numbers < share
+    for label, name in enumerate(index.classes):
+        positions = np.flatnonzero(index.labels == label)
+        if len(positions) < 2:
+            raise DataError(f"{printable(name)}: a single image in this class, and --val-split needs two")
+        order = positions[np.argsort(numbers[positions])]
+        chosen[order[0]], chosen[order[-1]] = True, False
+    training = None if evaluate else ImageFolder(index, ("training", share, np.flatnonzero(~chosen)))
+    return training, ImageFolder(index, ("validation", share, np.flatnonzero(chosen)))
 
 
 def check_same_classes(first: Sequence[str], second: Sequence[str], first_name: str, second_name: str) -> None:
@@ -263,9 +230,7 @@ def read_cifar10(root: str, *, training: bool) -> ArrayDataset:
         labels.append(numbers)
     planes = np.concatenate(images).reshape(-1, 3, 32, 32)
     pixels = np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
-    return ArrayDataset(
-        pixels, np.concatenate(labels), CIFAR10_CLASSES, mean=CIFAR10_MEAN, std=CIFAR10_STD, default_hflip=0.5
-    )
+    return ArrayDataset(pixels, np.concatenate(labels), CIFAR10_CLASSES, CIFAR10, default_hflip=0.5)
 
 
 def _read_cifar10_binary(file: IO[bytes]) -> tuple[np.ndarray, np.ndarray]:
@@ -295,6 +260,4 @@ def read_digits(*, training: bool) -> ArrayDataset:
     cells = sheet.reshape(sheet.shape[0] // 8, 8, 60, 8).transpose(0, 2, 1, 3).reshape(-1, 8, 8)[: len(labels)]
     chosen = (np.arange(len(labels)) % 5 == 4) != training
     images = [np.asarray(Image.fromarray(cell).convert("RGB").resize((32, 32), BILINEAR)) for cell in cells[chosen]]
-    return ArrayDataset(
-        np.stack(images), labels[chosen], "0123456789", mean=DIGITS_MEAN, std=DIGITS_STD, default_hflip=0.0
-    )
+    return ArrayDataset(np.stack(images), labels[chosen], list("0123456789"), DIGITS, default_hflip=0.0)

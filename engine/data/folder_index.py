@@ -15,78 +15,78 @@ import os
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any, Dict, List
 
 from engine import console
-from engine.data.images import read_rgb, reason_of
+from engine.data.transforms import read_file, read_rgb, reason_of
 from engine.errors import DataError, printable
 
 import numpy as np
 
-FORMAT = 1  # part of the cache file's name: raise it if other files are listed, or if the layout changes
+FORMAT = 2  # part of the cache file's name: raise it if other files are listed, or if the layout changes
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's ImageFolder
 SETTLING_SECONDS = 2  # a folder changed this shortly before it was listed may change again with the same time stamp
+CHUNK = 64  # images that a thread checks at a time
 
-# Reads every image of a new index once: passes (iterator of reasons, None if readable; count) on, with a progress bar.
-Check = Callable[[Iterable["str | None"], int], Iterable["str | None"]]
+Folders = List[List[Any]]  # [name below the root, modification time in ns]
+
+# labels: (N,) int64. names: the paths below the root, one after the other: uint8. ends: (N + 1,) int64, where they end.
+# header: JSON, with the rest and with what tells whether the index is out of date.
+Parts = Dict[str, Any]
 
 
 class FolderIndex:
-    """The images of a folder.
+    """The images of a folder: classes, labels, fingerprint, and unreadable: (path, reason) of the images left out."""
 
-    Attributes:
-        classes: names of the classes.
-        labels: (N,) int64.
-        fingerprint: SHA-256 of names and labels.
-        unreadable: [name, reason] of the images left out.
-    """
-
-    def __init__(
-        self, root: str, header: dict[str, Any], offsets: np.ndarray, labels: np.ndarray, names: np.ndarray
-    ) -> None:
-        self.root, self.labels, self._offsets, self._names = os.fsencode(root), labels, offsets, names
+    def __init__(self, root: str, parts: Parts) -> None:
+        header = json.loads(bytes(parts["header"]).decode())
+        self.labels, self._ends, self._names = (np.asarray(parts[name]) for name in ("labels", "ends", "names"))
+        self.root, self.header = os.fsencode(root), header
         self.classes: list[str] = header["classes"]
         self.fingerprint: str = header["fingerprint"]
-        self.unreadable: list[list[str]] = header["bad"]
+        self.unreadable = [(printable(os.path.join(root, name)), reason) for name, reason in header["bad"]]
 
     def name(self, index: int) -> bytes:
         """Return the path of an image relative to the folder."""
-        return self._names[self._offsets[index] : self._offsets[index + 1]].tobytes()
+        return self._names[self._ends[index] : self._ends[index + 1]].tobytes()
 
     def path(self, index: int) -> str:
         return os.fsdecode(os.path.join(self.root, self.name(index)))
 
+    def is_current(self) -> bool:
+        """Whether the folder is still as it was listed. Raises KeyError if this is no index."""
+        settled = (self.header["scanned"] - SETTLING_SECONDS) * 1e9
+        return (
+            self.header["root"] == os.path.realpath(os.fsdecode(self.root))
+            and all(_stamp(self.root, name)[0] == time and time <= settled for name, time in self.header["folders"])
+            and all(_stamp(self.root, name) == old for (name, _), old in zip(self.header["bad"], self.header["stamps"]))
+        )
 
-def open_index(root: str, check: Check | None = None) -> FolderIndex:
+
+def open_index(root: str, skip_unreadable: bool = False) -> FolderIndex:
     """Return the index of a folder: the cached one unless a folder in it has changed, else a new one.
 
-    check: leaves unreadable images out. Raises DataError.
+    skip_unreadable: leaves unreadable images out. Raises DataError if the folder is missing or has no classes, or if a
+    class is empty.
     """
-    path = _cache_path(root, checked=check is not None)
-    index = _load(path, root)
-    if index is None:
-        begin = time.time()
-        try:
-            folders, classes, names, labels = _list_folder(root)
-        except OSError as error:
-            raise DataError(f"{printable(error.filename or root)}: {error.strerror}") from error
-        unreadable = _find_unreadable(root, names, check) if check is not None else {}
-        parts = _build(root, folders, classes, names, labels, unreadable, begin)
-        del names, labels
-        index = FolderIndex(root, *parts)
-        with contextlib.suppress(OSError):  # if there is no place for the cache, the next start lists the files again
-            _write(path, *parts)
-            index = _load(path, root) or index
-    return index
-
-
-def track_check(reasons: Iterable[str | None], count: int) -> Iterator[str | None]:
-    """Pass the results of checking `count` images on, with a progress bar (a Check)."""
-    console.line(f"=> checking {count:,} images, once")
-    with console.progress(count, 0, "Checking"):
-        for reason in reasons:
-            console.advance(1)
-            yield reason
+    path = _cache_path(root, checked=skip_unreadable)
+    with contextlib.suppress(OSError, EOFError, ValueError, KeyError, TypeError):  # not there, or damaged
+        index = _load(path, root)
+        if index.is_current():
+            return index
+    begin = time.time()
+    try:
+        folders, classes, images = _list_folder(root)
+    except OSError as error:
+        raise DataError(f"{printable(error.filename or root)}: {error.strerror}") from error
+    unreadable = _find_unreadable(root, images) if skip_unreadable else {}
+    parts = _build(root, begin, folders, classes, images, unreadable)
+    del images
+    # If there is no place for the cache, the next start lists the files again. NumPy's records end at 2 GiB.
+    with contextlib.suppress(OSError, ValueError):
+        _save(path, parts)
+        return _load(path, root)
+    return FolderIndex(root, parts)
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
@@ -96,47 +96,23 @@ def _cache_path(root: str, checked: bool) -> str:
     """The cache file of a folder: in the user's cache folder, never among the data."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:24]
-    return os.path.join(cache, "vgg16", f"{name}{'-checked' if checked else ''}.index{FORMAT}")
+    return os.path.join(cache, "vgg16", f"{name}{'-checked' if checked else ''}.index{FORMAT}.npy")
 
 
-def _load(path: str, root: str) -> FolderIndex | None:
-    """Return a cached index, or None if there is none or it is out of date."""
-
-    def stamp_of(name: str) -> list[int]:
-        return _stamp(os.path.join(os.fsencode(root), os.fsencode(name)))
-
-    try:
-        with open(path, "rb") as file:
-            line = file.readline()
-        header = json.loads(line.decode())
-        if header["root"] != os.path.realpath(root):
-            return None
-        settled = (header["scanned"] - SETTLING_SECONDS) * 1e9
-        for name, changed in header["folders"]:
-            if stamp_of(name)[0] != changed or changed > settled:
-                return None
-        if any(stamp_of(name) != stamp for (name, _), stamp in zip(header["bad"], header["stamps"])):
-            return None
-        content = np.memmap(path, np.uint8, "r")[len(line) :]
-        if len(content) != 16 * header["count"] + 8 + header["bytes"]:
-            return None
-        offsets, labels, names = np.split(content, [header["count"] * 8 + 8, header["count"] * 16 + 8])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, or damaged
-        return None
-    return FolderIndex(root, header, offsets.view(np.int64), labels.view(np.int64), names)
+def _load(path: str, root: str) -> FolderIndex:
+    return FolderIndex(root, np.load(path, mmap_mode="r")[0])
 
 
-def _write(path: str, header: dict[str, Any], offsets: np.ndarray, labels: np.ndarray, names: np.ndarray) -> None:
-    """Write one line of JSON, padded to a multiple of 8 bytes, and the arrays."""
+def _save(path: str, parts: Parts) -> None:
+    """Write the arrays as one record of a .npy file, so that one rename completes them."""
+    record = np.zeros(1, [(name, part.dtype, part.shape) for name, part in parts.items()])
+    for name, part in parts.items():
+        record[name] = part
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    line = json.dumps(header).encode()
-    line += b" " * (-(len(line) + 1) % 8) + b"\n"
     handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path))
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(line)
-            for array in (offsets, labels, names):
-                file.write(array.tobytes())
+            np.save(file, record)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -145,10 +121,10 @@ def _write(path: str, header: dict[str, Any], offsets: np.ndarray, labels: np.nd
         raise
 
 
-def _stamp(path: bytes) -> list[int]:
+def _stamp(root: bytes, name: str) -> list[int]:
     """[modification time in ns, size], or [0, 0] if there is nothing."""
     try:
-        status = os.stat(path)
+        status = os.stat(os.path.join(root, os.fsencode(name)))
     except OSError:
         return [0, 0]
     return [status.st_mtime_ns, status.st_size]
@@ -157,22 +133,16 @@ def _stamp(path: bytes) -> list[int]:
 # --- a new index ------------------------------------------------------------------------------------------------------
 
 
-def _list_folder(root: str) -> tuple[list[list[Any]], list[str], list[bytes], list[int]]:
-    """Return ([[folder, modification time in ns]], classes, names relative to root, labels)."""
-    folders: list[list[Any]] = [["", _stamp(os.fsencode(root))[0]]]
+def _list_folder(root: str) -> tuple[Folders, list[str], list[list[bytes]]]:
+    """Return (folders, classes, the images of each class relative to root)."""
+    folders: Folders = [["", _stamp(os.fsencode(root), "")[0]]]
     classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     if not classes:
         raise DataError(f"{printable(root)}: no classes in it (expected one folder per class)")
-    names: list[bytes] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        found = _walk(os.fsencode(root), os.fsencode(name), folders)
-        names += found
-        labels += [label] * len(found)
-    return folders, classes, names, labels
+    return folders, classes, [_walk(os.fsencode(root), os.fsencode(name), folders) for name in classes]
 
 
-def _walk(root: bytes, name: bytes, folders: list[list[Any]]) -> list[bytes]:
+def _walk(root: bytes, name: bytes, folders: Folders) -> list[bytes]:
     """Return the images below root/name relative to root, in the order of torchvision's ImageFolder.
 
     Follows links, but enters each folder once, so that a loop of links ends. Adds each folder to `folders`.
@@ -195,56 +165,55 @@ def _walk(root: bytes, name: bytes, folders: list[list[Any]]) -> list[bytes]:
     return [image for _, images in sorted(found) for image in images]
 
 
-def _find_unreadable(root: str, names: list[bytes], check: Check) -> dict[int, str]:
-    """Read each image once, in one thread per core. Returns {position: reason} of those that cannot be read."""
-    chunk = 64  # images per task
+def _find_unreadable(root: str, images: list[list[bytes]]) -> dict[bytes, str]:
+    """Read each image once, in one thread per core. Returns {name: reason} of those that cannot be read."""
+    names = [name for group in images for name in group]
 
-    def read(first: int) -> list[str | None]:
-        reasons: list[str | None] = []
-        for name in names[first : first + chunk]:
+    def check(first: int) -> dict[bytes, str]:
+        bad = {}
+        for name in names[first : first + CHUNK]:
             try:
-                read_rgb(os.path.join(os.fsencode(root), name))
-                reasons.append(None)
+                read_rgb(read_file(os.path.join(os.fsencode(root), name)))
             except Exception as error:  # Pillow raises nearly any type for a corrupt file
-                reasons.append(reason_of(error))
-        return reasons
+                bad[name] = reason_of(error)
+        return bad
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes without Python's lock
-        reasons = (reason for part in threads.map(read, range(0, len(names), chunk)) for reason in part)
-        return {position: reason for position, reason in enumerate(check(reasons, len(names))) if reason is not None}
+    console.line(f"=> checking {len(names):,} images, once")
+    unreadable: dict[bytes, str] = {}
+    with console.progress(len(names), 0, "Checking"), ThreadPoolExecutor(os.cpu_count()) as threads:
+        for bad in threads.map(check, range(0, len(names), CHUNK)):  # Pillow decodes without Python's lock
+            unreadable.update(bad)
+            console.advance(CHUNK)
+    return unreadable
 
 
 def _build(
     root: str,
-    folders: list[list[Any]],
-    classes: list[str],
-    names: list[bytes],
-    labels: list[int],
-    unreadable: dict[int, str],
     begin: float,
-) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]:
-    """Return (header, offsets, labels, names) of the images that are readable."""
-    bad = [[os.fsdecode(names[position]), reason] for position, reason in unreadable.items()]
-    # Repairing a file does not change its folder's time stamp, so the stamps of unreadable files are kept too.
-    stamps = [_stamp(os.path.join(os.fsencode(root), names[position])) for position in unreadable]
-    kept = [position for position in range(len(names)) if position not in unreadable]
-    names = [names[position] for position in kept]
-    label_array = np.array([labels[position] for position in kept], np.int64)
-    for label in np.flatnonzero(np.bincount(label_array, minlength=len(classes)) == 0):
-        what = "no readable image" if unreadable else "no images"
-        raise DataError(f"{printable(os.path.join(root, classes[label]))}: {what} in it ({' '.join(EXTENSIONS)})")
-    offsets = np.cumsum([0] + [len(name) for name in names], dtype=np.int64)
-    joined = np.frombuffer(b"".join(names), np.uint8)
-    fingerprint = hashlib.sha256(joined.tobytes() + offsets.tobytes() + label_array.tobytes()).hexdigest()
+    folders: Folders,
+    classes: list[str],
+    images: list[list[bytes]],
+    unreadable: dict[bytes, str],
+) -> Parts:
+    """Return the index of the images that are readable."""
+    images = [[name for name in group if name not in unreadable] for group in images]
+    for name, group in zip(classes, images):
+        if not group:
+            what = "no readable image" if unreadable else "no images"
+            raise DataError(f"{printable(os.path.join(root, name))}: {what} in it ({' '.join(EXTENSIONS)})")
+    labels = np.repeat(np.arange(len(classes)), [len(group) for group in images])
+    ends = np.cumsum([0] + [len(name) for group in images for name in group], dtype=np.int64)
+    names = b"".join(name for group in images for name in group)
+    bad = [[os.fsdecode(name), reason] for name, reason in unreadable.items()]
     header = {
         "root": os.path.realpath(root),
         "scanned": begin,
         "folders": folders,
         "classes": classes,
         "bad": bad,
-        "stamps": stamps,
-        "fingerprint": fingerprint,
-        "count": len(label_array),
-        "bytes": len(joined),
+        # Repairing a file does not change its folder's time stamp, so the stamps of unreadable files are kept too.
+        "stamps": [_stamp(os.fsencode(root), name) for name, _ in bad],
+        "fingerprint": hashlib.sha256(names + ends.tobytes() + labels.tobytes()).hexdigest(),
     }
-    return header, offsets, label_array, joined
+    columns = [np.frombuffer(text, np.uint8) for text in (names, json.dumps(header).encode())]
+    return {"ends": ends, "labels": labels, "names": columns[0], "header": columns[1]}

@@ -1,29 +1,21 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Which image comes when, and batches on their way to the training loop.
+"""Which image comes when, and whole batches of images.
 
 The order depends only on (seed, epoch), so a run can resume anywhere, on any number of processes.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import multiprocessing
-import os
-import signal
-import sys
-import time
-import warnings
-from typing import Any, Iterator, List, Sequence, Tuple, Union
+from dataclasses import dataclass
+from typing import Any, Iterator, List, Sequence, Tuple
 
-from engine.data.augmentation import Augmentation
-from engine.data.datasets import ImageDataset
-from engine.errors import LoaderWorkerError, UserError, first_line
-from engine.signals import ignore_stop_signals, sigterm_blocked
+from engine.data.datasets import FileList, ImageDataset, image_error
+from engine.data.transforms import Augmentation, Preprocessing, whole_image
+from engine.data.workers import in_worker, share
+from engine.errors import ImageError, UsageError, UserError
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, get_worker_info
 
 
 def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
@@ -31,12 +23,7 @@ def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.RandomState([seed, epoch]).permutation(count)
 
 
-def seed_augmentation(rng: np.random.RandomState, seed: int, epoch: int, index: int) -> np.random.RandomState:
-    """Seed a generator for one image in one epoch: 7 µs, while making a new one takes 75."""
-    rng.seed([seed, epoch, index])
-    return rng
-
-
+@dataclass
 class ResumableBatchSampler:
     """The batches of one process, each as (epoch, indices).
 
@@ -45,34 +32,30 @@ class ResumableBatchSampler:
     workers never pause. Validation: every image once, in order; all ranks get the same number of batches, the last ones
     short or empty.
 
-    Args:
-        count: number of images in the dataset.
-        local_batch: images per batch of this process.
-        accum_steps: batches per optimizer step.
-        start: (epoch, number of its images that an earlier run has used).
-        with_previous: put the image that precedes the slice in its global batch in front (cyclically), for BatchMixer.
+    Raises:
+        UsageError: an epoch has no step.
     """
 
-    def __init__(
-        self,
-        count: int,
-        local_batch: int,
-        *,
-        rank: int,
-        world_size: int,
-        shuffle: bool,
-        accum_steps: int = 1,
-        seed: int = 0,
-        epochs: int = 1,
-        start: tuple[int, int] = (0, 0),
-        with_previous: bool = False,
-    ) -> None:
-        self.count, self.local_batch, self.rank, self.world_size = count, local_batch, rank, world_size
-        self.shuffle, self.accum_steps, self.seed, self.epochs, self.start = shuffle, accum_steps, seed, epochs, start
-        self.with_previous = with_previous
-        self.global_batch = local_batch * world_size
-        self.step_images = self.global_batch * accum_steps
+    count: int  # images of the dataset
+    local_batch: int  # images per batch of this process
+    rank: int
+    world_size: int
+    shuffle: bool
+    accum_steps: int = 1  # batches per optimizer step
+    seed: int = 0
+    epochs: int = 1
+    start: tuple[int, int] = (0, 0)  # epoch, and the number of its images that an earlier run has used
+    with_previous: bool = False  # put the image that precedes the slice in its global batch in front, for BatchMixer
+
+    def __post_init__(self) -> None:
+        self.global_batch = self.local_batch * self.world_size
+        self.step_images = self.global_batch * self.accum_steps
         self.steps_per_epoch = self.steps_left(0)
+        if self.steps_per_epoch == 0:
+            raise UsageError(
+                f"{self.count} images are fewer than the {self.step_images} of one step: use a smaller --batch-size "
+                "or --val-split"
+            )
 
     def steps_left(self, images_done: int) -> int:
         """Return the optimizer steps that are left of an epoch of which an earlier run has used some images."""
@@ -95,7 +78,6 @@ class ResumableBatchSampler:
 
 # --- batches ----------------------------------------------------------------------------------------------------------
 
-
 # Of a batch, each image once per scale: [((n,) int64 positions in the batch, (n, H, W, 3) uint8)]
 SizeGroups = List[Tuple[torch.Tensor, torch.Tensor]]
 
@@ -104,188 +86,82 @@ Batch = Tuple[Any, torch.Tensor, torch.Tensor]
 KEPT_BUFFERS = 3  # DataLoader asks a worker for batch n as it hands out n - 2, and n - 3 is on the device by then
 
 
-class BatchDataset:
+@dataclass
+class ImageBatches:
     """Whole batches of a dataset: `batches[epoch, indices]` is a Batch.
 
     Errors are returned in place of the batch, because DataLoader raises an exception again as text.
-
-    Args:
-        size: pixels per side.
-        augmentation: of training images; None for validation images.
-        scales: if given, batches hold whole images with each of these short sides (ViewAverage makes views of them).
     """
 
-    def __init__(
-        self,
-        dataset: ImageDataset,
-        *,
-        size: int,
-        augmentation: Augmentation | None = None,
-        scales: Sequence[int] = (),
-        seed: int = 0,
-    ) -> None:
-        self.dataset, self.size, self.augmentation, self.scales, self.seed = dataset, size, augmentation, scales, seed
+    dataset: ImageDataset | FileList
+    transform: Augmentation | Preprocessing
+    seed: int = 0
+    scales: Sequence[int] = ()  # if given, batches hold whole images with each of these short sides, for ViewAverage
+    leave_out: bool = False  # images that cannot be read are not in the batch; their errors are its fourth part
+
+    def __post_init__(self) -> None:
         self.rng = np.random.RandomState()
         self.buffers: list[torch.Tensor] = []
 
-    def __getitem__(self, request: tuple[int, np.ndarray]) -> Batch | UserError:
+    def __getitem__(self, request: tuple[int, np.ndarray]) -> Batch | tuple[Any, ...] | UserError:
         epoch, indices = request
+        errors: list[ImageError] = []
         try:
-            images = self._whole_images(indices) if self.scales else self._images(epoch, indices)
-            return images, share(torch.from_numpy(self.dataset.labels[indices])), share(torch.as_tensor(indices))
+            if self.scales:
+                images: Any = self._whole_images(indices)
+            else:
+                images, indices = self._images(epoch, indices, errors)
+            batch = images, share(torch.from_numpy(self.dataset.labels[indices])), share(torch.as_tensor(indices))
         except UserError as error:
             return error
+        return (*batch, errors) if self.leave_out else batch
 
-    def _images(self, epoch: int, indices: np.ndarray) -> torch.Tensor:
-        """Return (N, S, S, 3) uint8."""
+    def _images(self, epoch: int, indices: np.ndarray, errors: list[ImageError]) -> tuple[torch.Tensor, np.ndarray]:
+        """Return (N, S, S, 3) uint8 and the indices of the images; `leave_out` adds to the errors."""
+        kept: list[int] = []
         images = self._allocate(len(indices))
-        for image, index in zip(images.numpy(), indices):
-            if self.augmentation is None:
-                image[...] = self.dataset.validation_image(index, self.size)
+        pixels = images.numpy()
+        for index in indices:
+            self.rng.seed([self.seed, epoch, index])  # 7 µs; a new generator for each image would take 75
+            try:
+                pixels[len(kept)] = self._read(index, self.transform, self.rng)
+            except ImageError as error:
+                if not self.leave_out:
+                    raise
+                errors.append(error)
             else:
-                rng = seed_augmentation(self.rng, self.seed, epoch, index)
-                crop = self.dataset.training_image(index, self.size, rng, self.augmentation)
-                image[...] = self.augmentation.vary(crop, rng)
-        return images
+                kept.append(index)
+        return images[: len(kept)], np.array(kept, np.int64)
 
     def _whole_images(self, indices: np.ndarray) -> SizeGroups:
         """Return each image at each scale, those of one size together."""
         groups: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
         for position, index in enumerate(indices):
             for scale in self.scales:
-                image = self.dataset.whole_image(index, scale)
+                image = self._read(index, whole_image, scale)
                 groups.setdefault(image.shape, []).append((position, image))
+        parts = [zip(*group) for group in groups.values()]
         return [
-            (
-                share(torch.tensor([position for position, _ in group])),
-                share(torch.from_numpy(np.stack([image for _, image in group]))),
-            )
-            for group in groups.values()
+            (share(torch.tensor(positions)), share(torch.from_numpy(np.stack(images)))) for positions, images in parts
         ]
+
+    def _read(self, index: int, transform: Any, option: Any) -> np.ndarray:
+        """Read an image and transform it. Raises ImageError, which names it."""
+        try:
+            return transform(self.dataset.read(index), option)
+        except Exception as error:  # Pillow raises nearly any type for a corrupt file
+            raise image_error(self.dataset, index, error) from error
 
     def _allocate(self, count: int) -> torch.Tensor:
         """Return memory for `count` images; in a worker, shared memory that is used again for every third batch.
 
         New shared memory would cost a page fault every 4 KiB, an eighth of the loading time.
         """
-        if get_worker_info() is None:
-            return torch.empty(count, self.size, self.size, 3, dtype=torch.uint8)
-        if len(self.buffers) == KEPT_BUFFERS and len(self.buffers[0]) >= count:
+        size = self.transform.image_size
+        if in_worker() and len(self.buffers) == KEPT_BUFFERS and len(self.buffers[0]) >= count:
             self.buffers.append(self.buffers.pop(0))
-        else:
-            new = share(torch.empty(count, self.size, self.size, 3, dtype=torch.uint8))
+            return self.buffers[-1][:count]
+        new = share(torch.empty(count, size, size, 3, dtype=torch.uint8))
+        if in_worker():
             self.buffers = self.buffers[1 - KEPT_BUFFERS :] + [new]
-        return self.buffers[-1][:count]
-
-
-def share(tensor: torch.Tensor) -> torch.Tensor:
-    """In a worker, move a tensor to shared memory. Raises LoaderWorkerError if there is none left.
-
-    DataLoader would do it in a thread whose errors are lost: with /dev/shm full, the run would hang.
-    """
-    if get_worker_info() is None:
-        return tensor
-    try:
-        return tensor.share_memory_()
-    except (RuntimeError, OSError) as error:
-        raise worker_error(error) from error
-
-
-def worker_error(error: Exception) -> LoaderWorkerError:
-    return LoaderWorkerError(
-        f"a DataLoader worker exited unexpectedly ({first_line(error)}): killed, out of memory, or "
-        "/dev/shm is too small (docker run --shm-size=8g; --workers 0 needs none); the last checkpoint is intact"
-    )
-
-
-class BatchLoader:
-    """Batches of a dataset in the order of a sampler; `iter` raises UserError for an image that cannot be read.
-
-    options: of DataLoader, from ComputeDevice.loader_options.
-    """
-
-    def __init__(
-        self,
-        dataset: ImageDataset,
-        sampler: ResumableBatchSampler,
-        size: int,
-        *,
-        augmentation: Augmentation | None = None,
-        scales: Sequence[int] = (),
-        seed: int = 0,
-        options: dict[str, Any],
-    ) -> None:
-        self.sampler = sampler
-        self.workers: list[Any] = []
-        warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: the user's choice
-        self.loader: DataLoader = DataLoader(
-            BatchDataset(dataset, size=size, augmentation=augmentation, scales=scales, seed=seed),  # type: ignore[arg-type]
-            batch_size=None,
-            sampler=sampler,  # type: ignore[arg-type]
-            collate_fn=unchanged,
-            worker_init_fn=functools.partial(init_worker, os.getpid()),
-            **options,
-        )
-
-    def __iter__(self) -> Iterator[Batch]:
-        before = multiprocessing.active_children()
-        # Now, not at the first batch: this draws from the generator that dropout uses.
-        with sigterm_blocked():  # in all threads of a worker, so that ignore_stop_signals sees who sends it
-            batches = iter(self.loader)
-        # With persistent workers, a second pass keeps those of the first.
-        self.workers = [child for child in multiprocessing.active_children() if child not in before] or self.workers
-        return _raise_errors(batches)
-
-    def has_lost_a_worker(self) -> bool:
-        return any(worker.exitcode not in (None, 0) for worker in self.workers)
-
-
-def _raise_errors(batches: Iterator[Any]) -> Iterator[Batch]:
-    for batch in batches:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
-
-
-def unchanged(batch: Any) -> Any:
-    """A collate_fn for a dataset that gives whole batches."""
-    return batch
-
-
-def init_worker(parent: int, worker_id: int) -> None:
-    """A worker_init_fn: the worker exits silently when its parent dies or terminates it."""
-    ignore_stop_signals(parent)
-    # Errors come back in place of a batch. Only a thread of multiprocessing could still print, if the parent is killed.
-    sys.excepthook = lambda *_: None
-
-
-class SyntheticLoader:
-    """The same random batch, made on the device, as often as asked for: for measuring the step and nothing else."""
-
-    def __init__(self, sampler: ResumableBatchSampler, size: int, device: torch.device) -> None:
-        self.sampler = sampler
-        count = sampler.local_batch + sampler.with_previous
-        images = torch.randint(0, 256, (count, size, size, 3), device=device).byte()
-        self.batch = images, torch.randint(0, 1000, (count,), device=device), torch.arange(count)
-
-    def __iter__(self) -> Iterator[Batch]:
-        while True:
-            yield self.batch
-
-
-Loader = Union[BatchLoader, SyntheticLoader]
-
-
-@contextlib.contextmanager
-def watch_workers(*loaders: Loader | None) -> Iterator[None]:
-    """Turn the error that torch raises when a worker dies, at any point of the main thread, into LoaderWorkerError."""
-    try:
-        yield
-    except (RuntimeError, OSError, EOFError) as error:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises out of this signal, perhaps a second time
-        deadline = time.monotonic() + 1  # a closed socket may be seen before the exit of the worker that closed it
-        while time.monotonic() < deadline:
-            if any(isinstance(loader, BatchLoader) and loader.has_lost_a_worker() for loader in loaders):
-                raise worker_error(error) from error
-            time.sleep(0.05)
-        raise
+        return new

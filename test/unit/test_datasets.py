@@ -3,10 +3,14 @@
 
 import os
 import pickle
+import re
 
-from engine.data.augmentation import Augmentation
-from engine.data.datasets import ImageFolder, check_same_classes, open_datasets, read_cifar10, read_digits
+from engine.data.datasets import FileList, ImageFolder, check_same_classes, open_datasets, read_cifar10, read_digits
+from engine.data.folder_index import open_index
+from engine.data.loader import ImageBatches
+from engine.data.transforms import Augmentation, Preprocessing
 from engine.errors import DataError, ImageError, UsageError
+
 from helpers.images import make_folder, write_cifar10
 
 import numpy as np
@@ -19,14 +23,17 @@ from PIL import Image
 def test_an_image_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "图 片").mkdir()
     (tmp_path / "图 片" / "x.jpg").write_bytes(b"no image")
-    dataset = ImageFolder(str(tmp_path))
-    with pytest.raises(ImageError, match="图 片/x.jpg.*--bad-images skip"):
-        dataset.validation_image(0, 32)
-    with pytest.raises(ImageError, match="图 片/x.jpg.*--bad-images skip"):
-        dataset.training_image(0, 32, np.random.RandomState(0), Augmentation())
-    os.remove(dataset.path(0))
-    with pytest.raises(ImageError, match="x.jpg.*No such file"):
-        dataset.validation_image(0, 32)
+    dataset = ImageFolder(open_index(str(tmp_path)))
+
+    def error_of(transform):
+        error = ImageBatches(dataset, transform)[0, np.array([0])]
+        assert isinstance(error, ImageError)
+        return str(error)
+
+    for transform in (Preprocessing(32), Augmentation(32)):
+        assert re.search("图 片/x.jpg.*--bad-images skip", error_of(transform))
+    os.remove(dataset.name(0))
+    assert re.search("x.jpg.*No such file", error_of(Preprocessing(32)))
 
 
 @pytest.mark.parametrize(
@@ -40,17 +47,17 @@ def test_a_folder_without_images_is_named(tmp_path, names, message):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"")
     with pytest.raises(DataError, match=f"data.*{message}"):
-        ImageFolder(str(root))
+        open_index(str(root))
 
 
 def test_training_and_validation_must_have_the_same_classes(tmp_path):
     root = make_folder(tmp_path, classes=2, train=1, val=1)
-    training, validation = open_datasets(root, evaluate=False, check=None)
+    training, validation = open_datasets(root, evaluate=False, skip_unreadable=False)
     assert (len(training), len(validation)) == (2, 2)
-    assert open_datasets(root, evaluate=True, check=None)[0] is None
+    assert open_datasets(root, evaluate=True, skip_unreadable=False)[0] is None
     os.rename(os.path.join(root, "val", "class 1"), os.path.join(root, "val", "class 2"))
     with pytest.raises(UsageError, match="number 1 is 'class 1' in train/ and 'class 2' in val/"):
-        open_datasets(root, evaluate=False, check=None)
+        open_datasets(root, evaluate=False, skip_unreadable=False)
     with pytest.raises(UsageError, match="number 1 is 'b' in the checkpoint and missing in the data"):
         check_same_classes(["a", "b"], ["a"], "the checkpoint", "the data")
 
@@ -68,7 +75,7 @@ def test_cifar10_is_read_in_both_of_its_formats(tmp_path, binary, inside):
     pixels, labels = expected["data_batch_2"]
     assert np.array_equal(training.images[40].transpose(2, 0, 1).reshape(-1), pixels[0])
     assert list(training.labels[40:80]) == labels
-    assert np.array_equal(training.validation_image(40, 32), training.images[40])
+    assert np.array_equal(training.read(40), training.images[40])
     validation = read_cifar10(str(tmp_path), training=False)
     assert len(validation) == 40 and list(validation.labels) == expected["test_batch"][1]
 
@@ -112,8 +119,8 @@ def write_classes(root, counts):
 
 def split_names(root, share=0.2):
     """(training, validation) names below the folder."""
-    datasets = open_datasets(str(root), evaluate=False, check=None, val_split=share)
-    return [{os.path.relpath(dataset.path(i), str(root)) for i in range(len(dataset))} for dataset in datasets]
+    datasets = open_datasets(str(root), evaluate=False, skip_unreadable=False, val_split=share)
+    return [{os.path.relpath(dataset.name(i), str(root)) for i in range(len(dataset))} for dataset in datasets]
 
 
 def test_a_folder_of_classes_is_split_and_adding_files_moves_none(tmp_path):
@@ -129,13 +136,13 @@ def test_a_folder_of_classes_is_split_and_adding_files_moves_none(tmp_path):
 
 def test_both_parts_of_a_split_know_all_classes_and_have_their_own_fingerprint(tmp_path):
     write_classes(tmp_path, {"a": 9, "b": 9})
-    first, second = open_datasets(str(tmp_path), evaluate=False, check=None, val_split=0.3)
+    first, second = open_datasets(str(tmp_path), evaluate=False, skip_unreadable=False, val_split=0.3)
     assert first.classes == second.classes == ["a", "b"] and first.fingerprint != second.fingerprint
     assert list(first.labels) == [
-        first.classes.index(os.path.basename(os.path.dirname(first.path(i)))) for i in range(len(first))
+        first.classes.index(os.path.basename(os.path.dirname(first.name(i)))) for i in range(len(first))
     ]
-    assert open_datasets(str(tmp_path), evaluate=True, check=None, val_split=0.3)[0] is None
-    other, _ = open_datasets(str(tmp_path), evaluate=False, check=None, val_split=0.4)
+    assert open_datasets(str(tmp_path), evaluate=True, skip_unreadable=False, val_split=0.3)[0] is None
+    other, _ = open_datasets(str(tmp_path), evaluate=False, skip_unreadable=False, val_split=0.4)
     assert other.fingerprint != first.fingerprint
 
 
@@ -144,13 +151,40 @@ def test_a_split_that_makes_no_sense_is_refused(tmp_path):
     with pytest.raises(DataError, match="b: a single image in this class, and --val-split needs two"):
         split_names(tmp_path)
     with pytest.raises(DataError, match="no train/ and val/ in it; if its folders are the classes, use --val-split"):
-        open_datasets(str(tmp_path), evaluate=False, check=None)
+        open_datasets(str(tmp_path), evaluate=False, skip_unreadable=False)
     os.makedirs(str(tmp_path / "only training" / "train" / "a"))
     with pytest.raises(UsageError, match="only training is split already"):
         split_names(tmp_path / "only training")
     make_folder(tmp_path / "both")
     with pytest.raises(UsageError, match="both is split already"):
         split_names(tmp_path / "both")
+
+
+def test_the_split_of_a_checkpoint_is_used_only_where_it_can_be(tmp_path):
+    write_classes(tmp_path / "one", {"a": 9, "b": 9})
+    split = make_folder(tmp_path / "split", classes=2)
+
+    def shares(root, **options):
+        return [dataset.val_split for dataset in open_datasets(root, evaluate=False, skip_unreadable=False, **options)]
+
+    assert shares(str(tmp_path / "one"), saved_val_split=0.3) == [0.3, 0.3]
+    assert shares(str(tmp_path / "one"), saved_val_split=0.3, val_split=0.4) == [0.4, 0.4]
+    assert shares(split, saved_val_split=0.3) == shares(None, saved_val_split=0.3) == [None, None]
+
+
+# --- files by name ----------------------------------------------------------------------------------------------------
+
+
+def test_files_are_taken_as_given_and_folders_are_searched(tmp_path):
+    write_classes(tmp_path, {"b": 2, "a": 1})
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    (tmp_path / "empty").mkdir()
+    files = FileList.find([str(tmp_path / "b" / "1.png"), str(tmp_path), "missing.jpg"])
+    names = [os.path.relpath(files.name(index), str(tmp_path)) for index in range(4)]
+    assert names == ["b/1.png", "a/0.png", "b/0.png", "b/1.png"] and files.name(4) == "missing.jpg"
+    assert len(files) == len(files.labels) == 5 and files.read(0) == (tmp_path / "b" / "1.png").read_bytes()
+    with pytest.raises(UsageError, match="empty: no images in it"):
+        FileList.find([str(tmp_path / "empty")])
 
 
 # --- the embedded digits ----------------------------------------------------------------------------------------------
@@ -165,7 +199,7 @@ def test_the_digits_are_scikit_learns():
 
 
 def test_an_evaluation_reads_no_training_digits():
-    training, validation = open_datasets(None, evaluate=True, check=None)
+    training, validation = open_datasets(None, evaluate=True, skip_unreadable=False)
     assert training is None and len(validation) == 359
 
 
@@ -175,10 +209,8 @@ def test_digits_are_never_mirrored():
     image = dataset.images[0]
     padded = np.pad(image, ((4, 4), (4, 4), (0, 0)), "constant")
     crops = {padded[top : top + 32, left : left + 32].tobytes() for top in range(9) for left in range(9)}
-    assert all(
-        dataset.training_image(0, 32, rng, Augmentation(hflip=dataset.default_hflip)).tobytes() in crops
-        for _ in range(50)
-    )
-    assert np.array_equal(dataset.validation_image(0, 32), image)
+    augmentation = Augmentation(32, hflip=dataset.default_hflip)
+    assert all(augmentation(dataset.read(0), rng).tobytes() in crops for _ in range(50))
+    assert np.array_equal(Preprocessing(32, crop=False)(dataset.read(0)), image)
     resized = np.asarray(Image.fromarray(image).resize((48, 48), Image.BILINEAR))
-    assert np.array_equal(dataset.validation_image(0, 48), resized)
+    assert np.array_equal(Preprocessing(48, crop=False)(dataset.read(0)), resized)

@@ -2,14 +2,16 @@
 """From a file's bytes to pixels: the pixels are torchvision's, whatever the kind of file and the decoder."""
 
 import io
+import re
 import struct
 import zlib
 
-from engine.data import images as transforms
-from engine.data.augmentation import CROP_SCALE, Augmentation
-from engine.data.datasets import ImageFolder
-from engine.data.loader import seed_augmentation
+from engine.data import transforms
+from engine.data.datasets import FileList
+from engine.data.loader import ImageBatches
+from engine.data.transforms import Augmentation, Preprocessing
 from engine.errors import ImageError
+
 from helpers.images import jpeg, photo
 
 import numpy as np
@@ -20,7 +22,18 @@ PHOTO = photo(40, 30, 5)
 
 
 def generator(seed):
-    return seed_augmentation(np.random.RandomState(), seed, 0, 0)
+    return np.random.RandomState([seed, 0, 0])
+
+
+def read_rgb(path):
+    return transforms.read_rgb(transforms.read_file(str(path)))
+
+
+def assert_names_the_file(path, match):
+    """In training and in validation."""
+    for transform in (Augmentation(64), Preprocessing(64)):
+        error = ImageBatches(FileList([str(path)]), transform)[0, np.array([0])]
+        assert isinstance(error, ImageError) and re.search(match, str(error)), error
 
 
 @pytest.fixture(params=["Pillow", "simplejpeg"])
@@ -30,7 +43,6 @@ def decoder(request, monkeypatch):
         monkeypatch.setattr(transforms, "simplejpeg", None)
     else:
         pytest.importorskip("simplejpeg")
-    assert transforms.decoder_name() == request.param
     return request.param
 
 
@@ -47,17 +59,17 @@ def test_training_crops_are_torchvisions_for_the_same_box(size, tolerance):
     whole = Image.open(io.BytesIO(content)).convert("RGB")
     for seed in range(20):
         rng = generator(seed)
-        box = transforms.random_crop_box(size[0], size[1], CROP_SCALE, rng)
+        box = transforms.random_crop_box(size[0], size[1], Augmentation.CROP_SCALE, rng)
         expected = np.asarray(whole.crop(box).resize((224, 224), Image.BILINEAR), int)
         if rng.random_sample() < 0.5:
             expected = expected[:, ::-1]
-        pixels = transforms.random_resized_crop(content, 224, generator(seed), Augmentation())
+        pixels = Augmentation(224)(content, generator(seed))
         assert pixels.dtype == np.uint8 and abs(pixels.astype(int) - expected).mean() <= tolerance
 
 
 def test_crop_boxes_have_torchvisions_distribution():
     rng = generator(0)
-    boxes = np.array([transforms.random_crop_box(500, 375, CROP_SCALE, rng) for _ in range(4000)])
+    boxes = np.array([transforms.random_crop_box(500, 375, Augmentation.CROP_SCALE, rng) for _ in range(4000)])
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     assert boxes.min() >= 0 and boxes[:, 2].max() <= 500 and boxes[:, 3].max() <= 375
     area = width * height / (500 * 375)
@@ -67,7 +79,7 @@ def test_crop_boxes_have_torchvisions_distribution():
 
 @pytest.mark.parametrize("size", [(1000, 10), (10, 1000)], ids=str)
 def test_an_image_too_narrow_for_a_crop_gives_the_largest_central_one(size):
-    box = transforms.random_crop_box(size[0], size[1], CROP_SCALE, generator(0))
+    box = transforms.random_crop_box(size[0], size[1], Augmentation.CROP_SCALE, generator(0))
     width, height = box[2] - box[0], box[3] - box[1]
     assert (width, height) == ((13, 10) if size == (1000, 10) else (10, 13))
     assert abs(box[0] + box[2] - size[0]) <= 1 and abs(box[1] + box[3] - size[1]) <= 1
@@ -84,10 +96,7 @@ def test_pillow_reads_what_simplejpeg_cannot(monkeypatch, mode, kind):
     Image.fromarray(photo(300, 200, 3)).convert(mode).save(content, **options)
 
     def crops():
-        return [
-            transforms.random_resized_crop(content.getvalue(), 64, generator(seed), Augmentation()).astype(int)
-            for seed in range(5)
-        ]
+        return [Augmentation(64)(content.getvalue(), generator(seed)).astype(int) for seed in range(5)]
 
     with_simplejpeg = crops()
     monkeypatch.setattr(transforms, "simplejpeg", None)
@@ -117,16 +126,27 @@ def test_a_small_image_is_padded_cropped_and_mirrored():
 
 
 @pytest.mark.parametrize("size", [224, 64])
-def test_validation_pixels_are_torchvisions_bit_for_bit(tmp_path, size):
+def test_validation_pixels_are_torchvisions_bit_for_bit(size):
     torchvision = pytest.importorskip("torchvision.transforms")
     theirs = torchvision.Compose([torchvision.Resize(round(size * 256 / 224)), torchvision.CenterCrop(size)])
     shapes = [(500, 375), (375, 500), (256, 256), (301, 257), (120, 90), (90, 700), (224, 257)]
     for number, (width, height) in enumerate(shapes):
-        path = tmp_path / "x.jpg"
-        path.write_bytes(jpeg(width, height, number, quality=92))
-        expected = np.asarray(theirs(Image.open(str(path)).convert("RGB")))
-        ours = transforms.resize_center_crop(transforms.read_rgb(str(path)), size)
-        assert np.array_equal(ours, expected), (width, height)
+        content = jpeg(width, height, number, quality=92)
+        expected = np.asarray(theirs(Image.open(io.BytesIO(content)).convert("RGB")))
+        assert np.array_equal(Preprocessing(size)(content), expected), (width, height)
+
+
+def test_a_whole_image_has_the_short_side_that_is_asked_for():
+    assert transforms.whole_image(jpeg(60, 30, 1), 48).shape == (48, 96, 3)
+    assert transforms.whole_image(PHOTO, 15).shape == (15, 20, 3)
+    assert Preprocessing(224).short_side == 256 and Preprocessing(224, crop=False).short_side == 224
+
+
+def test_what_a_checkpoint_does_not_say_of_preprocessing_is_imagenets():
+    digits = Preprocessing(48, False, (0.5,) * 3, (0.25,) * 3)
+    assert digits.to_dict() == {"image_size": 48, "crop": False, "mean": [0.5] * 3, "std": [0.25] * 3}
+    assert Preprocessing.from_dict(digits.to_dict()) == digits
+    assert Preprocessing.from_dict({"image_size": 32, "other": 1}) == Preprocessing(32) and Preprocessing(32).crop
 
 
 # --- files of every kind ----------------------------------------------------------------------------------------------
@@ -147,7 +167,7 @@ def test_validation_pixels_are_torchvisions_bit_for_bit(tmp_path, size):
 def test_every_kind_of_image_is_read_as_rgb(tmp_path, mode, name):
     path = str(tmp_path / name)
     Image.fromarray(PHOTO).convert(mode).save(path)
-    pixels = np.asarray(transforms.read_rgb(path))
+    pixels = np.asarray(read_rgb(path))
     assert pixels.shape == (30, 40, 3)
     if mode in ("RGBA", "RGB", "P"):
         assert abs(pixels.astype(int) - PHOTO).mean() < 30
@@ -156,21 +176,21 @@ def test_every_kind_of_image_is_read_as_rgb(tmp_path, mode, name):
 def test_a_16_bit_image_keeps_its_upper_bytes(tmp_path):
     grey = PHOTO[..., 0]
     Image.fromarray(grey.astype(np.uint16) * 256 + 17).save(str(tmp_path / "x.png"))
-    assert np.array_equal(np.asarray(transforms.read_rgb(str(tmp_path / "x.png")))[..., 1], grey)
+    assert np.array_equal(np.asarray(read_rgb(tmp_path / "x.png"))[..., 1], grey)
 
 
 def test_a_png_named_jpeg_is_read(tmp_path):
     path = tmp_path / "x.JPEG"
     Image.fromarray(PHOTO).save(str(path), format="PNG")
-    assert np.array_equal(np.asarray(transforms.read_rgb(str(path))), PHOTO)
-    assert transforms.random_resized_crop(path.read_bytes(), 16, generator(0), Augmentation()).shape == (16, 16, 3)
+    assert np.array_equal(np.asarray(read_rgb(path)), PHOTO)
+    assert Augmentation(16)(path.read_bytes(), generator(0)).shape == (16, 16, 3)
 
 
 def test_exif_rotation_is_ignored_as_torchvision_ignores_it(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(PHOTO).save(str(tmp_path / "x.jpg"), exif=exif)
-    assert transforms.read_rgb(str(tmp_path / "x.jpg")).size == (40, 30)
+    assert read_rgb(tmp_path / "x.jpg").size == (40, 30)
 
 
 # --- files that cannot be read ----------------------------------------------------------------------------------------
@@ -179,16 +199,10 @@ def test_exif_rotation_is_ignored_as_torchvision_ignores_it(tmp_path):
 @pytest.mark.usefixtures("decoder")
 def test_an_image_truncated_anywhere_is_named(tmp_path):
     content = jpeg(300, 200, 3, quality=90)
-    (tmp_path / "a").mkdir()
-    path = tmp_path / "a" / "x.jpg"
-    path.write_bytes(content)
-    dataset = ImageFolder(str(tmp_path))
+    path = tmp_path / "x.jpg"
     for percent in range(100):
         path.write_bytes(content[: len(content) * percent // 100])
-        with pytest.raises(ImageError, match="x.jpg"):
-            dataset.training_image(0, 64, generator(percent), Augmentation())
-        with pytest.raises(ImageError, match="x.jpg"):
-            dataset.validation_image(0, 64)
+        assert_names_the_file(path, "x.jpg")
 
 
 def huge_png():
@@ -211,13 +225,8 @@ def huge_jpeg():
 @pytest.mark.usefixtures("decoder")
 @pytest.mark.parametrize("make", [huge_png, huge_jpeg])
 def test_a_header_that_claims_gigapixels_is_refused_before_memory_is_allocated(tmp_path, make):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "x.jpg").write_bytes(make())
-    dataset = ImageFolder(str(tmp_path))
-    with pytest.raises(ImageError, match="x.jpg: .* pixels"):
-        dataset.training_image(0, 32, generator(0), Augmentation())
-    with pytest.raises(ImageError, match="x.jpg: .* pixels"):
-        dataset.validation_image(0, 32)
+    (tmp_path / "x.jpg").write_bytes(make())
+    assert_names_the_file(tmp_path / "x.jpg", "x.jpg: .* pixels")
 
 
 def test_an_image_may_have_as_many_pixels_as_pillow_reads(tmp_path, monkeypatch):
@@ -225,7 +234,7 @@ def test_an_image_may_have_as_many_pixels_as_pillow_reads(tmp_path, monkeypatch)
     path = str(tmp_path / "x.png")
     Image.fromarray(PHOTO).save(path)
     monkeypatch.setattr(transforms, "MAX_PIXELS", 40 * 30)
-    assert transforms.read_rgb(path).size == (40, 30)
+    assert read_rgb(path).size == (40, 30)
     monkeypatch.setattr(transforms, "MAX_PIXELS", 40 * 30 - 1)
     with pytest.raises(ValueError, match="its header claims 40 × 30 pixels"):
-        transforms.read_rgb(path)
+        read_rgb(path)
