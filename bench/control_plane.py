@@ -23,22 +23,21 @@ import time
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from engine.console import exit_process
-from engine.parallel.communicator import Communicator, StopVote
-from engine.parallel.launcher import free_port
+from engine.parallel import Communicator, Ranks, StopVote, free_port
 
 import torch
 
 KINDS = ("no vote", "vote waited for", "vote one step later")
 
 
-def run_steps(group: Communicator, kind: str, steps: int, seconds: float) -> float:
+def run_steps(comm: Communicator, kind: str, steps: int, seconds: float) -> float:
     """Return the milliseconds per step."""
-    group.barrier()
-    vote, begin = StopVote(group), time.perf_counter()
+    comm.barrier()
+    vote, begin = StopVote(comm), time.perf_counter()
     for _ in range(steps):
         time.sleep(seconds)
         if kind == "vote waited for":
-            group.any(False)
+            comm.any(False)
         elif kind == "vote one step later":
             vote.vote(False)
     vote.result()
@@ -49,18 +48,19 @@ def work(url: str, args: argparse.Namespace) -> None:
     """Be one process of the job; rank 0 prints its result as JSON, then all wait to be ended."""
     torch.set_num_threads(1)
     begin = time.perf_counter()
-    group = Communicator("gloo", url, timeout=600, report=lambda text: None)
+    ranks = Ranks(args.rank, args.world_size, args.rank, args.world_size)
+    comm = Communicator(ranks, "gloo", url, timeout=600, report=lambda text, rank: None)
     met = time.perf_counter() - begin
     times: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for turn in range(args.turns + 1):
         for kind in KINDS:
-            milliseconds = run_steps(group, kind, args.steps, args.step_ms / 1e3)
+            milliseconds = run_steps(comm, kind, args.steps, args.step_ms / 1e3)
             if turn:  # the first one warms up
                 times[kind].append(milliseconds)
-    if group.rank == 0:
+    if comm.rank == 0:
         result = {kind: round(statistics.median(values), 3) for kind, values in times.items()}
         print(json.dumps({"seconds_to_meet": round(met, 2), "milliseconds_per_step": result}), flush=True)
-    if group.world_size == 1:
+    if comm.world_size == 1:
         exit_process(0)
     time.sleep(600)
 
@@ -69,11 +69,11 @@ def measure(count: int, args: argparse.Namespace) -> dict:
     command = [sys.executable, os.path.abspath(__file__), "--url", f"tcp://127.0.0.1:{free_port()}"]
     command += ["--steps", str(args.steps), "--turns", str(args.turns), "--step-ms", str(args.step_ms)]
     children = []
+    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
     for rank in range(count):
-        ranks = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count}
-        env = {**os.environ, **{name: str(value) for name, value in ranks.items()}, "GLOO_SOCKET_IFNAME": "lo"}
+        ranks = ["--rank", str(rank), "--world-size", str(count)]
         output = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
-        children.append(subprocess.Popen(command, env=env, stdout=output, universal_newlines=True))
+        children.append(subprocess.Popen([*command, *ranks], env=env, stdout=output, universal_newlines=True))
     assert children[0].stdout is not None
     line = next(line for line in children[0].stdout if line.startswith("{"))
     result = {"processes": count, **json.loads(line)}
@@ -94,6 +94,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5, help="turns that count")
     parser.add_argument("--step-ms", type=float, default=50, help="length of a step")
     parser.add_argument("--url", help=argparse.SUPPRESS)
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--world-size", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.url:
         work(args.url, args)

@@ -30,6 +30,10 @@ def be_quiet() -> None:
     _prints = False
 
 
+def is_quiet() -> bool:
+    return not _prints
+
+
 def line(text: str) -> None:
     """Print a line on the local main process, above the progress bar if there is one."""
     if _prints:
@@ -151,6 +155,8 @@ def escape_unprintable() -> None:
 def run_script(main: Callable[[], int]) -> NoReturn:
     """Run a script's `main` and exit with the code it returns; show a UserError as one line, and Ctrl-C as nothing."""
     escape_unprintable()
+    # A background job of a script, or one under nohup, inherits SIGINT ignored. It must stop on SIGINT like any other.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code = main()
     except UserError as failure:

@@ -27,6 +27,8 @@ class StopSignals:
     Before `training` is set there is nothing to save, and the first signal exits at once with code 75.
     """
 
+    EXIT_CODE = EXIT_STOPPED
+
     def __init__(self) -> None:
         self.training = False
         self.first: float | None = None  # time.monotonic() of the first signal
@@ -46,7 +48,7 @@ class StopSignals:
             if number not in STOP_SIGNALS:
                 continue
             if not self.training:
-                if os.environ.get("LOCAL_RANK", "0") == "0":
+                if not console.is_quiet():
                     console.warning("stopped by a signal; there was nothing to save")
                 exit_process(EXIT_STOPPED)
             if self.first is None:

@@ -6,13 +6,13 @@ from __future__ import annotations
 import contextlib
 import datetime
 import io
-import os
 import pickle
 from typing import Any, Callable, Iterator, Sequence
 
 from engine.errors import DivergedError, RendezvousError, UsageError, first_line
 from engine.parallel.heartbeat import Heartbeat
-from engine.parallel.rendezvous import JobStore, Member, rendezvous
+from engine.parallel.rendezvous import meet
+from engine.parallel.topology import Ranks
 from engine.versions import TORCH
 
 import torch
@@ -23,40 +23,28 @@ OUT_OF_MEMORY = getattr(torch.cuda, "OutOfMemoryError", ())  # a RuntimeError of
 
 
 class Communicator:
-    """This process among the others of its job; all methods except fail and before_exit are
-    collective: every process must call them.
+    """This process in its job. All methods but fail and before_exit are collective: every process must call them.
 
-    RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE come from the launcher (ours, torchrun, Slurm). Control goes over
-    gloo, whatever backend the gradients use, so that a decision never waits for a device.
-
-    Args:
-        backend: of the gradients: hccl, nccl or gloo.
-        url: where the processes meet.
-        timeout: seconds to wait for the others.
-        report: called with one line if another rank is unreachable.
-
-    Raises:
-        RendezvousError: if the others cannot be reached in time.
+    Control goes over gloo, whatever backend (hccl, nccl or gloo) the gradients use: no decision waits for a device.
+    url, timeout: where and how many seconds the processes wait for each other, else RendezvousError.
+    report(text, rank): called with one line if a rank is unreachable.
     """
 
-    def __init__(self, backend: str, url: str, timeout: float, report: Callable[[str], None]) -> None:
-        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    def __init__(self, ranks: Ranks, backend: str, url: str, timeout: float, report: Callable[..., None]) -> None:
+        self.rank, self.world_size, self.local_rank, self.local_world_size = ranks
         self.control: Any = None  # the gloo group
         self.heartbeat: Heartbeat | None = None
         if self.world_size > 1:
-            member = Member(self.rank, self.world_size, self.local_rank, self.local_world_size, timeout)
-            self._connect(backend, rendezvous(url, member), report)
+            self._connect(backend, *meet(url, ranks, timeout), report)
 
-    def _connect(self, backend: str, met: JobStore, report: Callable[[str], None]) -> None:
+    def _connect(self, backend: str, store: Any, second: Any, report: Callable[..., None]) -> None:
         """Create torch's groups. A rank that dies now is found by the heartbeat; torch would wait for half an hour."""
         try:
-            self.heartbeat = Heartbeat(*met.master, self.rank, self.world_size, met.job, report)
+            self.heartbeat = Heartbeat(second, self.rank, self.world_size, report)
             # The processes of a node may wait for hours while one of them checks a million images.
             patience = datetime.timedelta(days=1)
             options: dict[str, Any] = {"timeout": patience} if backend == "gloo" else {}
-            dist.init_process_group(backend, store=met.store, rank=self.rank, world_size=self.world_size, **options)
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, **options)
             gloo = backend == "gloo"
             self.control = dist.group.WORLD if gloo else dist.new_group(backend="gloo", timeout=patience)
             self.barrier()
@@ -69,8 +57,7 @@ class Communicator:
     # --- collectives ---
 
     def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.all_reduce(torch.zeros(1), group=self.control)
+        self.sum([0])
 
     @contextlib.contextmanager
     def local_main_first(self) -> Iterator[None]:
@@ -85,11 +72,7 @@ class Communicator:
 
     def any(self, flag: Any) -> bool:
         """Return whether the flag is true on any process; the same on all."""
-        if self.world_size == 1:
-            return bool(flag)
-        count = torch.tensor([int(bool(flag))])
-        dist.all_reduce(count, group=self.control)
-        return bool(count.item())
+        return self.sum([bool(flag)])[0] > 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Return the sum of each value over all processes, in float64: integers are exact up to 2^53."""
@@ -104,29 +87,26 @@ class Communicator:
             dist.all_reduce(torch.from_numpy(array), op=dist.ReduceOp.MAX, group=self.control)
 
     def broadcast(self, state: Any) -> Any:
-        """Return rank 0's nested dicts, lists and CPU tensors on every process; tensors arrive as float32 or int64."""
+        """Return rank 0's nested dicts, lists and CPU tensors on every process; others get float32 or int64 tensors."""
         if self.world_size == 1:
             return state
-        pickler = _TensorPickler()
-        if self.rank == 0:
-            pickler.dump(state)
-        layouts = [(tensor.dtype, tensor.shape) for tensor in pickler.tensors]
-        plain, layouts = self._broadcast_plain((pickler.file.getvalue(), layouts))
-        if self.rank == 0:
-            tensors = [tensor.contiguous() for tensor in pickler.tensors]
-        else:
-            tensors = [torch.empty(shape, dtype=dtype) for dtype, shape in layouts]
+        pickler = _TensorPickler(state if self.rank == 0 else None)
+        content, tensors = self._broadcast_bytes(pickler.file.getvalue()), pickler.tensors
+        if self.rank != 0:
+            unpickler = _TensorUnpickler(io.BytesIO(content))
+            state, tensors = unpickler.load(), unpickler.tensors
         for tensor in tensors:
             dist.broadcast(tensor, 0, group=self.control)
-        return _TensorUnpickler(plain, tensors).load()
+        return state
 
-    def _broadcast_plain(self, value: Any) -> Any:
-        content = pickle.dumps(value)  # between our own processes: nothing foreign is read
+    def _broadcast_bytes(self, content: bytes) -> bytes:
+        """Return rank 0's bytes on every process."""
         size = torch.tensor([len(content)])
         dist.broadcast(size, 0, group=self.control)
-        buffer = torch.tensor(list(content) if self.rank == 0 else [0] * int(size.item()), dtype=torch.uint8)
+        own = list(content) if self.rank == 0 else [0] * int(size.item())
+        buffer = torch.tensor(own, dtype=torch.uint8)
         dist.broadcast(buffer, 0, group=self.control)
-        return pickle.loads(bytes(buffer.tolist()))
+        return bytes(buffer.tolist())
 
     def broadcast_buffers(self, model: nn.Module) -> None:
         """Give every process rank 0's buffers: the running statistics of batch norm."""
@@ -135,6 +115,35 @@ class Communicator:
                 value = buffer.detach().cpu()
                 dist.broadcast(value, 0, group=self.control)
                 buffer.copy_(value)
+
+    # --- what all processes must agree on ---
+
+    def check_same(self, values: dict[str, Any]) -> None:
+        """Raise UsageError on every process if one of them was started differently from rank 0. values: by name."""
+        expected = self.broadcast(values)
+        different = [
+            f"{name} is {values.get(name)} here and {expected.get(name)} on rank 0"
+            for name in sorted({**values, **expected})
+            if values.get(name) != expected.get(name)
+        ]
+        if self.any(different):
+            details = ", ".join(different) or "the flags of another node differ from rank 0's"
+            raise UsageError(f"the nodes were started differently: {details}")
+
+    def check_same_parameters(self, model: nn.Module) -> None:
+        """Raise DivergedError on every process if the parameters of one differ from rank 0's by a single bit."""
+        own = parameter_checksum(model)
+        different = own != self.broadcast(own)
+        if self.any(different):
+            who = f" (rank {self.rank} is one)" if different else ""
+            raise DivergedError(
+                f"the parameters of the processes have drifted apart{who}: faulty hardware, or libraries that compute "
+                "differently; continue from the last checkpoint"
+            )
+
+    def stop_vote(self) -> StopVote:
+        """Return a new agreement to stop, for one loop."""
+        return StopVote(self)
 
     # --- the end ---
 
@@ -170,17 +179,17 @@ class StopVote:
     It takes a vote per step, because the processes receive a signal at different moments.
     """
 
-    def __init__(self, group: Communicator) -> None:
-        self.group = group
+    def __init__(self, comm: Communicator) -> None:
+        self.comm = comm
         self.pending: tuple[Any, torch.Tensor] | None = None  # the all-reduce in flight, and its result
 
     def vote(self, stop: Any) -> bool:
         """Vote in this step; return whether any process voted to stop in the step before."""
-        if self.group.world_size == 1:
+        if self.comm.world_size == 1:
             return bool(stop)
         stopping = self.result()
         votes = torch.tensor([int(bool(stop))])
-        self.pending = dist.all_reduce(votes, group=self.group.control, async_op=True), votes
+        self.pending = dist.all_reduce(votes, group=self.comm.control, async_op=True), votes
         return stopping
 
     def result(self) -> bool:
@@ -193,56 +202,31 @@ class StopVote:
 
 
 class _TensorPickler(pickle.Pickler):
-    """Pickles all but the tensors, which it collects."""
+    """Pickles all but the tensors, which it collects: of each it writes the type and the shape."""
 
-    def __init__(self) -> None:
-        self.file = io.BytesIO()
-        self.tensors: list[torch.Tensor] = []
+    def __init__(self, state: Any) -> None:
+        self.file, self.tensors = io.BytesIO(), []  # type: ignore[var-annotated]
         super().__init__(self.file)
+        self.dump(state)
 
-    def persistent_id(self, value: Any) -> int | None:
-        if isinstance(value, torch.Tensor):
-            # gloo of older torch sends neither bool nor bfloat16.
-            self.tensors.append(value.float() if value.is_floating_point() else value.long())
-            return len(self.tensors) - 1
-        return None
+    def persistent_id(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return None
+        # gloo of older torch sends neither bool nor bfloat16.
+        self.tensors.append((value.float() if value.is_floating_point() else value.long()).contiguous())
+        return self.tensors[-1].dtype, tuple(value.shape)
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    def __init__(self, content: bytes, tensors: list[torch.Tensor]) -> None:
-        super().__init__(io.BytesIO(content))
-        self.tensors = tensors
+    """Reads what _TensorPickler wrote in another of our own processes, with tensors that are still to be received."""
 
-    def persistent_load(self, position: int) -> torch.Tensor:
-        return self.tensors[position]
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.tensors: list[torch.Tensor] = []
 
-
-# --- what all processes must agree on ---------------------------------------------------------------------------------
-
-
-def check_same_flags(group: Communicator, flags: dict[str, Any]) -> None:
-    """Raise UsageError on every process if one of them was started differently from rank 0. flags: {name: value}."""
-    expected = group.broadcast(flags)
-    different = [
-        f"{name} is {flags.get(name)} here and {expected.get(name)} on rank 0"
-        for name in sorted({**flags, **expected})
-        if flags.get(name) != expected.get(name)
-    ]
-    if group.any(different):
-        details = ", ".join(different) or "the flags of another node differ from rank 0's"
-        raise UsageError(f"the nodes were started differently: {details}")
-
-
-def check_same_parameters(group: Communicator, model: nn.Module) -> None:
-    """Raise DivergedError on every process if the parameters of one differ from rank 0's by a single bit."""
-    own = parameter_checksum(model)
-    different = own != group.broadcast(own)
-    if group.any(different):
-        who = f" (rank {group.rank} is one)" if different else ""
-        raise DivergedError(
-            f"the parameters of the processes have drifted apart{who}: faulty hardware, or libraries that compute "
-            "differently; continue from the last checkpoint"
-        )
+    def persistent_load(self, layout: Any) -> torch.Tensor:
+        self.tensors.append(torch.empty(layout[1], dtype=layout[0]))
+        return self.tensors[-1]
 
 
 def parameter_checksum(model: nn.Module) -> float:

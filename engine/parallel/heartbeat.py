@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
-import datetime
+import math
 import threading
 import time
-from typing import Callable
+from typing import Any, Callable
 
 from engine.console import exit_process
 from engine.errors import EXIT_FAILURE
 
-import torch.distributed as dist
+
+def beats(store: Any, rank: int, new: int = 0) -> int:
+    """Return how many beats of a rank the job's store has counted, after `new` more."""
+    return store.add(f"beat/{rank}", new)
 
 
 class Heartbeat:
@@ -21,30 +24,19 @@ class Heartbeat:
     Rank 0 watches all beats and publishes which rank is unreachable; the others watch that and rank 0. A second thread
     watches the first, which hangs if the node of the store (rank 0) is lost.
 
-    Args:
-        host, port: the store.
-        job: separates this job's keys from those of an earlier attempt in the same store (torchrun restarts).
-        report: called with the one line that says which rank is unreachable.
-
-    Attributes:
-        before_exit: called before this process exits because another is unreachable.
+    store: a connection of its own. report(text, rank): called with the one line that says which rank is unreachable.
+    before_exit: called before this process exits for that.
     """
 
-    INTERVAL, PATIENCE = 3, 30  # seconds
-    CONNECT_SECONDS = 45
+    INTERVAL, PATIENCE, PATIENCE_IN_DOUBT = 3, 30, 9  # seconds
 
-    def __init__(
-        self, host: str, port: int, rank: int, world_size: int, job: str, report: Callable[[str], None]
-    ) -> None:
-        # A connection of its own: an operation that waits holds up all others on the same connection.
-        timeout = datetime.timedelta(seconds=self.CONNECT_SECONDS)
-        self.store = dist.PrefixStore(job, dist.TCPStore(host, port, 1, False, timeout))
-        self.rank, self.world_size, self.report = rank, world_size, report
+    def __init__(self, store: Any, rank: int, world_size: int, report: Callable[..., None]) -> None:
+        self.store, self.rank, self.world_size, self.report = store, rank, world_size, report
         self.before_exit: Callable[[], None] = lambda: None
-        self.patience = self.PATIENCE
         self.last_answer = time.monotonic()  # of the store
+        self.in_doubt = False  # whether an error of this process may come from a lost peer
         self.failed = False  # whether this process itself has failed
-        self.stopped, self.urgent = threading.Event(), threading.Event()
+        self.stopped, self.urgent, self.all_alive = threading.Event(), threading.Event(), threading.Event()
         self.threads = [threading.Thread(target=target, daemon=True) for target in (self._beat, self._watch_store)]
         for thread in self.threads:
             thread.start()
@@ -52,11 +44,11 @@ class Heartbeat:
     def await_verdict(self) -> None:
         """After an error that may come from a broken connection: end this process if a rank is unreachable.
 
-        Returns if all ranks still beat after 40 s.
+        Returns as soon as every other rank has beaten once more: after three seconds, not more.
         """
-        self.patience = 3 * self.INTERVAL
+        self.in_doubt = True
         self.urgent.set()
-        self.threads[0].join(timeout=self.PATIENCE + 10)
+        self.all_alive.wait(timeout=self.PATIENCE + 10)
 
     def announce_failure(self) -> None:
         """Tell the others now that this process has failed, instead of letting the heartbeat time out."""
@@ -73,38 +65,48 @@ class Heartbeat:
 
     def _beat(self) -> None:
         seen: dict[int, tuple[int, float]] = {}  # rank -> (its count of beats, when that changed)
+        doubt = math.inf  # when it began
         try:
             while not self.stopped.is_set():
                 if self.failed:
                     self._publish(self.rank)
                     return
-                self.store.add(f"beat/{self.rank}", 1)
-                for other in range(1, self.world_size) if self.rank == 0 else [0]:
-                    count = self.store.add(f"beat/{other}", 0)
-                    if other not in seen or seen[other][0] != count:
-                        seen[other] = count, time.monotonic()
-                    elif time.monotonic() - seen[other][1] > self.patience:
-                        self._publish(other)
-                        # This process may hold the store: the others read it first.
-                        self.stopped.wait(2 * self.INTERVAL)
-                        self._end(other)
+                in_doubt = self.in_doubt
+                beats(self.store, self.rank, 1)
+                self._watch(seen, everyone=in_doubt or self.rank == 0, patient=not in_doubt)
                 unreachable = self.store.add("missing", 0)  # rank + 1; 0 if there is none
                 if unreachable:
                     self.stopped.wait(2)  # this process may be about to find the same error itself
                     self._end(unreachable - 1)
                 self.last_answer = time.monotonic()
+                if in_doubt and all(changed > doubt for _, changed in seen.values()):
+                    self.all_alive.set()
+                elif in_doubt:  # a beat sent before the error may still arrive
+                    doubt = min(doubt, self.last_answer + 0.5)
                 if self.urgent.wait(self.INTERVAL):
                     self.stopped.wait(0.2)
         except RuntimeError:  # the store is gone, and rank 0 with it: after the job's end, or before it
             self.stopped.wait(self.INTERVAL)
             self._end(0)
 
+    def _watch(self, seen: dict[int, tuple[int, float]], *, everyone: bool, patient: bool) -> None:
+        """Read the beats of the others, or of rank 0 alone; end this process if one has been silent for too long."""
+        for other in range(self.world_size) if everyone else [0]:
+            count, now = beats(self.store, other), time.monotonic()
+            if other not in seen or seen[other][0] != count:
+                seen[other] = count, now
+            elif now - seen[other][1] > (self.PATIENCE if patient else self.PATIENCE_IN_DOUBT):
+                self._publish(other)
+                if self.rank == 0:  # this process may hold the store: the others read it first
+                    self.stopped.wait(2 * self.INTERVAL)
+                self._end(other)
+
     def _publish(self, rank: int) -> None:
         if self.store.add("claims", 1) == 1:  # publish only the first failure: it is the cause
             self.store.add("missing", rank + 1)
 
     def _watch_store(self) -> None:
-        while time.monotonic() - self.last_answer < self.PATIENCE + 5 * self.INTERVAL:
+        while time.monotonic() - self.last_answer < self.PATIENCE + 2 * self.INTERVAL:
             if self.stopped.wait(self.INTERVAL):
                 return
         self._end(0)
@@ -114,7 +116,8 @@ class Heartbeat:
             try:
                 self.report(
                     f"rank {rank} is unreachable (exited, suspended or disconnected), so rank {self.rank} exits; the "
-                    "last checkpoint is intact"
+                    "last checkpoint is intact",
+                    rank,
                 )
                 self.before_exit()
             finally:

@@ -1,163 +1,85 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Nodes and ranks of a job, and starting one process per device. torchrun and Slurm start the processes themselves."""
+"""Starts one process per device, and makes one exit code and one message of their ends.
+
+torchrun and Slurm start the processes themselves.
+"""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import math
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.util
 import os
-import random
-import re
 import signal
-import socket
 import time
 import traceback
-from dataclasses import dataclass
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, Sequence
 
 from engine import console
 from engine.console import escape_unprintable, exit_process, remove_at_exit
-from engine.errors import EXIT_FAILURE, EXIT_STOPPED, RendezvousError, UsageError, UserError
+from engine.errors import EXIT_FAILURE, EXIT_STOPPED, RendezvousError, UserError
+from engine.parallel.topology import Ranks, Topology, under_torchrun
 from engine.signals import STOP_SIGNALS, die_with_parent
 
-MULTI_NODE_PORT = 59629
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 GRACE_SECONDS = 30  # before the others are killed, once one process has failed or stopped: they may be saving
+LOST_SECONDS = 5  # before a process is killed that others have waited for in vain: it is suspended, or about to exit
 
-Worker = Callable[[argparse.Namespace, Callable[[str], None]], int]
-
-
-# --- who runs where ---------------------------------------------------------------------------------------------------
+Worker = Callable[[Ranks, Callable[..., None]], int]
 
 
-@dataclass(frozen=True)
-class Topology:
-    """Nodes and processes of a job. A process started by hand counts as a node of its own."""
+def launch(worker: Worker, topology: Topology) -> int:
+    """Run worker(ranks, report) in every process of this node; return the exit code. Raises what worker raises.
 
-    nodes: int
-    node_rank: int
-    processes: int  # on this node
-    dist_url: str
-    spawn: bool  # whether this program starts them
-
-
-def under_torchrun() -> bool:
-    return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def resolve_topology(
-    *, multiprocessing_distributed: bool, world_size: int, rank: int, addr: str, dist_url: str | None, devices: int
-) -> Topology:
-    """Return the topology that the flags, or torchrun's variables, describe. Raises UsageError.
-
-    world_size and rank count nodes with multiprocessing_distributed, processes without. devices: number to use here.
-    """
-    if under_torchrun():
-        _variable("LOCAL_RANK", 0)  # read by each process
-        processes = _variable("LOCAL_WORLD_SIZE", 1) if "LOCAL_WORLD_SIZE" in os.environ else 1
-        nodes, node_rank = _variable("WORLD_SIZE", 1) // processes, _variable("RANK", 0) // processes
-        return Topology(nodes, node_rank, processes, dist_url or "env://", spawn=False)
-    nodes = max(1, world_size)
-    if nodes == 1:
-        rank = 0
-    elif not 0 <= rank < nodes:
-        raise UsageError(
-            f"--rank {rank} does not fit --world-size {nodes}: give each node its own, from 0 to {nodes - 1}"
-        )
-    processes = devices if multiprocessing_distributed else 1
-    return Topology(nodes, rank, processes, _rendezvous_url(dist_url, addr, nodes), spawn=multiprocessing_distributed)
-
-
-def _variable(name: str, at_least: int) -> int:
-    """Return a variable that torchrun sets. Raises UsageError."""
-    text = os.environ.get(name, "")
-    if not text.isdigit() or int(text) < at_least:
-        raise UsageError(
-            f"the variable {name} must be at least {at_least}, got {text!r}: torchrun sets it, or unset it"
-        )
-    return int(text)
-
-
-def _rendezvous_url(dist_url: str | None, addr: str, nodes: int) -> str:
-    """Return --dist-url, else one of --addr, with a free port on one node and 59629 on several."""
-    host, port = addr, None
-    if dist_url:
-        match = re.match(r"^tcp://(\[[^\]]+\]|[^:/]+)(?::(\d+))?/?$", dist_url)
-        if match is None:
-            if dist_url.startswith("env://"):
-                return dist_url
-            raise UsageError(f"--dist-url: expected tcp://HOST:PORT or env://, got {dist_url}")
-        # The reference's scripts pass a loopback URL and the real address beside it.
-        given = match.group(1).strip("[]")
-        host = addr if given in LOOPBACK and addr not in LOOPBACK else given
-        port = match.group(2)
-        if port is not None and not 1 <= int(port) <= 65535:
-            raise UsageError(f"--dist-url: expected a port from 1 to 65535, got {port}")
-    if port is None:
-        port = str(free_port() if nodes == 1 else MULTI_NODE_PORT)
-    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
-
-
-def free_port() -> int:
-    """Return a port that is free now, below those that the kernel gives to connections: it is bound a second later."""
-    while True:
-        port = random.SystemRandom().randrange(20000, 32768)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("", port))
-            return port
-
-
-# --- starting the processes -------------------------------------------------------------------------------------------
-
-
-def launch(worker: Worker, args: argparse.Namespace, topology: Topology) -> int:
-    """Run worker(args, report) in every process of this node; return the exit code. Raises what worker raises.
-
-    report: how the worker says that another rank is unreachable.
+    report(text, rank): how the worker says in one line that another rank is unreachable.
     """
     # DataLoader workers put sockets in this folder. They inherit it; otherwise each would make one that stays behind.
     remove_at_exit(multiprocessing.util.get_temp_dir())
     if topology.spawn:
-        return _spawn(worker, args, topology)
+        return _spawn(worker, topology)
     if under_torchrun():
         die_with_parent(os.getppid())
-    else:
-        os.environ.update(
-            RANK=str(topology.node_rank), WORLD_SIZE=str(topology.nodes), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1"
-        )
-    return worker(args, console.error)
+    return _run(worker, topology.ranks(), lambda text, _: console.error(text))
+
+
+def _run(worker: Worker, ranks: Ranks, report: Callable[..., None]) -> int:
+    # RANK, WORLD_SIZE, …, as under torchrun, for libraries: the program itself reads `ranks`.
+    os.environ.update({name.upper(): str(value) for name, value in ranks._asdict().items()})
+    if ranks.local_rank != 0:
+        console.be_quiet()
+    return worker(ranks, report)
 
 
 class Report(NamedTuple):
     """Why a process has failed."""
 
-    text: str  # one line, or a traceback
-    code: int | None = None  # the exit code of a UserError
+    text: str = ""  # one line, or a traceback
+    is_user_error: bool = False
     about_peers: bool = False  # it reports a lost peer: a consequence, not the cause
+    lost: int | None = None  # the rank of that peer, if it is known
 
 
-def _spawn(worker: Worker, args: argparse.Namespace, topology: Topology) -> int:
-    """Start one process per device, wait for all of them, and return the job's exit code.
+class Outcome(NamedTuple):
+    """How a process has ended."""
 
-    The code is 0 or 75 if all exit so, else that of the first process that failed; its error is printed once. Stop
-    signals are passed on to the processes. None of them outlives this one.
+    rank: int
+    code: int
+    report: Report = Report()
+
+
+def _spawn(worker: Worker, topology: Topology) -> int:
+    """Start one process per device, wait for all of them, and return the job's exit code; its error is printed once.
+
+    Stop signals are passed on to the processes. None of them outlives this one.
     """
     context = multiprocessing.get_context("spawn")
-    first_rank = topology.node_rank * topology.processes
     children, pipes = [], []
     for local_rank in range(topology.processes):
-        environment = {
-            "RANK": str(first_rank + local_rank),
-            "LOCAL_RANK": str(local_rank),
-            "WORLD_SIZE": str(topology.nodes * topology.processes),
-            "LOCAL_WORLD_SIZE": str(topology.processes),
-        }
         # One pipe per child: a process killed as it reports would keep the lock of a shared queue.
         receiver, sender = context.Pipe(duplex=False)
-        children.append(context.Process(target=_child, args=(worker, args, environment, sender, os.getpid())))
+        arguments = (worker, topology.ranks(local_rank), sender, os.getpid())
+        children.append(context.Process(target=_child, args=arguments))
         pipes.append((receiver, sender))
 
     signals_received: list[int] = []
@@ -178,73 +100,85 @@ def _spawn(worker: Worker, args: argparse.Namespace, topology: Topology) -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     if signals_received:  # before all children had started
         pass_on(signals_received[0], None)
-    return _wait_for(children, [receiver for receiver, _ in pipes], first_rank)
-
-
-def _wait_for(children: list[Any], receivers: list[Any], first_rank: int) -> int:
-    running, code, deadline, killed = list(children), 0, None, False
-    reports: list[Report] = []
-    while running:
-        timeout = None if deadline is None or killed else max(0.0, deadline - time.monotonic())
-        ended = multiprocessing.connection.wait([child.sentinel for child in running], timeout=timeout)
-        if not ended:
-            for child in running:
-                child.kill()
-            killed = True
-        for child in [child for child in running if child.sentinel in ended]:
-            child.join()
-            running.remove(child)
-            with contextlib.suppress(EOFError, OSError):  # it had nothing to report, or was killed while it did
-                receiver = receivers[children.index(child)]
-                if receiver.poll():
-                    reports.append(receiver.recv())
-            if child.exitcode not in (0, EXIT_STOPPED) and code in (0, EXIT_STOPPED) and not killed:
-                code = child.exitcode
-                if code < 0:
-                    rank, number, code = first_rank + children.index(child), -code, 128 - code
-                    reports.insert(0, Report(f"the process of rank {rank} was killed by signal {number}"))
-            elif child.exitcode == EXIT_STOPPED and code == 0:
-                code = EXIT_STOPPED
-            if child.exitcode != 0 and deadline is None:
-                deadline = time.monotonic() + GRACE_SECONDS
-    causes = [report for report in reports if not report.about_peers]
-    if not causes and any(child.exitcode == EXIT_STOPPED for child in children):
-        # A process was stopped before training or in an evaluation, and the others lost it. Rank 0 says so itself.
-        if children[0].exitcode != EXIT_STOPPED:
-            console.warning("a process was stopped by a signal; there was nothing to save")
-        return EXIT_STOPPED
-    first = next((report for report in causes if report.code is not None), None) or next(iter(causes + reports), None)
-    if first is not None:
-        if "\n" in first.text:
-            console.unexpected(first.text)
-        else:
-            console.error(first.text)
-        code = first.code or code
+    code, text = exit_code(_wait_for(children, [receiver for receiver, _ in pipes], topology.ranks().rank))
+    if text:
+        show = console.unexpected if "\n" in text else console.warning if code == EXIT_STOPPED else console.error
+        show(text)
     return code
 
 
-def _child(worker: Worker, args: argparse.Namespace, environment: dict[str, str], pipe: Any, parent: int) -> None:
+def _child(worker: Worker, ranks: Ranks, pipe: Any, parent: int) -> None:
     """Run the worker in a spawned process; if it fails, send a Report through the pipe."""
     die_with_parent(parent)
     escape_unprintable()
-    os.environ.update(environment)
-    if environment["LOCAL_RANK"] != "0":
-        console.be_quiet()
 
-    def report_peer(text: str) -> None:
-        _send(pipe, Report(text, about_peers=True))
+    def send(report: Report) -> None:
+        # The end of it: a pipe holds 64 KiB, and the launcher reads it only after this process has exited.
+        pipe.send(report._replace(text=report.text[-10000:]))
 
     try:
-        code = worker(args, report_peer)
+        code = _run(worker, ranks, lambda text, rank: send(Report(text, about_peers=True, lost=rank)))
     except UserError as error:
-        _send(pipe, Report(str(error), error.exit_code, isinstance(error, RendezvousError)))
+        send(Report(str(error), is_user_error=True, about_peers=isinstance(error, RendezvousError)))
         exit_process(error.exit_code)
     except Exception:
-        _send(pipe, Report(traceback.format_exc()))
+        send(Report(traceback.format_exc()))
         exit_process(EXIT_FAILURE)
     exit_process(code)
 
 
-def _send(pipe: Any, report: Report) -> None:
-    """Send the end of a report: a pipe holds 64 KiB, and the launcher reads it only after this process has exited."""
-    pipe.send(report._replace(text=report.text[-10000:]))
+def _wait_for(children: Sequence[Any], receivers: Sequence[Any], first_rank: int) -> list[Outcome]:
+    """Wait until all children have ended, and return how, in that order. Kills those whose time is over."""
+    running, outcomes = dict(enumerate(children, first_rank)), []
+    deadlines = dict.fromkeys(running, math.inf)
+    while running:
+        deadline = min(deadlines[rank] for rank in running)
+        timeout = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
+        ended = multiprocessing.connection.wait([child.sentinel for child in running.values()], timeout)
+        now = time.monotonic()
+        for rank, child in list(running.items()):
+            if child.sentinel in ended:
+                child.join()
+                del running[rank]
+                outcome = _outcome(rank, child.exitcode, receivers[rank - first_rank], killed=now >= deadlines[rank])
+                outcomes.append(outcome)
+                if outcome.code != 0:
+                    deadlines = {other: min(limit, now + GRACE_SECONDS) for other, limit in deadlines.items()}
+                if outcome.report.lost in running:
+                    deadlines[outcome.report.lost] = min(deadlines[outcome.report.lost], now + LOST_SECONDS)
+            elif now >= deadlines[rank]:
+                child.kill()
+                time.sleep(0.1)  # until it has ended, which may take a while
+    return outcomes
+
+
+def _outcome(rank: int, code: int, receiver: Any, *, killed: bool) -> Outcome:
+    """killed: by this launcher, which is no cause of anything."""
+    report = Report()
+    with contextlib.suppress(EOFError, OSError):  # it had nothing to report, or was killed while it did
+        if receiver.poll():
+            report = receiver.recv()
+    if code < 0 and killed:
+        return Outcome(rank, EXIT_FAILURE, report)
+    if code < 0:
+        return Outcome(rank, 128 - code, Report(f"the process of rank {rank} was killed by signal {-code}"))
+    return Outcome(rank, code, report)
+
+
+def exit_code(outcomes: Sequence[Outcome]) -> tuple[int, str]:
+    """Return the exit code of the job and the message to print, if any, from the ends of its processes, in their order.
+
+    The code is 0 or 75 if all exit so, else that of the cause: a UserError, which says more than a traceback, else the
+    first failure that is not about a lost peer.
+    """
+    failures = [one for one in outcomes if one.code not in (0, EXIT_STOPPED)]
+    causes = [one for one in failures if one.report.text and not one.report.about_peers]
+    stopped = [one.rank for one in outcomes if one.code == EXIT_STOPPED]
+    if stopped and not causes:
+        # A process was stopped before training or in an evaluation, and the others lost it. Rank 0 says so itself.
+        said = min(one.rank for one in outcomes) in stopped
+        return EXIT_STOPPED, "" if said else "a process was stopped by a signal; there was nothing to save"
+    causes.sort(key=lambda one: not one.report.is_user_error)
+    for one in [*causes, *(one for one in failures if one.report.text), *failures]:
+        return one.code, one.report.text
+    return 0, ""

@@ -10,54 +10,32 @@ import concurrent.futures
 import contextlib
 import datetime
 import errno
+import math
 import os
 import socket
 import threading
 import time
-from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any
 
 from engine import console
 from engine.errors import RendezvousError, first_line
+from engine.parallel.heartbeat import beats
+from engine.parallel.topology import Ranks
 
 import torch.distributed as dist
 
 REPORT_SECONDS = 15  # between two log lines that name the missing nodes
 POLL_SECONDS = 0.5
-STORE_SECONDS = 45  # timeout of one operation on the store
+STORE_TIMEOUT = datetime.timedelta(seconds=45)  # of one operation on the store
 SECOND_RANK_0_SECONDS = 10
 
 
-@dataclass
-class Member:
-    """This process in its job, and how long it waits for the others."""
+def meet(url: str, ranks: Ranks, timeout: float) -> tuple[Any, Any]:
+    """Wait until all processes have joined, `timeout` seconds at most. Raises RendezvousError.
 
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-    timeout: float  # seconds
-
-    def node(self, rank: int) -> str:
-        """Name the node of a rank, if all nodes have as many processes as this one."""
-        node, size = rank // self.local_world_size, self.local_world_size
-        ranks = f"rank {rank}" if size == 1 else f"ranks {node * size} to {node * size + size - 1}"
-        return f"node {node} ({ranks})"
-
-
-@dataclass
-class JobStore:
-    """Where the processes have met."""
-
-    store: Any  # of torch.distributed; closes with this object, and rank 0's serves all processes
-    master: tuple[str, int]  # host and port of the store
-    job: str  # prefix of this attempt's keys
-
-
-def rendezvous(url: str, member: Member) -> JobStore:
-    """Wait until all processes have joined. Raises RendezvousError.
-
-    url: tcp://HOST:PORT or env:// (MASTER_ADDR and MASTER_PORT).
+    url: tcp://HOST:PORT or env:// (MASTER_ADDR and MASTER_PORT). Returns two connections to the store of the job, one
+    for torch and one for the heartbeat: an operation that waits holds up all others on the same connection. Rank 0's
+    first one serves all processes.
     """
     address = url
     if url == "env://":
@@ -65,186 +43,157 @@ def rendezvous(url: str, member: Member) -> JobStore:
         if not (host and port.isdigit()):
             raise RendezvousError("--dist-url env:// requires MASTER_ADDR and MASTER_PORT, as torchrun sets them")
         address = f"tcp://{host}:{port}"
-    host, _, port = address[len("tcp://") :].rstrip("/").rpartition(":")
-    master = host.strip("[]"), int(port)
     # torchrun holds the store itself. It outlives a restart, with what the earlier processes wrote.
     agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    job = f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT'] if agent_store else 0}"
-    waiting = _Waiting(address, member)
-    rank, world_size = member.rank, member.world_size
+    attempt = f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT'] if agent_store else 0}"
+    meeting = _Meeting(address, ranks, timeout)
     while True:
         try:
-            is_host = rank == 0 and not agent_store
-            if is_host and url != "env://" and not _is_own_address(master[0]):
-                is_host = False  # if rank 0 is there, this process is a second one, and _check_in says so
-                _await_rank_0(master, address)
-            elif is_host:
-                _check_port(master[1], address)
-            else:
-                _await_store(master, waiting)
-            store = dist.PrefixStore(job, _open_store(master, is_host, waiting))
-            _check_in(store, address, member, waiting)
-            return JobStore(store, master, job)
+            is_host = meeting.await_store(ranks.rank == 0 and not agent_store, own_address=url != "env://")
+            meeting.store, second = [dist.PrefixStore(attempt, meeting.open_store(host)) for host in (is_host, False)]
+            meeting.check_in()
+            return meeting.store, second
         except (RuntimeError, OSError, ValueError) as error:
-            if isinstance(error, RuntimeError) and rank != 0 and not waiting.is_over():
-                time.sleep(POLL_SECONDS)  # rank 0 was restarted while others were missing: meet it again
-                waiting.check(lambda: [member.node(0)])
-                continue
-            raise RendezvousError(
-                f"{address}: rendezvous failed for rank {rank} of {world_size} ({first_line(error)}); check --addr, "
-                "--dist-url, --rank and --world-size"
-            ) from error
+            if not isinstance(error, RuntimeError) or ranks.rank == 0 or time.monotonic() > meeting.end:
+                raise RendezvousError(
+                    f"{address}: rendezvous failed for rank {ranks.rank} of {ranks.world_size} ({first_line(error)}); "
+                    "check --addr, --dist-url, --rank and --world-size"
+                ) from error
+            meeting.store = None  # rank 0 was restarted while others were missing: meet it again
+            time.sleep(POLL_SECONDS)
 
 
-class _Waiting:
-    """The clock of a rendezvous: when a line is due, and when the time is over."""
+class _Meeting:
+    """One process's wait for the others: who it is, where they meet, and since when it waits."""
 
-    def __init__(self, address: str, member: Member) -> None:
-        self.address, self.member = address, member
-        self.begin = self.last_report = time.monotonic()
+    def __init__(self, address: str, ranks: Ranks, timeout: float) -> None:
+        host, _, port = address[len("tcp://") :].rstrip("/").rpartition(":")
+        self.address, self.master = address, (host.strip("[]"), int(port))
+        self.ranks, self.timeout = ranks, timeout
+        self.store: Any = None  # when rank 0's is reached
+        self.last_report = time.monotonic()
+        self.end = self.last_report + timeout
 
-    def is_over(self) -> bool:
-        return time.monotonic() - self.begin > self.member.timeout
-
-    def check(self, find_missing: Callable[[], list[str]]) -> None:
+    def check_time(self) -> None:
         """Print which nodes are missing, if that is due. Raises RendezvousError when the time is over."""
         now = time.monotonic()
-        waited, timeout = now - self.begin, self.member.timeout
-        if self.is_over():
+        if now > self.end:
             raise RendezvousError(
-                f"{self.address}: rendezvous failed: {', '.join(find_missing())} did not join within {timeout:.0f} s; "
-                "check that every node is running and reaches this address, or raise --rendezvous-timeout"
+                f"{self.address}: rendezvous failed: {', '.join(self.missing())} did not join within "
+                f"{self.timeout:.0f} s; check that every node is running and reaches this address, or raise "
+                "--rendezvous-timeout"
             )
         if now - self.last_report >= REPORT_SECONDS:
             self.last_report = now
-            missing, nodes = find_missing(), -(-self.member.world_size // self.member.local_world_size)
+            missing, nodes = self.missing(), -(-self.ranks.world_size // self.ranks.local_world_size)
+            waited = f"{now - self.end + self.timeout:.0f} s of {self.timeout:.0f} s"
             verb = "has" if len(missing) == 1 else "have"
             console.line(
-                f"=> waiting for {len(missing)} of {nodes} nodes: {', '.join(missing)} {verb} not joined, "
-                f"{waited:.0f} s of {timeout:.0f} s"
+                f"=> waiting for {len(missing)} of {nodes} nodes: {', '.join(missing)} {verb} not joined, {waited}"
             )
 
+    def missing(self) -> list[str]:
+        """Name the nodes of the ranks that have never beaten, if all nodes have as many processes as this one."""
+        names, size = [], self.ranks.local_world_size
+        for first in range(0, self.ranks.world_size, size) if self.store is not None else [0]:
+            node = range(first, first + size)
+            missing = [str(rank) for rank in node if self.store is None or beats(self.store, rank) == 0]
+            if len(missing) == size:
+                ranks = f"rank {first}" if size == 1 else f"ranks {first} to {node[-1]}"
+                names.append(f"node {first // size} ({ranks})")
+            elif missing:
+                names.append(f"rank{'s' if len(missing) > 1 else ''} {', '.join(missing)} of node {first // size}")
+        return names or ["a process"]  # it joins at this moment
 
-def _check_port(port: int, address: str) -> None:
-    """Raise RendezvousError if rank 0 cannot listen on a port. torch would raise an untyped RuntimeError."""
-    with socket.socket() as probe:
+    def await_store(self, is_host: bool, own_address: bool) -> bool:
+        """Wait until rank 0's store accepts connections. Returns whether this process is to open it.
+
+        is_host: whether it should; own_address: only if the address is this host's. Raises RendezvousError.
+        """
+        deadline = math.inf
+        if is_host:
+            error = _bind_error(self.master[0] if own_address else "", self.master[1])
+            if error == errno.EADDRINUSE:  # torch would raise an untyped RuntimeError
+                raise RendezvousError(
+                    f"{self.address}: the port is in use; choose a free one with --dist-url tcp://HOST:PORT"
+                )
+            if error != errno.EADDRNOTAVAIL:
+                return True
+            # If rank 0 is there, this process is a second one, and check_in says so.
+            deadline = time.monotonic() + SECOND_RANK_0_SECONDS
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                socket.create_connection(self.master, timeout=5).close()
+                return False
+            self.check_time()
+            time.sleep(POLL_SECONDS)
+        raise RendezvousError(
+            f"{self.address}: {self.master[0]} is not an address of this host, and rank 0 must listen there; check "
+            "--addr and --rank"
+        )
+
+    def open_store(self, is_host: bool) -> Any:
+        """Return rank 0's store, or create it. Raises RendezvousError if something else answers on that port."""
+        opened: concurrent.futures.Future = concurrent.futures.Future()
+
+        def open_it() -> None:  # in a thread: torch waits without end for an answer
+            try:
+                # World size 1: otherwise TCPStore blocks until all have joined, and logs nothing.
+                opened.set_result(dist.TCPStore(*self.master, 1, is_host, STORE_TIMEOUT))
+            except Exception as error:
+                opened.set_exception(error)
+
+        threading.Thread(target=open_it, daemon=True).start()
+        while concurrent.futures.wait([opened], timeout=POLL_SECONDS).not_done:
+            self.check_time()
+        return opened.result()
+
+    def check_in(self) -> None:
+        """Claim this rank with its first beat, and beat until every rank is claimed. Raises RendezvousError."""
+        store, rank, world_size = self.store, self.ranks.rank, self.ranks.world_size
+        if store.add("joined first", 1) == 1:
+            store.set("world size", str(world_size))
+        expected = int(store.get("world size").decode())
+        if expected != world_size:
+            sizes = f"{world_size} on rank {rank}, {expected} on the first to join"
+            self._fail_all(f"the nodes have different world sizes: {sizes}")
+        count = beats(store, rank, 1)
+        if count == 1:
+            store.add("joined", 1)
+        elif store.add("joined", 0) >= world_size:
+            raise RendezvousError(f"{self.address}: the job has started already, with another process of rank {rank}")
+        else:  # another process of this rank has been here: if it is still waiting, it beats
+            time.sleep(5 * POLL_SECONDS)
+            if beats(store, rank) > count:
+                self._fail_all(f"two processes are rank {rank}: give each node its own --rank")
+        while store.add("joined", 0) < world_size:
+            beats(store, rank, 1)
+            self._raise_if_failed()
+            self.check_time()
+            time.sleep(POLL_SECONDS)
+        self._raise_if_failed()
+
+    def _fail_all(self, text: str) -> None:
+        """Make every process that waits raise this error."""
+        self.store.set("failure", f"{self.address}: {text}")
+        self.store.add("failed", 1)
+        self._raise_if_failed()
+
+    def _raise_if_failed(self) -> None:
+        if self.store.add("failed", 0):
+            text = self.store.get("failure").decode()
+            if self.ranks.rank == 0:
+                time.sleep(4 * POLL_SECONDS)  # the store may live in this process: let the others read it
+            raise RendezvousError(text)
+
+
+def _bind_error(host: str, port: int) -> int | None:
+    """Return the error number of listening there, if it fails. Without a host: on all addresses of this one."""
+    family, _, _, _, address = socket.getaddrinfo(host, port)[0] if host else (socket.AF_INET, 0, 0, "", ("", port))
+    with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("", port))
+            probe.bind(address)
         except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise RendezvousError(
-                    f"{address}: the port is in use; choose a free one with --dist-url tcp://HOST:PORT"
-                ) from error
-            raise
-
-
-def _is_own_address(host: str) -> bool:
-    family, _, _, _, own = socket.getaddrinfo(host, 0)[0]
-    with socket.socket(family) as probe:
-        try:
-            probe.bind(own)
-        except OSError as error:
-            if error.errno == errno.EADDRNOTAVAIL:
-                return False
-            raise
-    return True
-
-
-def _await_rank_0(master: tuple[str, int], address: str) -> None:
-    """Return if another process is rank 0 there. Raises RendezvousError if none is within ten seconds."""
-    deadline = time.monotonic() + SECOND_RANK_0_SECONDS
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError):
-            socket.create_connection(master, timeout=POLL_SECONDS).close()
-            return
-        time.sleep(POLL_SECONDS)
-    raise RendezvousError(
-        f"{address}: {master[0]} is not an address of this host, and rank 0 must listen there; check --addr and --rank"
-    )
-
-
-def _await_store(master: tuple[str, int], waiting: _Waiting) -> None:
-    """Wait until rank 0's store accepts connections. Raises RendezvousError."""
-    while True:
-        with contextlib.suppress(OSError):
-            socket.create_connection(master, timeout=5).close()
-            return
-        waiting.check(lambda: [waiting.member.node(0)])
-        time.sleep(POLL_SECONDS)
-
-
-def _open_store(master: tuple[str, int], is_host: bool, waiting: _Waiting) -> Any:
-    """Return rank 0's store, or create it. Raises RendezvousError if something else answers on that port."""
-    opened: concurrent.futures.Future = concurrent.futures.Future()
-
-    def open_store() -> None:  # in a thread: torch waits without end for an answer
-        try:
-            # World size 1: otherwise TCPStore blocks until all have joined, and logs nothing.
-            opened.set_result(dist.TCPStore(*master, 1, is_host, datetime.timedelta(seconds=STORE_SECONDS)))
-        except Exception as error:
-            opened.set_exception(error)
-
-    threading.Thread(target=open_store, daemon=True).start()
-    while True:
-        try:
-            return opened.result(timeout=POLL_SECONDS)
-        except concurrent.futures.TimeoutError:
-            waiting.check(lambda: [waiting.member.node(0)])
-
-
-def _check_in(store: Any, address: str, member: Member, waiting: _Waiting) -> None:
-    """Claim this process's rank in the store, and wait until every rank is claimed. Raises RendezvousError."""
-    if store.add("joined first", 1) == 1:
-        store.set("world size", str(member.world_size))
-    expected = int(store.get("world size").decode())
-    if expected != member.world_size:
-        sizes = f"{member.world_size} on rank {member.rank}, {expected} on the first to join"
-        _fail_all(store, f"{address}: the nodes have different world sizes: {sizes}", member)
-    if store.add(f"rank {member.rank}", 1) == 1:
-        store.add("joined", 1)
-    elif _is_beating(store, member.rank):
-        _fail_all(store, f"{address}: two processes are rank {member.rank}: give each node its own --rank", member)
-    elif store.add(f"beat/{member.rank}", 0):  # of the Heartbeat
-        raise RendezvousError(f"{address}: the job has started already, with another process of rank {member.rank}")
-    while store.add("joined", 0) < member.world_size:
-        store.add(f"beat {member.rank}", 1)
-        _raise_if_failed(store, member)
-        waiting.check(lambda: _name_missing(store, member))
-        time.sleep(POLL_SECONDS)
-    _raise_if_failed(store, member)
-
-
-def _is_beating(store: Any, rank: int) -> bool:
-    """Whether another process of this rank is waiting too. A claim without beats is that of a process that is gone."""
-    before = store.add(f"beat {rank}", 0)
-    time.sleep(5 * POLL_SECONDS)
-    return store.add(f"beat {rank}", 0) > before
-
-
-def _name_missing(store: Any, member: Member) -> list[str]:
-    """Name the nodes of which ranks are missing."""
-    names, size = [], member.local_world_size
-    for first in range(0, member.world_size, size):
-        missing = [rank for rank in range(first, first + size) if store.add(f"rank {rank}", 0) == 0]
-        if len(missing) == size:
-            names.append(member.node(first))
-        elif missing:
-            ranks = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
-            names.append(f"{ranks} of node {first // size}")
-    return names or ["a process"]  # it joins at this moment
-
-
-def _fail_all(store: Any, text: str, member: Member) -> None:
-    """Make every process that waits raise this error."""
-    store.set("failure", text)
-    store.add("failed", 1)
-    _raise_if_failed(store, member)
-
-
-def _raise_if_failed(store: Any, member: Member) -> None:
-    if store.add("failed", 0):
-        text = store.get("failure").decode()
-        if member.rank == 0:
-            time.sleep(4 * POLL_SECONDS)  # the store may live in this process: let the others read it
-        raise RendezvousError(text)
+            return error.errno
+    return None

@@ -9,27 +9,28 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-import main
 from engine.checkpoints.contents import TrainState
 from engine.console import exit_process
+from engine.data import ResumableBatchSampler
 from engine.data.datasets import ArrayDataset, read_digits
-from engine.data.loader import BatchLoader, ResumableBatchSampler
-from engine.device.compute import ComputeDevice
-from engine.parallel.communicator import Communicator
+from engine.device import Amp, ComputeDevice
+from engine.parallel import Communicator, Ranks
 from engine.records.logger import Logger
 from engine.signals import StopSignals
 
+import main
+
 import torch
 
-group = Communicator("gloo", sys.argv[1], timeout=60, report=print)
-accelerator = ComputeDevice("cpu", local_world_size=group.world_size)
-runtime = main.Runtime(group, accelerator, Logger(writes=False), StopSignals())
-runtime.stop.training = True
+comm = Communicator(Ranks(*map(int, sys.argv[2:])), "gloo", sys.argv[1], timeout=60, report=print)
+device = ComputeDevice("cpu", local_world_size=comm.world_size)
+args = argparse.Namespace(print_freq=1000, workers=0, processes=1, seed=0)
+job = main.Job(args, comm, device, Amp(device), Logger(writes=False), StopSignals())
+job.stop.training = True
 digits = read_digits(training=False)
 torch.manual_seed(0)
-args = argparse.Namespace(print_freq=1000)
 network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10)).eval()
-normalize = accelerator.normalizer(digits.mean, digits.std)
+normalize = device.normalizer(digits.preprocessing.mean, digits.preprocessing.std)
 
 
 def predict(images: torch.Tensor) -> torch.Tensor:
@@ -40,18 +41,13 @@ with torch.no_grad():
     logits = [network(normalize(torch.as_tensor(digits.images[index : index + 1]))) for index in range(40)]
 for count in range(1, 41):
     dataset = ArrayDataset(
-        digits.images[:count],
-        digits.labels[:count],
-        digits.classes,
-        mean=digits.mean,
-        std=digits.std,
-        default_hflip=0.0,
+        digits.images[:count], digits.labels[:count], digits.classes, digits.preprocessing, default_hflip=0.0
     )
     top1 = sum(int(logits[index].argmax()) == dataset.labels[index] for index in range(count))
     top5 = sum(int(dataset.labels[index]) in logits[index].topk(5)[1][0].tolist() for index in range(count))
-    sampler = ResumableBatchSampler(count, 1 + count % 7, rank=group.rank, world_size=group.world_size, shuffle=False)
-    loader = BatchLoader(dataset, sampler, 32, options={})
-    totals = main.validate(args, runtime, network, predict, loader, TrainState())
-    assert totals is not None and totals[:3] == (count, top1, top5), (count, group.world_size, totals, top1, top5)
-group.close()
+    sampler = ResumableBatchSampler(count, 1 + count % 7, rank=comm.rank, world_size=comm.world_size, shuffle=False)
+    loader = main.build_loader(job, dataset, dataset.preprocessing, sampler)
+    totals = main.validate(job, network, predict, loader, TrainState())
+    assert totals is not None and totals[:3] == (count, top1, top5), (count, comm.world_size, totals, top1, top5)
+comm.close()
 exit_process(0)

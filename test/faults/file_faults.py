@@ -14,7 +14,8 @@ import time
 
 from engine.checkpoints.file import CheckpointWriter, load
 from engine.errors import CheckpointError
-from engine.parallel.launcher import free_port
+from engine.parallel import free_port
+
 from helpers import strace
 
 import torch
@@ -207,9 +208,8 @@ def validation_counts(folder: str) -> int:
         url = f"tcp://127.0.0.1:{free_port()}"
         jobs = []
         for rank in range(count):
-            variables = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count}
-            prefix = ["env", f"PYTHONPATH={REPOSITORY}", *(f"{name}={value}" for name, value in variables.items())]
-            jobs.append(Job(script, url, folder=folder, prefix=prefix))
+            prefix = ["env", f"PYTHONPATH={REPOSITORY}"]
+            jobs.append(Job(script, url, rank, count, rank, count, folder=folder, prefix=prefix))
         for job in jobs:
             assert job.wait(200) == 0, job.output()
     return 160

@@ -15,7 +15,8 @@ import time
 from typing import Any, Iterator, Sequence
 
 from engine.checkpoints.file import load
-from engine.parallel.launcher import free_port
+from engine.parallel import free_port
+
 from helpers import small
 
 import torch

@@ -8,7 +8,8 @@ import os
 import signal
 import time
 
-from engine.parallel.launcher import free_port
+from engine.parallel import free_port
+
 from helpers import namespaces
 
 from jobs import (

@@ -18,6 +18,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 TEST = os.path.dirname(HERE)
 sys.path[:0] = [os.path.dirname(TEST), TEST]
 import engine  # noqa: E402,F401  # sets variables that torch reads when it is imported
+
 from helpers.namespaces import NamespaceError  # noqa: E402
 
 import torch  # noqa: E402

@@ -9,40 +9,40 @@ import sys
 import textwrap
 import time
 
-from engine.parallel.launcher import free_port
+from engine.parallel import free_port
+
 from helpers.program import environment, run, start_main, wait_for_line
 
 import pytest
 
 PREAMBLE = """
 import os, sys
-from engine.parallel import communicator as distributed
 from engine.device.compute import ComputeDevice
-from engine.parallel.communicator import Communicator, check_same_flags, check_same_parameters
+from engine.parallel import Communicator, Ranks
 from engine.console import exit_process
 from engine.errors import DivergedError, UsageError
 import torch
 """
 
 
-def run_group(code: str, tmp_path, world_size: int = 2) -> list[str]:
-    """Run `check(group)` of the code in the processes of one job. Returns what each printed."""
+def run_job(code: str, tmp_path, world_size: int = 2) -> list[str]:
+    """Run `check(comm)` of the code in the processes of one job. Returns what each printed."""
     script = tmp_path / "check.py"
     script.write_text(
         PREAMBLE
         + textwrap.dedent(code)
-        + "\ngroup = Communicator('gloo', sys.argv[1], timeout=60, report=print)"
-        + "\ncheck(group)\ngroup.close()\nexit_process(0)\n"
+        + "\nranks = Ranks(*map(int, sys.argv[2:]))"
+        + "\ncomm = Communicator(ranks, 'gloo', sys.argv[1], timeout=60, report=print)"
+        + "\ncheck(comm)\ncomm.close()\nexit_process(0)\n"
     )
     url = f"tcp://127.0.0.1:{free_port()}"
     children = []
     for rank in range(world_size):
-        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        env = environment(WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size), **ranks)
+        ranks = [str(number) for number in (rank, world_size, rank, world_size)]
         children.append(
             subprocess.Popen(
-                [sys.executable, str(script), url],
-                env=env,
+                [sys.executable, str(script), url, *ranks],
+                env=environment(),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 universal_newlines=True,
@@ -54,19 +54,19 @@ def run_group(code: str, tmp_path, world_size: int = 2) -> list[str]:
 
 
 def test_values_reach_every_process_unchanged(tmp_path):
-    outputs = run_group(
+    outputs = run_job(
         """
-        def check(group):
+        def check(comm):
             state = {'a': torch.arange(6.).view(2, 3).t(), 'b': [1, 'x', None, {'c': torch.tensor(7)}]}
             state['empty'] = torch.zeros(0)
-            got = group.broadcast(state if group.rank == 0 else None)
+            got = comm.broadcast(state if comm.rank == 0 else None)
             assert torch.equal(got['a'], state['a']) and got['b'][:3] == [1, 'x', None], got
             assert int(got['b'][3]['c']) == 7 and got['empty'].numel() == 0
-            assert group.any(group.rank == 1) and not group.any(False)
-            assert group.sum([1, 2.5]) == [2.0, 5.0]
+            assert comm.any(comm.rank == 1) and not comm.any(False)
+            assert comm.sum([1, 2.5]) == [2.0, 5.0]
             import numpy as np
-            array = np.array([-1, 5 * group.rank, 3])
-            group.max_(array)
+            array = np.array([-1, 5 * comm.rank, 3])
+            comm.max_(array)
             assert array.tolist() == [-1, 5, 3]
             print('same')
         """,
@@ -76,14 +76,14 @@ def test_values_reach_every_process_unchanged(tmp_path):
 
 
 def test_different_flags_and_decoders_are_refused_on_every_process(tmp_path):
-    outputs = run_group(
+    outputs = run_job(
         """
-        def check(group):
-            check_same_flags(group, {'--batch-size': 8, 'the JPEG decoder': 'Pillow'})
-            decoder = ['simplejpeg', 'Pillow'][group.rank]
-            for name, value in (('--batch-size', 8 + group.rank), ('the JPEG decoder', decoder)):
+        def check(comm):
+            comm.check_same({'--batch-size': 8, 'the JPEG decoder': 'Pillow'})
+            decoder = ['simplejpeg', 'Pillow'][comm.rank]
+            for name, value in (('--batch-size', 8 + comm.rank), ('the JPEG decoder', decoder)):
                 try:
-                    check_same_flags(group, {'--epochs': 1, name: value})
+                    comm.check_same({'--epochs': 1, name: value})
                 except UsageError as error:
                     print(error)
         """,
@@ -96,16 +96,16 @@ def test_different_flags_and_decoders_are_refused_on_every_process(tmp_path):
 
 @pytest.mark.parametrize("altered", [False, True])
 def test_parameters_that_differ_by_one_bit_are_noticed_on_both_processes(tmp_path, altered):
-    outputs = run_group(
+    outputs = run_job(
         f"""
-        def check(group):
+        def check(comm):
             torch.manual_seed(0)
             network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(20, 5))
-            if {altered} and group.rank == 1:
+            if {altered} and comm.rank == 1:
                 with torch.no_grad():
                     network[1].bias[3] *= 1 + 2 ** -20
             try:
-                check_same_parameters(group, network)
+                comm.check_same_parameters(network)
                 print('same')
             except DivergedError as error:
                 print('different', 'rank 1 is one' in str(error))
@@ -116,25 +116,25 @@ def test_parameters_that_differ_by_one_bit_are_noticed_on_both_processes(tmp_pat
 
 
 def test_a_non_finite_gradient_on_one_process_skips_the_step_on_both(tmp_path):
-    outputs = run_group(
+    outputs = run_job(
         """
-        def check(group):
-            accelerator = ComputeDevice('cpu', local_world_size=2)
+        def check(comm):
+            device = ComputeDevice('cpu', local_world_size=2)
             torch.manual_seed(0)
             network = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2))
-            scaler = accelerator.prepare_training(network, lr=0.1, momentum=0.9, weight_decay=1e-4)
-            model = accelerator.wrap_ddp(network)
+            optimizer = optimizer_of(network, Amp(device))
+            model = torch.nn.parallel.DistributedDataParallel(network, **device.ddp_options())
             changed = []
             for step in range(5):
                 before = [value.clone() for value in network.state_dict().values()]
-                factor = {1: float('nan'), 3: float('inf')}.get(step, 1.0) if group.rank == 1 else 1.0
-                scaler.backward((model(torch.randn(6, 4) * factor) ** 2).mean())
-                scaler.step()
+                factor = {1: float('nan'), 3: float('inf')}.get(step, 1.0) if comm.rank == 1 else 1.0
+                optimizer.backward((model(torch.randn(6, 4) * factor) ** 2).mean())
+                optimizer.step()
                 after = list(network.state_dict().values())
                 changed.append(not all(torch.equal(old, new) for old, new in zip(before[:2], after[:2])))
                 assert all(torch.isfinite(value.float()).all() for value in after)
-            check_same_parameters(group, network)
-            print(changed, scaler.read_longest_skip())
+            comm.check_same_parameters(network)
+            print(changed, optimizer.read_longest_skip())
         """,
         tmp_path,
     )
@@ -161,12 +161,58 @@ def test_a_rank_that_dies_or_stalls_ends_the_others_within_a_minute(folder, tmp_
         children[1].communicate()
 
 
+FAILING = """
+import sys, time
+from engine.parallel import Communicator, Ranks
+from engine.console import exit_process
+import torch
+
+rank = int(sys.argv[2])
+comm = Communicator(Ranks(rank, 2, 0, 1), "gloo", sys.argv[1], timeout=60, report=lambda text, rank: print(text))
+print("met", flush=True)
+try:
+    if sys.argv[3] == "local" and rank == 1:
+        torch.zeros(2, 3) @ torch.zeros(2, 3)
+    while True:
+        comm.any(False)
+        time.sleep(0.1)
+except RuntimeError as error:
+    comm.fail(error)
+    print("local", type(error).__name__)
+    exit_process(1)
+"""
+
+
+@pytest.mark.parametrize("cause", ["local", "peer"])
+def test_an_error_is_local_while_the_others_beat_and_a_lost_peer_when_one_does_not(cause):
+    url = f"tcp://127.0.0.1:{free_port()}"
+    children = []
+    for rank in ("0", "1"):
+        command = [sys.executable, "-u", "-c", FAILING, url, rank, cause]
+        children.append(subprocess.Popen(command, stdout=subprocess.PIPE, universal_newlines=True, env=environment()))
+    try:
+        for child in children:
+            wait_for_line(child, "met")
+        begin = time.monotonic()
+        if cause == "peer":
+            children[1].kill()
+        outputs = [children[1].communicate(timeout=60)[0]]
+        seconds = time.monotonic() - begin
+        outputs.insert(0, children[0].communicate(timeout=60)[0])
+        assert outputs[0].startswith("rank 1 is unreachable"), outputs
+        assert outputs[1] == ("local RuntimeError\n" if cause == "local" else ""), outputs
+        assert seconds < 12 and time.monotonic() - begin < 30
+    finally:
+        for child in children:
+            child.kill()
+
+
 def test_a_process_that_lost_another_exits_even_if_it_cannot_say_so():
     code = """
         import threading
         from engine.parallel.heartbeat import Heartbeat
 
-        def report(text):
+        def report(text, rank):
             raise OSError("no space left on the disk")
 
         heartbeat = object.__new__(Heartbeat)
