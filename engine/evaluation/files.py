@@ -3,67 +3,54 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import math
 import os
-from typing import Any, Callable
+from typing import Any
 
-from engine.checkpoints.contents import BEST, LATEST
-from engine.data.datasets import ImageDataset, ImageFolder
+from engine import console
+from engine.data import ImageDataset, Preprocessing
 from engine.errors import UsageError
-from engine.evaluation.page import write_report
-from engine.records.metrics import Predictions, Totals
+from engine.evaluation.page import render_page
+from engine.records import Predictions, Totals, run_info
 
 
 def write_evaluation(
-    args: argparse.Namespace,
+    folder: str,
     dataset: ImageDataset,
     totals: Totals,
     predictions: Predictions | None,
     facts: dict[str, Any],
-    log: Callable[[str], None],
+    preprocessing: Preprocessing,
+    *,
+    predictions_file: str | None,
+    report_folder: str | None,
 ) -> None:
-    """Write metrics.json, and the files of --predictions and --report. Raises UsageError.
+    """Write folder/metrics.json, and the files of --predictions and --report, if any. Raises UsageError.
 
-    facts: versions, hardware, weights and data.
-    """
-    flags = ["arch", "val_split", "image_size", "eval_view", "eval_scales", "precision", "batch_size"]
-    facts = {**{name: getattr(args, name) for name in flags}, **facts}
-    log(f"=> metrics written to {write_metrics(args.output_dir, totals, facts)}")
-    if args.predictions and predictions is not None:
-        write_predictions(args.predictions, dataset, predictions)
-        log(f"=> predictions written to {args.predictions}")
-    if args.report and predictions is not None:
-        folder, name = os.path.split(str(facts["weights"]))
-        path = write_report(
-            args.report,
-            dataset,
-            predictions,
-            totals,
-            title=f"{args.arch}: {totals.acc1:.2f}% Acc@1",
-            image_size=args.image_size,
-            facts=facts,
-            training_folder=(folder or ".") if name.startswith((LATEST, BEST)) else None,
-        )
-        log(f"=> report written to {path}")
+    The folders exist already.
 
-
-def write_metrics(folder: str, totals: Totals, facts: dict[str, Any]) -> str:
-    """Write folder/metrics.json and return its path. Raises UsageError if it cannot be written.
-
-    facts: what was evaluated, and on what.
+    Args:
+        predictions: of all images; needed for --predictions and --report.
+        facts: how `weights` were evaluated on what `data` and `hardware`, and versions.
+        preprocessing: what makes the network's input of an image.
     """
     metrics = {name: value if math.isfinite(value) else None for name, value in totals.metrics().items()}
-    content = json.dumps({**metrics, "images": int(totals.images), **facts}, indent=2, ensure_ascii=False)
+    record = {**metrics, "images": int(totals.images), **facts}
     path = os.path.join(folder, "metrics.json")
-    try:
-        with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(f"{content}\n")
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from error
-    return path
+    run_info.write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    console.line(f"=> metrics written to {path}")
+    if predictions_file and predictions is not None:
+        write_predictions(predictions_file, dataset, predictions)
+        console.line(f"=> predictions written to {predictions_file}")
+    if report_folder and predictions is not None:
+        path = os.path.join(report_folder, "index.html")
+        parent, name = os.path.split(facts["weights"])
+        # Beside its checkpoints a training leaves its flags and curves.
+        training_folder = (parent or ".") if name.startswith(("checkpoint.pth.tar", "model_best.pth.tar")) else None
+        run_info.write_text(path, render_page(dataset, totals, predictions, facts, preprocessing, training_folder))
+        console.line(f"=> report written to {path}")
 
 
 def write_predictions(path: str, dataset: ImageDataset, predictions: Predictions) -> None:
@@ -80,10 +67,8 @@ def write_predictions(path: str, dataset: ImageDataset, predictions: Predictions
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(header)
             for index, (top5, probabilities) in enumerate(zip(predictions.top5, predictions.probabilities)):
-                row = [
-                    dataset.path(index) if isinstance(dataset, ImageFolder) else index,
-                    dataset.classes[dataset.labels[index]],
-                ]
+                name = dataset.name(index)
+                row = [name, dataset.classes[dataset.labels[index]]]
                 for label, probability in zip(top5, probabilities):
                     row += [dataset.classes[label], f"{probability:.6f}"]
                 writer.writerow(row)

@@ -7,10 +7,9 @@ Simonyan & Zisserman, arXiv:1409.1556, sections 3.2 and 4.3.
 from __future__ import annotations
 
 import math
-from typing import Callable
+from typing import Callable, Sequence
 
 import vgg
-from engine.data.loader import SizeGroups
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +39,7 @@ class ViewAverage:
         self.network, self.normalize, self.view, self.size = network, normalize, view, size
         self.mirrored = mirrored and view != "center"
 
-    def __call__(self, groups: SizeGroups) -> torch.Tensor:
+    def __call__(self, groups: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         """Return logits (N, classes): the logarithms of the mean probabilities, whose softmax is that mean.
 
         The sum is taken in logarithms, because a very small probability is 0 in fp32.

@@ -1,1 +1,19 @@
 # SPDX-License-Identifier: BSD-3-Clause
+"""Counts, log lines and the files that a run writes about itself."""
+
+from engine.records import run_info
+from engine.records.curves import svg_curves
+from engine.records.logger import Logger, ProgressMeter
+from engine.records.metrics import AccuracyCounter, Predictions, Throughput, Totals, cross_entropy
+
+__all__ = [
+    "AccuracyCounter",
+    "Logger",
+    "Predictions",
+    "ProgressMeter",
+    "Throughput",
+    "Totals",
+    "cross_entropy",
+    "run_info",
+    "svg_curves",
+]

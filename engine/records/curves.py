@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Figures drawn with matplotlib (optional): the training curves in metrics.jsonl, the confusion matrix."""
+"""The training curves in metrics.jsonl, drawn with matplotlib (optional)."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
-import unicodedata
-from typing import TYPE_CHECKING, Any, NamedTuple, Sequence
-
-import numpy as np
+from typing import TYPE_CHECKING, NamedTuple, Sequence
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MAX_LABEL_WIDTH = 16  # of a class name beside the confusion matrix, in Latin letters
+TRAINING, VALIDATION = "#3b82c4", "#d0651f"  # on a white and on a dark page
 
 
 class Panel(NamedTuple):
@@ -64,9 +63,9 @@ def draw_curves(
     panels: Sequence[Panel] = PANELS,
     panel_size: tuple[float, float] = (5.0, 3.2),
 ) -> Figure:
-    """Draw one diagram per panel over the epochs, at most two in a row.
+    """Draw one diagram per panel over the epochs, which count from 0 as in the log, at most two in a row.
 
-    Colors and fonts come from matplotlib's rcParams.
+    The colors of text and axes come from matplotlib's rcParams.
 
     Args:
         train, validate: events as `read_events` returns them.
@@ -83,21 +82,75 @@ def draw_curves(
     # Figure, not pyplot: no window, no global state, nothing to close.
     figure = Figure(figsize=(panel_size[0] * columns, panel_size[1] * rows), constrained_layout=True)
     for panel, axes in zip(panels, figure.subplots(rows, columns, squeeze=False).flat):
-        series = [("training", "C0", train)] + [("validation", "C1", validate)] * panel.validated
-        for label, color, events in series:
-            points = [(event["epoch"] + 1, event[panel.key]) for event in events if event.get(panel.key) is not None]
-            if points:
-                axes.plot(*zip(*points), marker="o", markersize=3, label=label, color=color)
+        points = {color: _points(events, panel.key) for color, events in ((TRAINING, train), (VALIDATION, validate))}
+        for color, label in ((TRAINING, "training"), (VALIDATION, "validation"))[: 1 + panel.validated]:
+            if points[color]:
+                axes.plot(*zip(*points[color]), marker="o", markersize=3, label=label, color=color)
         axes.set_title(panel.title, loc="left", fontsize="medium")
         axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
-        if panel.validated:
-            if axes.lines:
-                axes.legend(frameon=False)
-        else:
-            axes.set_ylim(0, 1.1 * max([value for _, value in points], default=0) or 1)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        if not panel.validated:
+            axes.set_ylim(0, 1.1 * max([value for _, value in points[TRAINING]], default=0) or 1)
+        elif axes.lines:
+            axes.legend(frameon=False)
+        if panel is LOSS:
+            _clip(axes, points)
     return figure
+
+
+def _points(events: list[dict], key: str) -> list[tuple[int, float]]:
+    """Return (epoch, value) of each event; a value that is not finite, None, is a gap."""
+    return [(event["epoch"], event[key]) for event in events if event.get(key) is not None]
+
+
+def ceiling(values: Sequence[float]) -> float:
+    """Return the largest of the losses that a diagram shows; of nine in ten it shows at least a third of the height.
+
+    values: the first is that of the first epoch, which is large without being an outlier.
+    """
+    most = max(sorted(values)[: -max(1, len(values) // 10)], default=0.0)
+    if most and values[0] <= 10 * most:
+        most = max(most, values[0])
+    return max([value for value in values if value <= 3 * most], default=0.0) or max(values, default=0.0)
+
+
+def _clip(axes: Axes, points: dict[str, list[tuple[int, float]]]) -> None:
+    """Show the losses up to their ceiling, and a triangle at the upper edge for each one above it."""
+    values = [value for color in points for _, value in points[color]]
+    top = ceiling(values)
+    if top == max(values, default=top):
+        return
+    margin = 0.05 * (top - min(values)) or 0.05 * top
+    axes.set_ylim(min(values) - margin, top + margin)
+    axes.set_title(f"▲ beyond the axis, up to {max(values):,.4g}", loc="right", fontsize="small")
+    edge = axes.get_xaxis_transform()  # epochs, and the share of the height
+    for color in points:
+        above = [epoch for epoch, value in points[color] if value > top]
+        axes.scatter(above, [1.0] * len(above), marker="^", color=color, transform=edge, clip_on=False, zorder=3)
+
+
+def svg_curves(folder: str, color: str) -> list[tuple[str, bytes]]:
+    """Return (title, SVG file) of loss and accuracy of the training in a folder; nothing if its metrics are not there.
+
+    color: of text and axes; the background is transparent. The same curves give the same files. Raises ImportError if
+    matplotlib is not installed.
+    """
+    import matplotlib
+
+    figures = []
+    with contextlib.suppress(OSError, KeyError):
+        train, validate = read_events(folder)
+        keys = ["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"]
+        for panel in (LOSS, ACC1) if train else ():
+            content = io.BytesIO()
+            with matplotlib.rc_context({**dict.fromkeys(keys, color), "svg.hashsalt": panel.title}):  # type: ignore
+                figure = draw_curves(train, validate, [panel], (4.6, 2.8))
+                figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
+            figures.append((f"{panel.title} by epoch", content.getvalue()))
+    return figures
 
 
 def save_curves(folder: str) -> None:
@@ -114,57 +167,3 @@ def save_curves(folder: str) -> None:
     finally:
         with contextlib.suppress(FileNotFoundError):  # it exists only after an error, such as a full disk
             os.remove(temporary)
-
-
-def draw_confusion(confusion: np.ndarray, classes: Sequence[str]) -> Figure:
-    """Draw the confusion matrix: a row per actual, a column per predicted class, the color by the share of the row.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
-    # The margins are computed here, in points: without a Chinese font, matplotlib measures Chinese names wrong.
-    count = len(classes)
-    names = [shorten(name) for name in classes]
-    cell, label = min(44.0, 340 / count), 6.0 * max(text_width(name) for name in names)
-    left, top, right = label + 26, 38.0, 0.0
-    rotation: dict[str, Any] = {}
-    if label > cell:
-        top, right = 32 + 0.85 * label, max(0.0, 0.6 * label - cell / 2)
-        rotation = {"rotation": 55, "ha": "left", "rotation_mode": "anchor"}
-    width, height = left + cell * count + right, top + cell * count
-    figure = Figure(figsize=(width / 72, height / 72))
-    axes = figure.add_axes((left / width, 0, cell * count / width, cell * count / height), frame_on=False)
-    axes.set(xlim=(0, count), ylim=(count, 0), xticks=np.arange(count) + 0.5, yticks=np.arange(count) + 0.5)
-    axes.tick_params(length=0, pad=6, labeltop=True, labelbottom=False)
-    axes.set_xticklabels(names, **rotation)
-    axes.set_yticklabels(names)
-    figure.text(left / width, 1 - 12 / height, "Predicted", weight="bold")
-    figure.text(12 / width, 1 - top / height, "Actual", weight="bold", rotation=90, ha="right", rotation_mode="anchor")
-    for (actual, predicted), images in np.ndenumerate(confusion):
-        share = images / max(1, confusion[actual].sum())
-        color, alpha = ("C0", 0.15 + 0.5 * share) if actual == predicted else ("C1", 0.2 + 0.55 * share**0.5)
-        square = Rectangle((predicted + 0.03, actual + 0.03), 0.94, 0.94, linewidth=0)
-        square.set(facecolor=color if images else "gray", alpha=alpha if images else 0.1)
-        square.set_gid(f"title:actual {classes[actual]}, predicted {classes[predicted]}: {images}")
-        axes.add_patch(square)
-        size = min(10.0, 1.5 * cell / len(str(images)))
-        if images and size >= 6:
-            position = predicted + 0.5, actual + 0.5
-            axes.text(*position, str(images), size=size, ha="center", va="center_baseline")
-    return figure
-
-
-def text_width(text: str) -> int:
-    """Return the width in Latin letters: a Chinese character is as wide as two."""
-    return sum(2 if unicodedata.east_asian_width(letter) in "FW" else 1 for letter in text)
-
-
-def shorten(name: str) -> str:
-    """Return a class name that fits beside the confusion matrix."""
-    short = name
-    while text_width(short) > MAX_LABEL_WIDTH:
-        short = short[:-2] + "…" if short.endswith("…") else short[:-1] + "…"
-    return short.replace("$", r"\$")  # matplotlib reads what is between two $ as a formula

@@ -15,6 +15,7 @@ from engine import console
 from engine.errors import UsageError, first_line
 from engine.records.curves import save_curves
 from engine.records.metrics import Totals
+from engine.records.run_info import write_text
 
 
 class ProgressMeter:
@@ -103,6 +104,11 @@ class Logger:
                 for key in ("loss", "acc1", "acc5", "lr", "images_per_second"):
                     if key in fields:
                         self.tensorboard.add_scalar(f"{event}/{key}", fields[key], fields["step"])
+
+    def write_args(self, record: dict[str, Any]) -> None:
+        """Write args.json on rank 0. Raises UsageError if it cannot be written."""
+        if self.writes:
+            write_text(os.path.join(self.folder, "args.json"), json.dumps(record, indent=2, sort_keys=True) + "\n")
 
     def curves(self) -> None:
         """Draw curves.png from metrics.jsonl if matplotlib is installed."""

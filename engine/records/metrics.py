@@ -24,11 +24,6 @@ def cross_entropy(logits: torch.Tensor, target: torch.Tensor, label_smoothing: f
     return loss
 
 
-def zero_unless_finite(loss: torch.Tensor) -> torch.Tensor:
-    """Return a loss, or 0 if it is not finite: the step of such a loss is skipped."""
-    return torch.where(torch.isfinite(loss), loss, torch.zeros_like(loss))
-
-
 class Totals(NamedTuple):
     """Sums over images. Plain floats, exact up to 2^53, so that sums over processes are exact too."""
 
@@ -60,16 +55,20 @@ class Totals(NamedTuple):
 
 
 class AccuracyCounter:
-    """Loss and correct predictions, summed on the device: `update` never synchronizes, `read` does."""
+    """Loss and correct predictions, summed on the device: `update` never synchronizes, `read` does.
 
-    def __init__(self, device: torch.device) -> None:
+    finite_only: count a loss that is not finite as 0, for training, which skips the step of such a loss.
+    """
+
+    def __init__(self, device: torch.device, *, finite_only: bool = False) -> None:
+        self.finite_only = finite_only
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)  # images, top-1 correct, top-5 correct
         # The mean of a few steps is a difference of two sums, so they need more digits than fp32 has.
         dtype = torch.float32 if device.type in ("npu", "mps") else torch.float64
         self.loss_sum = torch.zeros((), dtype=dtype, device=device)
 
-    def update(self, loss_sum: torch.Tensor, logits: torch.Tensor, target: torch.Tensor) -> None:
-        """Count a batch. loss_sum: () summed over its images; logits: (N, classes); target: (N,) int64.
+    def update(self, loss: torch.Tensor, logits: torch.Tensor, target: torch.Tensor) -> None:
+        """Count a batch. loss: () mean over its images; logits: (N, classes); target: (N,) int64.
 
         The target of mixed images, (N, classes), counts as its largest part.
         """
@@ -78,12 +77,15 @@ class AccuracyCounter:
         correct = top5.eq(target.unsqueeze(1))
         images = torch.full_like(self.counts[0], len(target))
         self.counts += torch.stack([images, correct[:, 0].sum(), correct.sum()])
-        self.loss_sum += loss_sum.detach().float()
+        loss = loss.detach()
+        if self.finite_only:
+            loss = torch.where(torch.isfinite(loss), loss, torch.zeros_like(loss))
+        self.loss_sum += (loss * len(target)).float()
 
-    def read(self) -> Totals:
-        """Return the totals so far. A synchronization."""
-        images, correct1, correct5 = self.counts.tolist()
-        return Totals(images, correct1, correct5, self.loss_sum.item())
+    def read(self, sum: Callable[[list[float]], Sequence[float]] | None = None) -> Totals:
+        """Return the totals so far. A synchronization. sum: adds up lists of numbers over all processes."""
+        totals = [*self.counts.tolist(), self.loss_sum.item()]
+        return Totals(*(totals if sum is None else sum(totals)))
 
     def load(self, totals: Sequence[float]) -> None:
         """Continue from earlier totals."""

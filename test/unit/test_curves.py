@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The curves drawn from metrics.jsonl, and the confusion matrix."""
+"""The curves drawn from metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import os
 from typing import Any
 
 from engine.records import curves
-from engine.records.curves import PANELS, draw_confusion, draw_curves, read_events, save_curves, shorten, text_width
-from helpers.program import run_main
+from engine.records.curves import LOSS, PANELS, ceiling, draw_curves, read_events, save_curves, svg_curves
 
-import numpy as np
 import pytest
 
 needs_matplotlib = pytest.mark.skipif(
@@ -74,7 +72,7 @@ def test_curves_show_each_value_at_its_epoch(tmp_path: Any) -> None:
     axes = draw_curves(*read_events(str(tmp_path))).axes
     assert [one.get_title(loc="left") for one in axes] == [panel.title for panel in PANELS]
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes[0].lines}
-    assert lines == {"training": [[1, 3.0], [3, 1.0]], "validation": [[3, 1.5]]}  # a loss that is not finite is a gap
+    assert lines == {"training": [[0, 3.0], [2, 1.0]], "validation": [[2, 1.5]]}  # a loss that is not finite is a gap
     assert [len(one.lines) for one in axes] == [2, 2, 1, 1]
     assert all(one.get_ylim()[0] == 0 for one in axes[2:])
 
@@ -82,15 +80,6 @@ def test_curves_show_each_value_at_its_epoch(tmp_path: Any) -> None:
 @needs_matplotlib
 def test_curves_without_any_event_are_empty_diagrams() -> None:
     assert [len(axes.lines) for axes in draw_curves([], []).axes] == [0, 0, 0, 0]
-
-
-@needs_matplotlib
-def test_a_run_draws_its_curves(folder: str, tmp_path: Any) -> None:
-    flags = ["--arch", "vgg11", "--image-size", 32, "-b", 8, "--epochs", 1]
-    result = run_main(folder, *flags, "--output-dir", tmp_path)
-    assert result.code == 0, result.err
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert not (tmp_path / "curves.tmp.png").exists()
 
 
 @needs_matplotlib
@@ -109,31 +98,48 @@ def test_curves_that_cannot_be_written_leave_the_old_file(tmp_path: Any, monkeyp
     assert (tmp_path / "curves.png").read_bytes() == before
 
 
-# --- the confusion matrix ---------------------------------------------------------------------------------------------
+@needs_matplotlib
+@pytest.mark.parametrize("kind", ["epoch", "validate"])
+@pytest.mark.parametrize("outlier, at", [(4242.0, 15), (40.0, 0), (1e30, 29)])
+def test_an_outlier_does_not_flatten_the_losses_and_is_marked(kind: str, outlier: float, at: int) -> None:
+    train = [epoch(number, 2.3 * 0.9**number) for number in range(30)]
+    validate = [epoch(number, 2.5 * 0.9**number + 0.1, "validate") for number in range(30)]
+    (train if kind == "epoch" else validate)[at]["loss"] = outlier
+    (axes,) = draw_curves(train, validate, [LOSS]).axes
+    assert 2.0 < axes.get_ylim()[1] < 3.0
+    marks = [mark for collection in axes.collections for mark in collection.get_offsets().tolist()]
+    assert marks == [[at, 1.0]]
+    assert f"{outlier:,.4g}" in axes.get_title(loc="right")
 
 
 @needs_matplotlib
-def test_the_confusion_matrix_has_a_row_per_actual_and_a_column_per_predicted_class() -> None:
-    axes = draw_confusion(np.array([[5, 0, 2], [0, 7, 0], [1, 0, 0]]), ["cat", "dog", "$1 or $2"]).axes[0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog", r"\$1 or \$2"]
-    texts = {text.get_position(): text.get_text() for text in axes.texts}
-    assert texts == {(0.5, 0.5): "5", (2.5, 0.5): "2", (1.5, 1.5): "7", (0.5, 2.5): "1"}
-    titles = [square.get_gid() for square in axes.patches if square.get_gid()]
-    assert len(titles) == 9
-    assert titles[2] == "title:actual cat, predicted $1 or $2: 2"
+def test_losses_without_an_outlier_are_shown_whole() -> None:
+    """The first epoch of a training is not an outlier, however fast the loss falls."""
+    (axes,) = draw_curves([epoch(number, 2.3 * 0.5**number) for number in range(30)], [], [LOSS]).axes
+    assert axes.get_ylim()[1] > 2.3
+    assert not axes.collections and not axes.get_title(loc="right")
 
 
 @pytest.mark.parametrize(
-    "name, expected",
+    "values, expected",
     [
-        ("goldfish", "goldfish"),
-        ("sixteen letters.", "sixteen letters."),
-        ("seventeen letters", "seventeen lette…"),
-        ("金鱼", "金鱼"),
-        ("八个汉字正好合适", "八个汉字正好合适"),
-        ("九个汉字就太长了点", "九个汉字就太长…"),
+        ([], 0.0),
+        ([2.0], 2.0),
+        ([2.0, 100.0], 2.0),
+        ([0.0, 0.0, 0.0], 0.0),
+        ([2.3, 0.3, 0.2], 2.3),
+        ([9.0, 1, 1, 70], 9.0),
     ],
 )
-def test_long_class_names_are_shortened(name: str, expected: str) -> None:
-    assert shorten(name) == expected
-    assert text_width(shorten(name)) <= 16
+def test_the_ceiling_of_a_few_losses(values: list[float], expected: float) -> None:
+    assert ceiling(values) == expected
+
+
+@needs_matplotlib
+def test_curves_of_a_page_are_the_same_files_each_time_and_none_without_metrics(tmp_path: Any) -> None:
+    assert svg_curves(str(tmp_path), "#888888") == []
+    write_metrics(tmp_path, start(0), epoch(0, 3.0), epoch(0, 3.1, "validate"))
+    figures = svg_curves(str(tmp_path), "#888888")
+    assert [title for title, _ in figures] == ["Loss by epoch", "Acc@1 (%) by epoch"]
+    assert all(b"#888888" in content for _, content in figures)
+    assert svg_curves(str(tmp_path), "#888888") == figures

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from engine.records import metrics
-from engine.records.metrics import AccuracyCounter, Predictions, Throughput, Totals, cross_entropy, zero_unless_finite
+from engine.records.metrics import AccuracyCounter, Predictions, Throughput, Totals, cross_entropy
 
 import numpy as np
 import pytest
@@ -46,9 +46,9 @@ def test_accuracy_is_counted_image_by_image(classes: int) -> None:
     loss_sum = 0.0
     for seed, count in enumerate([8, 8, 3]):
         logits, target = batch(count, classes, seed)
-        loss = cross_entropy(logits, target) * count
+        loss = cross_entropy(logits, target)
         counter.update(loss, logits, target)
-        loss_sum += loss.item()
+        loss_sum += (loss * count).item()
         for row, label in zip(logits.tolist(), target.tolist()):
             rank = sorted(row, reverse=True).index(row[label])
             correct1 += rank == 0
@@ -65,11 +65,11 @@ def test_accuracy_is_counted_image_by_image(classes: int) -> None:
 
 
 def test_a_non_finite_loss_is_counted_unless_its_step_is_skipped() -> None:
-    training, validation = AccuracyCounter(CPU), AccuracyCounter(CPU)
+    training, validation = AccuracyCounter(CPU, finite_only=True), AccuracyCounter(CPU)
     logits, target = batch()
-    for loss_sum in (torch.tensor(value) for value in (7.0, math.nan, math.inf)):
-        training.update(zero_unless_finite(loss_sum), logits, target)
-        validation.update(loss_sum, logits, target)
+    for loss in (torch.tensor(value) for value in (1.0, math.nan, math.inf)):
+        training.update(loss, logits, target)
+        validation.update(loss, logits, target)
     assert training.read().loss_sum == 7.0
     assert math.isnan(validation.read().loss)
 
@@ -83,7 +83,15 @@ def test_a_counter_continues_from_earlier_totals() -> None:
     for counter in (whole, second):
         counter.update(torch.tensor(5.0), logits, target)
     assert second.read() == whole.read()
-    assert second.read().since(first.read()) == first.read()._replace(loss_sum=5.0)
+    assert second.read().since(first.read()) == first.read()._replace(loss_sum=35.0)
+
+
+def test_totals_are_summed_over_processes_on_request() -> None:
+    logits, target = batch()
+    counter = AccuracyCounter(CPU)
+    counter.update(torch.tensor(2.0), logits, target)
+    alone = counter.read()
+    assert counter.read(lambda values: [2 * value for value in values]) == tuple(2 * value for value in alone)
 
 
 def test_no_images_are_zero_percent() -> None:
@@ -111,7 +119,7 @@ def test_the_mean_loss_of_a_few_steps_is_exact_late_in_an_epoch() -> None:
     counter.load([1280000, 0, 0, 1280000 * 6.9])
     earlier = counter.read()
     for _ in range(10):
-        counter.update(torch.tensor(256 * 6.9), torch.zeros(256, 10), torch.zeros(256, dtype=torch.int64))
+        counter.update(torch.tensor(6.9), torch.zeros(256, 10), torch.zeros(256, dtype=torch.int64))
     assert counter.read().since(earlier).loss == pytest.approx(6.9, abs=1e-6)
 
 

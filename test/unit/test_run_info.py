@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a run says of its classes and of the program."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import Any
+
+from engine.errors import UsageError
+from engine.records import run_info
+from engine.records.run_info import describe_balance, program_checksum, versions, write_text
+
+from helpers.program import REPOSITORY
+
+import numpy as np
+import pytest
+import torch
+
+
+def test_the_smallest_and_the_largest_class_are_named() -> None:
+    assert describe_balance(["cat", "dog"], np.array([0, 1, 1, 0])) == "2 classes of 2 training images each"
+    unequal = describe_balance(["cat", "d\udcffg", "emu"], np.array([0, 1, 1, 2, 1, 0]))
+    assert "3 classes" in unequal and "emu, has 1 " in unequal and r"d\xffg, 3" in unequal
+
+
+def test_versions_name_the_torch_and_the_hardware() -> None:
+    found = versions("a card")
+    assert list(found) == ["torch", "python", "hardware", "commit"]
+    assert found["torch"] == torch.__version__ and found["hardware"] == "a card"
+
+
+@pytest.mark.parametrize("changed", ["main.py", "engine/errors.py", "engine/records/metrics.py"])
+def test_the_checksum_covers_the_files_of_every_package(tmp_path: Any, monkeypatch: Any, changed: str) -> None:
+    shutil.copytree(os.path.join(REPOSITORY, "engine"), str(tmp_path / "engine"))
+    shutil.copy(os.path.join(REPOSITORY, "main.py"), str(tmp_path))
+    monkeypatch.setattr(run_info, "ROOT", str(tmp_path))
+    before = program_checksum()
+    with open(str(tmp_path / changed), "a") as file:
+        file.write("# changed\n")
+    assert len(before) == 12 and program_checksum() != before
+
+
+def test_a_text_keeps_the_bytes_of_a_path_and_an_error_names_the_file(tmp_path: Any) -> None:
+    write_text(str(tmp_path / "a"), "图 \udcff\n")
+    assert (tmp_path / "a").read_bytes() == "图 ".encode() + b"\xff\n"
+    with pytest.raises(UsageError, match="missing/a: No such file"):
+        write_text(str(tmp_path / "missing" / "a"), "")
