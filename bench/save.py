@@ -20,10 +20,10 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from engine.checkpoints import CheckpointWriter
+from engine.device import Amp, ComputeDevice, resolve_device
+
 import vgg
-from engine.checkpoints.file import CheckpointWriter
-from engine.device.choice import resolve_device
-from engine.device.compute import ComputeDevice
 
 import torch
 
@@ -34,14 +34,16 @@ def main() -> None:
     parser.add_argument("--folder", default=".", help="where the file is written, and removed at the end")
     parser.add_argument("--turns", type=int, default=5, help="saves that count")
     args = parser.parse_args()
-    accelerator = ComputeDevice(resolve_device(args.device)[0])
-    scaler = accelerator.prepare_training(vgg.VGG("vgg16", 1000), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    amp, network = Amp(ComputeDevice(resolve_device(args.device)[0])), vgg.VGG("vgg16", 1000)
+    amp.device.place(network)
+    weights = amp.convert(network)
+    optimizer = amp.optimizer(network, torch.optim.SGD(weights, lr=0.01, momentum=0.9), weights)
     writer = CheckpointWriter()
     stalls, saves = [], []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         for _ in range(args.turns + 1):
             begin = time.perf_counter()
-            state = {"state_dict": scaler.model_state_dict(), "optimizer": scaler.optimizer_state_dict()}
+            state = {"state_dict": optimizer.model_state_dict(), "optimizer": optimizer.optimizer_state_dict()}
             writer.save(state, os.path.join(folder, "checkpoint.pth.tar"))
             stalls.append(time.perf_counter() - begin)
             error = writer.wait()

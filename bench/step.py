@@ -22,13 +22,11 @@ from typing import Any, Callable
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from engine.data import Preprocessing
+from engine.device import Amp, ComputeDevice, resolve_precision
+from engine.records import AccuracyCounter, cross_entropy
+
 import vgg
-from engine.data.datasets import IMAGENET_MEAN, IMAGENET_STD
-from engine.data.loader import ResumableBatchSampler, SyntheticLoader
-from engine.device import choice as devices
-from engine.device.choice import resolve_precision
-from engine.device.compute import ComputeDevice, keep_freed_memory
-from engine.records.metrics import AccuracyCounter, cross_entropy
 
 import torch
 
@@ -78,25 +76,28 @@ def ours(device_name: str, batch_size: int, flags: list[str]) -> Step:
     """What main.py's train_step does, from the same parts. flags: of main.py."""
     opt_level = flags[flags.index("--opt-level") + 1] if "--opt-level" in flags else "O1"
     precision = resolve_precision(device_name, [0], amp="--amp" in flags, opt_level=opt_level, amp_dtype="auto")
-    accelerator = ComputeDevice(device_name, precision=precision, opt_level=opt_level)
-    accelerator.seed(49)
+    device = ComputeDevice(device_name)
+    amp = Amp(device, precision, opt_level)
+    device.seed(49)
     model: torch.nn.Module = vgg.VGG("vgg16", 1000)
-    scaler = accelerator.prepare_training(model, lr=0.01, momentum=0.9, weight_decay=1e-4)
+    device.place(model, one_shape=True)
+    weights = amp.convert(model)
+    sgd = torch.optim.SGD(weights, lr=0.01, momentum=0.9, weight_decay=1e-4, **device.sgd_options())
+    optimizer = amp.optimizer(model, sgd, weights)
     if "--compile" in flags:
-        model = accelerator.compile(model)
-    normalize = accelerator.normalizer(IMAGENET_MEAN, IMAGENET_STD)
-    counter = AccuracyCounter(accelerator.device)
-    sampler = ResumableBatchSampler(batch_size, batch_size, rank=0, world_size=1, shuffle=True)
-    batches = iter(SyntheticLoader(sampler, 224, accelerator.device))
+        model = device.compile(model)
+    normalize = device.normalizer(Preprocessing().mean, Preprocessing().std, amp.input_dtype)
+    counter = AccuracyCounter(device.device)
+    images = torch.randint(0, 256, (batch_size, 224, 224, 3), device=device.device).byte()
+    target = torch.randint(0, 1000, (batch_size,), device=device.device)
 
     def step() -> None:
-        images, target, _ = next(batches)
-        with accelerator.autocast():
+        with amp.autocast():
             logits = model(normalize(images))
             loss = cross_entropy(logits, target)
-        scaler.backward(loss)
-        counter.update(loss * len(target), logits, target)
-        scaler.step()
+        optimizer.backward(loss)
+        counter.update(loss, logits, target)
+        optimizer.step()
 
     return step
 
@@ -187,9 +188,7 @@ def matrix_rate(device_name: str, dtype: torch.dtype) -> float:
     """
     device = torch.device(TORCH_DEVICES[device_name])
     synchronize: Step = torch.cuda.synchronize if device_name == "gpu" else lambda: None
-    if device_name == "cpu":
-        keep_freed_memory()
-        torch.set_num_threads(devices.available_cores())
+    ComputeDevice(device_name)  # sets threads and memory as in training
     first, second = torch.randn(2, 4096, 4096, device=device).to(dtype)
     maps = first.view(64, 64, 1, 4096).permute(2, 3, 0, 1)  # (1, 4096, 64, 64), channels last
     products = (lambda: torch.mm(first, second), lambda: torch.conv2d(maps, second[:, :, None, None]))

@@ -18,11 +18,11 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from engine.data import Preprocessing
+from engine.device import Amp, ComputeDevice, resolve_device, resolve_precision
+from engine.evaluation import VIEWS, ViewAverage
+
 import vgg
-from engine.data.datasets import IMAGENET_MEAN, IMAGENET_STD
-from engine.device.choice import resolve_device, resolve_precision
-from engine.device.compute import ComputeDevice
-from engine.evaluation.views import VIEWS, ViewAverage
 
 import torch
 
@@ -37,10 +37,10 @@ def main() -> None:
     args = parser.parse_args()
     device, _ = resolve_device(args.device)
     precision = resolve_precision(device, [0], amp=args.amp, opt_level="O1", amp_dtype="auto")
-    accelerator = ComputeDevice(device, precision=precision)
+    amp = Amp(ComputeDevice(device), precision)
     network = vgg.VGG("vgg16").eval().requires_grad_(False)
-    accelerator.place(network)
-    normalize = accelerator.normalizer(IMAGENET_MEAN, IMAGENET_STD)
+    amp.device.place(network)
+    normalize = amp.device.normalizer(Preprocessing().mean, Preprocessing().std)
     groups = [
         (
             torch.arange(args.batch_size),
@@ -53,16 +53,16 @@ def main() -> None:
         for view in VIEWS:
             predict = ViewAverage(network, normalize, view=view, size=224, mirrored=True)
             begin = time.perf_counter()
-            with accelerator.autocast():
+            with amp.autocast():
                 predict(groups)
-            accelerator.synchronize()
+            amp.device.synchronize()
             if turn:
                 seconds[view].append((time.perf_counter() - begin) / args.batch_size)
     center = seconds["center"]
     result = {
         "scales": args.scales,
         "torch": torch.__version__,
-        "hardware": accelerator.name(),
+        "hardware": amp.device.name(),
         "precision": precision,
         "seconds_per_image": {view: round(statistics.median(values), 4) for view, values in seconds.items()},
         "times_center": {

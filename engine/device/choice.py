@@ -6,7 +6,9 @@ Each function raises DeviceUnavailableError if the machine or the installed torc
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import math
 import os
 import re
 import shutil
@@ -21,6 +23,7 @@ import torch
 
 BACKENDS = {"npu": "hccl", "gpu": "nccl", "mps": "gloo", "cpu": "gloo"}
 TORCH_DEVICES = {"npu": "npu", "gpu": "cuda", "mps": "mps", "cpu": "cpu"}
+CGROUPS, OWN_CGROUP = "/sys/fs/cgroup", "/proc/self/cgroup"
 SOURCE_CANN = "run `source /usr/local/Ascend/ascend-toolkit/set_env.sh`"
 
 
@@ -163,12 +166,57 @@ def _check_compiler(device: str) -> None:
 
 
 def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many cores this process may use: the smallest of its affinity and its container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(cores, _cgroup_quota())))
+
+
+def _cgroup_quota() -> float:
+    """Return the CPU quota of this process's control group (docker run --cpus), in cores; infinite if it has none."""
+    quotas = [math.inf]
+    with contextlib.suppress(OSError, ValueError):
+        with open(OWN_CGROUP) as file:
+            groups = [line.rstrip("\n").split(":", 2) for line in file]
+        for _, controllers, path in groups:
+            if controllers not in ("", "cpu", "cpu,cpuacct"):
+                continue
+            root = os.path.join(CGROUPS, controllers)
+            while path:  # a group has the quotas of those around it too
+                for folder in (root + path, root):  # inside a container, its own group is the root
+                    quotas += _read_quota(folder)
+                path = path.rpartition("/")[0]
+    return min(quotas)
+
+
+def _read_quota(folder: str) -> list[float]:
+    """Return the CPU quota that a control group's folder sets, in cores: cgroup v2 or v1; none if it sets none."""
+    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+        with contextlib.suppress(OSError, ValueError):
+            words = []
+            for name in names:
+                with open(os.path.join(folder, name)) as file:
+                    words += file.read().split()
+            quota, period = words
+            return [int(quota) / int(period)] if quota not in ("max", "-1") else []
+    return []
+
+
+def _omp_num_threads() -> float:
+    """Return the user's OMP_NUM_THREADS; infinite if it is not set, or if it is torchrun's own 1."""
+    text = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    is_torchrun = text == "1" and "TORCHELASTIC_RUN_ID" in os.environ
+    return int(text) if text.isdigit() and int(text) and not is_torchrun else math.inf
+
+
+def default_threads(processes: int) -> int:
+    """Return the threads of each of the processes that train on this node's cores."""
+    return int(max(1, min(available_cores() // processes, _omp_num_threads())))
 
 
 def default_workers(device: str, processes: int) -> int:
     """DataLoader workers for a node: the cores that its processes leave; none on a CPU, which trains on every core."""
-    return 0 if device == "cpu" else max(processes, available_cores() - processes)
+    cores = int(min(available_cores(), _omp_num_threads() * processes))
+    return 0 if device == "cpu" else max(processes, cores - processes)
 
 
 # --- precision --------------------------------------------------------------------------------------------------------

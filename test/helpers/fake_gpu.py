@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any, Iterator
 
-from engine.device.step import MixedPrecisionOptimizer
+from engine.device import MixedPrecisionOptimizer
 
 import torch
 from torch import nn

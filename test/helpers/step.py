@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from engine.device.compute import ComputeDevice
-from engine.device.step import MixedPrecisionOptimizer
+from engine.device import Amp, ComputeDevice, MixedPrecisionOptimizer
 
 import torch
 from torch import nn
@@ -24,9 +23,9 @@ class Net(nn.Module):
 
 
 class Built(NamedTuple):
-    accelerator: ComputeDevice
+    amp: Amp
     model: nn.Module
-    scaler: MixedPrecisionOptimizer
+    optimizer: MixedPrecisionOptimizer
 
 
 def build(
@@ -44,19 +43,29 @@ def build(
 
     loss_scale: in fp32 too. state_dict: weights to load, as a resumed run does, before the optimizer is built.
     """
-    accelerator = ComputeDevice("cpu", precision=precision, opt_level=opt_level)
+    amp = Amp(ComputeDevice("cpu"), precision, opt_level)
     torch.manual_seed(0)
     net = Net()
     if state_dict is not None:
         net.load_state_dict(state_dict)
-    scaler = accelerator.prepare_training(
-        net, lr=lr, momentum=momentum, weight_decay=weight_decay, clip_grad_norm=clip_grad_norm
+    optimizer = optimizer_of(
+        net, amp, lr=lr, momentum=momentum, weight_decay=weight_decay, clip_grad_norm=clip_grad_norm
     )
     if loss_scale is not None:
-        scaler = MixedPrecisionOptimizer(
-            net, scaler.master_weights, scaler.optimizer, loss_scale=loss_scale, clip_grad_norm=clip_grad_norm
+        optimizer = MixedPrecisionOptimizer(
+            net, optimizer.master_weights, optimizer.optimizer, loss_scale=loss_scale, clip_grad_norm=clip_grad_norm
         )
-    return Built(accelerator, net, scaler)
+    return Built(amp, net, optimizer)
+
+
+def optimizer_of(
+    net: nn.Module, amp: Amp, *, lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 1e-4, **options: Any
+) -> MixedPrecisionOptimizer:
+    """Place a network and build its optimizer as main.py's build_training does. options: of Amp.optimizer."""
+    amp.device.place(net, one_shape=True)
+    weights = amp.convert(net)
+    sgd = torch.optim.SGD(weights, lr=lr, momentum=momentum, weight_decay=weight_decay, **amp.device.sgd_options())
+    return amp.optimizer(net, sgd, weights, **options)
 
 
 def batch() -> torch.Tensor:
@@ -66,13 +75,13 @@ def batch() -> torch.Tensor:
 
 def step(built: Built, factor: float = 1.0) -> float:
     """Make one step on batch() times `factor`, and return its loss. If `factor` is not finite, no gradient is."""
-    accelerator, model, scaler = built
+    amp, model, optimizer = built
     images = batch() * factor
-    with accelerator.autocast():
-        logits = model(images.to(accelerator.half) if accelerator.half_weights else images)
+    with amp.autocast():
+        logits = model(images.to(amp.input_dtype))
     loss = logits.float().pow(2).mean()
-    scaler.backward(loss)
-    scaler.step()
+    optimizer.backward(loss)
+    optimizer.step()
     return loss.item()
 
 

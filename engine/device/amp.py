@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""From gradients to weights: loss scale, master weights, clipping, skipped steps, the EMA, and their states.
+"""Mixed precision, whole: autocast, half-precision and master weights, loss scale, clipping, skipped steps, states.
 
 The learning-rate schedule is learning_rate in main.py.
 """
@@ -7,12 +7,97 @@ The learning-rate schedule is learning_rate in main.py.
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Iterable, Iterator
+from typing import Any, ContextManager, Iterable
 
+from engine.device.choice import load_apex, needs_apex
+from engine.device.compute import ComputeDevice
 from engine.errors import DivergedError
+from engine.versions import TORCH
 
 import torch
 from torch import nn
+
+DEFAULT_LOSS_SCALE = 1024.0  # of fp16
+
+
+class Amp:
+    """The precision of the step on a device.
+
+    Args:
+        precision: fp32, fp16 or bf16.
+        opt_level: O1 computes in half precision by autocast, O2 and O3 hold the weights in it; O2 keeps master weights.
+
+    Attributes:
+        input_dtype: of the images that the model takes.
+    """
+
+    def __init__(self, device: ComputeDevice, precision: str = "fp32", opt_level: str = "O1") -> None:
+        self.device, self.precision, self.opt_level = device, precision, opt_level
+        self.half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+        self.half_weights = self.half is not None and opt_level in ("O2", "O3")
+        self.input_dtype = self.half if self.half is not None and self.half_weights else torch.float32
+        self.apex = load_apex() if self.half is not None and needs_apex(device.type) else None
+
+    def convert(self, model: nn.Module) -> list[torch.Tensor]:
+        """Give the weights of an fp32 model the precision of the step.
+
+        Returns the parameters that the optimizer steps: fp32 master weights at O2, else the model's own.
+        """
+        weights: list[torch.Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not self.half_weights or self.apex is not None:
+            return weights
+        has_master_weights = self.opt_level == "O2"
+        if has_master_weights:
+            weights = [weight.detach().clone().requires_grad_() for weight in weights]
+        for layer in model.modules():
+            if has_master_weights and isinstance(layer, nn.BatchNorm2d):  # O2 keeps batch norm in fp32
+                continue
+            for parameter in layer.parameters(recurse=False):
+                parameter.data = parameter.data.to(self.half)
+            for name, buffer in layer.named_buffers(recurse=False):
+                if buffer.is_floating_point():
+                    setattr(layer, name, buffer.to(self.half))
+        return weights
+
+    def optimizer(
+        self,
+        model: nn.Module,
+        sgd: torch.optim.Optimizer,
+        weights: list[torch.Tensor],
+        *,
+        loss_scale: float | str | None = None,
+        clip_grad_norm: float | None = None,
+    ) -> MixedPrecisionOptimizer:
+        """Return what steps the weights that `convert` has returned, by torch.optim.SGD over them.
+
+        loss_scale: a number or `dynamic`, used in fp16 only.
+        """
+        sgd = self.device.prepare_sgd(sgd)
+        scale = (loss_scale or DEFAULT_LOSS_SCALE) if self.precision == "fp16" else 1.0
+        if self.apex is not None:
+            by_group = [weight for group in sgd.param_groups for weight in group["params"]]  # as apex.master_params
+            exact = [weight.detach().clone() for weight in weights]
+            # Ascend's apex can keep all gradients in one buffer.
+            options = {"combine_grad": True} if self.device.type == "npu" else {}
+            model, sgd = self.apex.initialize(
+                model, sgd, opt_level=self.opt_level, loss_scale=scale, verbosity=0, **options
+            )
+            masters = dict(zip(by_group, self.apex.master_params(sgd)))
+            weights, scale = [masters[weight] for weight in weights], 1.0
+            # apex copied its masters from weights that were already half precision.
+            for master, weight in zip(weights, exact):
+                master.data.copy_(weight)
+        return MixedPrecisionOptimizer(
+            model, weights, sgd, loss_scale=scale, clip_grad_norm=clip_grad_norm, apex=self.apex
+        )
+
+    def autocast(self) -> ContextManager[Any]:
+        """The context of the forward pass: autocast at O1, nothing otherwise."""
+        if self.half is None or self.half_weights or self.apex is not None:
+            return contextlib.nullcontext()
+        if TORCH >= (1, 10):
+            return torch.autocast(self.device.device.type, dtype=self.half)
+        return self.device.runtime.amp.autocast()
 
 
 class MixedPrecisionOptimizer:
@@ -150,6 +235,10 @@ class MixedPrecisionOptimizer:
                 "--warmup-epochs"
             )
 
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
     def state_dict(self) -> dict[str, Any]:
         """Return plain numbers, and apex's own state if it is used. A synchronization."""
         state = {
@@ -174,7 +263,7 @@ class MixedPrecisionOptimizer:
 
     def model_state_dict(self) -> dict[str, torch.Tensor]:
         """Return the model's state dict in fp32 on the CPU, with the master weights in place of half-precision ones."""
-        return _fp32_state_dict(self.model, zip(self.weights, self.master_weights))
+        return fp32_state_dict(self.model, zip(self.weights, self.master_weights))
 
     def optimizer_state_dict(self) -> dict[str, Any]:
         """Return what torch.optim.SGD.state_dict returns on current torch, in fp32, from any torch and device.
@@ -209,62 +298,7 @@ class MixedPrecisionOptimizer:
             self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter).copy_(momentum)
 
 
-class ModelEma:
-    """An exponential moving average, in fp32, of a model's weights and of its batch norm statistics.
-
-    Args:
-        model: the model.
-        weights: its trainable weights.
-        master_weights: what is averaged for each of them: the weights themselves, or their fp32 master weights.
-    """
-
-    def __init__(self, model: nn.Module, weights: list[nn.Parameter], master_weights: list[torch.Tensor]) -> None:
-        self.model = model
-        buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-        self.model_tensors: list[torch.Tensor] = [*weights, *buffers]  # what the EMA is swapped into
-        self.tracked = master_weights + buffers  # what is averaged
-        self.ema = [tensor.detach().to(torch.float32, copy=True) for tensor in self.tracked]
-
-    def update(self, decay: float, step: int, skipped: torch.Tensor) -> None:
-        """ema = decay · ema + (1 - decay) · weight, except after a skipped step. No synchronization.
-
-        The first steps decay faster: min(decay, (1 + step) / (10 + step)), as TensorFlow's
-        ExponentialMovingAverage(num_updates) does. skipped: () bool on the device.
-        """
-        with torch.no_grad():
-            weight = (~skipped).float() * (1 - min(decay, (1 + step) / (10 + step)))
-            for ema, tensor in zip(self.ema, self.tracked):
-                ema.lerp_(tensor.float(), weight)
-
-    @contextlib.contextmanager
-    def swapped_in(self) -> Iterator[None]:
-        """A context in which the model computes with the EMA."""
-        own = [tensor.data for tensor in self.model_tensors]
-        for tensor, ema in zip(self.model_tensors, self.ema):
-            tensor.data = ema.to(tensor.dtype)
-        try:
-            yield
-        finally:
-            for tensor, data in zip(self.model_tensors, own):
-                tensor.data = data
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the model's state dict in fp32 on the CPU, with the EMA in place."""
-        return _fp32_state_dict(self.model, zip(self.model_tensors, self.ema))
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Load what state_dict returned. Raises ValueError, or KeyError if a tensor is missing."""
-        own = {id(tensor): ema for tensor, ema in zip(self.model_tensors, self.ema)}
-        for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
-            if id(tensor) in own:
-                ema = own[id(tensor)]
-                expected, got = tuple(ema.shape), tuple(state[name].shape)
-                if expected != got:
-                    raise ValueError(f"EMA of {name}: expected shape {expected}, got {got}")
-                ema.copy_(state[name])
-
-
-def _fp32_state_dict(
+def fp32_state_dict(
     model: nn.Module, replacements: Iterable[tuple[torch.Tensor, torch.Tensor]]
 ) -> dict[str, torch.Tensor]:
     """Return model.state_dict() in fp32 on the CPU, with a value in place of each (tensor, value) in replacements."""
@@ -280,5 +314,6 @@ def _fp32_state_dict(
 def _total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
     """The 2-norm of all gradients together, accumulated in fp32: () float32 on their device."""
     if hasattr(nn.utils, "get_total_norm") and gradients[0].dtype == torch.float32:
-        return nn.utils.get_total_norm(gradients)
+        # On an NPU, _foreach_norm can meet a tensor in the chip's own layout, which it does not support.
+        return nn.utils.get_total_norm(gradients, foreach=False if gradients[0].device.type == "npu" else None)
     return torch.stack([gradient.norm(p=2, dtype=torch.float32) for gradient in gradients]).norm()  # type: ignore[call-overload]

@@ -10,10 +10,12 @@ import sys
 from typing import Any
 
 from engine.device import choice as device
-from engine.errors import DeviceUnavailableError
+from engine.errors import DeviceUnavailableError, UsageError
+from engine.options import resolve
 from engine.options.flags import parse_args
 from engine.options.resolve import resolve_flags
 from engine.versions import TORCH
+
 from helpers.program import REPOSITORY, run_python
 
 import pytest
@@ -25,11 +27,11 @@ import sys
 from helpers import npu_backend
 npu_backend.register(bf16=sys.argv[1] == "bf16")
 from engine.errors import UserError
+from engine.options import resolve
 from engine.options.flags import parse_args
 from engine.options.resolve import resolve_flags
-args = parse_args(sys.argv[2:])
 try:
-    resolve_flags(args)
+    args, _ = resolve_flags(parse_args(sys.argv[2:]))
     print(args.device, args.device_list, args.dist_backend, args.precision, args.processes)
 except UserError as error:
     print(error)
@@ -132,7 +134,7 @@ def test_a_device_that_does_not_exist_is_named(given: list[int] | None, gpu: int
 
 def test_a_cpu_takes_any_number_of_processes() -> None:
     args = parse_args(["--device", "cpu", "--multiprocessing-distributed", "--device-list", "0,1,2", "-b", "6"])
-    topology = resolve_flags(args)
+    args, topology = resolve_flags(args)
     assert (args.device, args.device_list, args.dist_backend, args.precision) == ("cpu", [0, 1, 2], "gloo", "fp32")
     assert args.processes == topology.processes == 3
     assert topology.spawn
@@ -164,6 +166,66 @@ def test_auto_is_the_first_device_that_works(monkeypatch: Any) -> None:
     assert device.resolve_device("auto") == ("gpu", 2)
     monkeypatch.setattr(device, "DEVICE_COUNTS", {"npu": missing, "gpu": missing, "mps": missing})
     assert device.resolve_device("auto") == ("cpu", None)
+
+
+@pytest.mark.parametrize("gpu", [0, 3])
+def test_a_gpu_that_was_asked_for_is_not_silently_a_cpu(monkeypatch: Any, gpu: int, capsys: Any) -> None:
+    monkeypatch.setattr(device, "DEVICE_COUNTS", {})
+    assert resolve_flags(parse_args(["--gpu", str(gpu)]))[0].device == "cpu"
+    assert f"warning: --gpu {gpu}: " in capsys.readouterr().err
+    resolve_flags(parse_args(["--gpu", str(gpu), "--device", "cpu"]))  # as the scripts do
+    assert capsys.readouterr().err == ""
+
+
+# --- the node's cores -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machine(monkeypatch: Any, tmp_path: Any) -> Any:
+    """A machine of 16 cores without limits; tmp_path stands for the root of its file system."""
+    monkeypatch.setattr(device.os, "sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setattr(device, "CGROUPS", str(tmp_path / "cgroup"))
+    monkeypatch.setattr(device, "OWN_CGROUP", str(tmp_path / "own"))
+    for name in ("OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "own").write_text("0::/\n")
+    return tmp_path
+
+
+def write(path: Any, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+@pytest.mark.parametrize(
+    "quota, cores", [("400000 100000", 4), ("150000 100000", 2), ("5000 100000", 1), ("max 100000", 16)]
+)
+@pytest.mark.parametrize("path", ["", "system.slice/job", "kubepods/pod1/box"])
+def test_the_quota_of_a_container_limits_the_cores(machine: Any, quota: str, cores: int, path: str) -> None:
+    """cgroup v2, in a container (its own group is the root), in a service, and two levels above the process."""
+    (machine / "own").write_text(f"0::/{path}\n")
+    write(machine / "cgroup" / path.partition("/")[0] / "cpu.max", quota + "\n")
+    assert device.available_cores() == cores
+
+
+@pytest.mark.parametrize("quota, cores", [(400000, 4), (-1, 16)])
+@pytest.mark.parametrize("mounted", ["cpu", "cpu,cpuacct"])
+def test_the_older_kind_of_quota_counts_too(machine: Any, quota: int, cores: int, mounted: str) -> None:
+    (machine / "own").write_text(f"3:memory:/\n2:{mounted}:/docker/ab\n")
+    for folder in ("docker/ab", ""):  # as on the host, or as in the container
+        write(machine / "cgroup" / mounted / folder / "cpu.cfs_quota_us", f"{quota}\n")
+        write(machine / "cgroup" / mounted / folder / "cpu.cfs_period_us", "100000\n")
+    assert device.available_cores() == cores
+
+
+def test_threads_and_workers_follow_the_users_own_limit(machine: Any, monkeypatch: Any) -> None:
+    assert (device.default_threads(2), device.default_workers("gpu", 2)) == (8, 14)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert (device.default_threads(2), device.default_workers("gpu", 2)) == (3, 4)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert device.default_threads(2) == 1
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")  # then 1 is torchrun's own
+    assert device.default_threads(2) == 8
 
 
 # --- options of newer torch versions ----------------------------------------------------------------------------------
@@ -208,3 +270,39 @@ def test_workers_are_the_cores_beside_the_processes(monkeypatch: Any) -> None:
     assert device.default_workers("cpu", 8) == 0
     monkeypatch.setattr(device, "available_cores", lambda: 8)
     assert device.default_workers("gpu", 8) == 8
+
+
+# --- precision --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(TORCH < (1, 10), reason="mixed precision on a CPU requires torch 1.10")
+def test_amp_on_a_cpu_is_bf16_if_the_cpu_has_instructions_for_it(monkeypatch: Any, capsys: Any) -> None:
+    for has_bf16, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(device, "_cpu_has_bf16", lambda has_bf16=has_bf16: has_bf16)
+        assert device.resolve_precision("cpu", [0], amp=True, opt_level="O1", amp_dtype="auto") == expected
+        assert ("--amp changes nothing here" in capsys.readouterr().out) == (not has_bf16)
+        assert device.resolve_precision("cpu", [0], amp=True, opt_level="O1", amp_dtype="bf16") == "bf16"
+    with pytest.raises(DeviceUnavailableError, match="--amp-dtype fp16 is not supported on a CPU"):
+        device.resolve_precision("cpu", [0], amp=True, opt_level="O1", amp_dtype="fp16")
+
+
+def test_bf16_on_gpus_requires_that_each_of_them_has_it(monkeypatch: Any) -> None:
+    monkeypatch.setattr(device, "needs_apex", lambda device: False)
+    monkeypatch.setattr(device.torch.cuda, "get_device_capability", lambda index: [(8, 0), (7, 5)][index])
+    options: dict[str, Any] = {"amp": True, "opt_level": "O1", "amp_dtype": "auto"}
+    expected = {(0,): "bf16" if TORCH >= (1, 10) else "fp16", (1,): "fp16", (0, 1): "fp16"}
+    assert {devices: device.resolve_precision("gpu", list(devices), **options) for devices in expected} == expected
+
+
+def test_apex_takes_no_dynamic_loss_scale(monkeypatch: Any) -> None:
+    monkeypatch.setattr(resolve, "needs_apex", lambda device: True)
+    monkeypatch.setattr(resolve, "resolve_precision", lambda *_, **__: "fp16")
+    with pytest.raises(UsageError, match="dynamic is not supported with apex: give a number"):
+        resolve_flags(parse_args(["--device", "cpu", "--amp", "--loss-scale-value", "dynamic"]))
+
+
+def test_fp16_without_autocast_names_apex(monkeypatch: Any) -> None:
+    monkeypatch.setattr(device, "needs_apex", lambda device: True)
+    monkeypatch.setitem(sys.modules, "apex", None)
+    with pytest.raises(DeviceUnavailableError, match="requires Ascend's or NVIDIA's apex with apex.amp"):
+        device.resolve_precision("gpu", [0], amp=True, opt_level="O1", amp_dtype="auto")

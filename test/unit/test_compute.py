@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the step does on one device: precision, memory format, normalization, apex, copies, traces."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+import textwrap
+from types import SimpleNamespace
+from typing import Any
+
+from engine.device import Amp, ComputeDevice
+from engine.options.flags import parse_args
+from engine.records.logger import ProgressMeter
+from engine.versions import TORCH
+
+import main
+import vgg
+from helpers.fake_gpu import fake_gpu
+from helpers.program import REPOSITORY, run_python
+
+import pytest
+import torch
+
+needs_bf16 = pytest.mark.skipif(TORCH < (2, 1), reason="bf16 on a CPU as tested here requires torch 2.1")
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+# --- devices that are not there ---------------------------------------------------------------------------------------
+
+NPU = """
+import sys
+from helpers import npu_backend
+npu = npu_backend.register(bf16=True)
+from engine.device import Amp, ComputeDevice
+import torch
+device = ComputeDevice("npu", 7)
+print(device.device, device.memory_format, npu.calls)
+print(device.name())
+with Amp(device, sys.argv[1]).autocast():
+    print(torch.is_autocast_enabled("npu"), torch.get_autocast_dtype("npu"))
+"""
+
+
+@pytest.mark.skipif(TORCH < (2, 6), reason="torch before 2.6 registers no backend from Python")
+@pytest.mark.parametrize("precision, dtype", [("fp16", "torch.float16"), ("bf16", "torch.bfloat16")])
+def test_an_npu_gets_its_options_and_its_precision(precision: str, dtype: str) -> None:
+    device, name, autocast = run_python(NPU, precision)
+    assert device == "npu:7 torch.contiguous_format ['set_device 7', 'jit_compile False']"
+    assert name == "no NPU, a recorder"
+    assert autocast == f"True {dtype}"
+
+
+@pytest.mark.skipif(TORCH < (2, 4), reason="torch before 2.4 has no fused SGD that skips on the device")
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--opt-level", "O0", "--arch", "vgg16"],
+        ["--opt-level", "O1", "--arch", "vgg11_bn", "--label-smoothing", "0.1", "--no-bias-decay"],
+        ["--opt-level", "O2", "--arch", "vgg11_bn", "--ema-decay", "0.9", "--clip-grad-norm", "1"],
+        ["--opt-level", "O3", "--arch", "vgg13", "--accum-steps", "2", "--loss-scale-value", "dynamic"],
+    ],
+    ids=lambda flags: flags[1],
+)
+def test_a_step_on_a_gpu_copies_its_batch_there_and_reads_nothing_back(
+    monkeypatch: Any, flags: list[str], dtype: str
+) -> None:
+    """So the host can run ahead of the GPU. Reading any value back would be an error here."""
+    args = parse_args(["--dummy", "64", "-b", "8", "--image-size", "64", "--device", "gpu", *flags])
+    args.nodes = args.processes = 1
+    precision = "fp32" if args.opt_level == "O0" else dtype
+    with fake_gpu(monkeypatch) as copied:
+        device = ComputeDevice("gpu")
+        amp = Amp(device, precision, args.opt_level)
+        with torch.device("cuda", 0):
+            network = vgg.VGG(args.arch, 10)
+        normalize = device.normalizer((0.5, 0.5, 0.5), (0.2, 0.2, 0.2), amp.input_dtype)
+        comm: Any = SimpleNamespace(rank=0, world_size=1)
+        job: Any = SimpleNamespace(args=args, device=device, amp=amp, comm=comm)
+        training = main.build_training(job, network, 10, normalize, None)  # type: ignore[arg-type]
+        batch = torch.zeros(8, 64, 64, 3, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64), torch.arange(8)
+        copied.clear()
+        for _ in range(3):
+            main.train_step(job, training, itertools.repeat(batch), ProgressMeter("", 3))
+        assert copied == [torch.uint8, torch.int64] * 3 * args.accum_steps
+        with pytest.raises(Exception, match="_local_scalar_dense"):
+            training.counter.read()
+    assert training.state.step == 3
+
+
+@pytest.mark.parametrize("library", ["torch_npu.optim", "apex.optimizers"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_an_npu_fuses_sgd_for_the_precisions_that_its_optimizer_takes(
+    monkeypatch: Any, dtype: torch.dtype, library: str
+) -> None:
+    """From torch_npu, or from Ascend's apex, as on torch 1.5."""
+    package, _, module = library.partition(".")
+    optimizers = SimpleNamespace(NpuFusedSGD=FusedSGD)
+    monkeypatch.setitem(sys.modules, package, SimpleNamespace(**{module: optimizers}))
+    monkeypatch.setitem(sys.modules, library, optimizers)
+    device = ComputeDevice("cpu")
+    device.type = "npu"
+    weight = torch.zeros(2, dtype=dtype, requires_grad=True)
+    sgd = torch.optim.SGD([{"params": [weight], "weight_decay": 0.5}], lr=0.1, momentum=0.9)
+    fused = device.prepare_sgd(sgd)
+    assert isinstance(fused, FusedSGD) == (dtype != torch.bfloat16)
+    assert [fused.param_groups[0][name] for name in ("lr", "momentum", "weight_decay")] == [0.1, 0.9, 0.5]
+
+
+def test_an_npu_without_fused_sgd_says_so(monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setitem(sys.modules, "apex", None)
+    device = ComputeDevice("cpu")
+    device.type = "npu"
+    sgd = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=0.1)
+    assert device.prepare_sgd(sgd) is sgd
+    assert "NpuFusedSGD" in capsys.readouterr().out
+
+
+class FusedSGD(torch.optim.SGD):
+    """A stand-in for torch_npu.optim.NpuFusedSGD, which raises TypeError for bf16."""
+
+
+# Stands in for Ascend's apex.amp, and scales for real.
+APEX_AMP = """
+import contextlib
+calls = []
+
+def initialize(model, optimizer, **options):
+    calls.append(options)
+    return model, optimizer
+
+def master_params(optimizer):
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+@contextlib.contextmanager
+def scale_loss(loss, optimizer):
+    yield loss * 8
+    for parameter in master_params(optimizer):
+        parameter.grad.div_(8)
+"""
+STEP_WITH_APEX = """
+import json
+import sys
+from engine.device import ComputeDevice, amp
+from apex import amp as apex_amp
+import torch
+amp.needs_apex = lambda device: True
+precision = amp.Amp(ComputeDevice("cpu"), "fp16", "O2")
+network = torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.Linear(1, 1))
+weights = precision.convert(network)
+groups = [{"params": weights}]
+if sys.argv[1] == "True":
+    groups = [{"params": weights[::2]}, {"params": weights[1::2]}]
+sgd = torch.optim.SGD(groups, lr=0.5, momentum=0.9)
+optimizer = precision.optimizer(network, sgd, weights, loss_scale=8.0)
+network[1].weight.data.fill_(1)
+before = [parameter.detach().clone() for parameter in network.parameters()]
+with precision.autocast():
+    loss = network(torch.tensor([[1.0, 3.0]])).sum()
+optimizer.backward(loss)
+optimizer.step()
+change = [(old - new.detach()).flatten().tolist() for old, new in zip(before, network.parameters())]
+masters = [id(master) == id(parameter) for master, parameter in zip(optimizer.master_weights, network.parameters())]
+print(json.dumps([apex_amp.calls, change[0], masters]))
+"""
+
+
+@pytest.mark.parametrize("no_bias_decay", [False, True])
+def test_apex_is_called_as_it_documents_and_leaves_unscaled_gradients(tmp_path: Any, no_bias_decay: bool) -> None:
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("")
+    (tmp_path / "apex" / "amp.py").write_text(textwrap.dedent(APEX_AMP))
+    path = os.pathsep.join([REPOSITORY, str(tmp_path)])
+    calls, change, masters = json.loads(run_python(STEP_WITH_APEX, str(no_bias_decay), PYTHONPATH=path)[-1])
+    assert calls == [{"opt_level": "O2", "loss_scale": 8.0, "verbosity": 0}]
+    assert change == [pytest.approx(0.5), pytest.approx(1.5)]
+    assert masters == [True] * 4  # in the model's order, though apex lists them by parameter group
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+def test_bytes_of_images_become_normalized_channels() -> None:
+    device = ComputeDevice("cpu")
+    images = torch.arange(2 * 5 * 5 * 3).view(2, 5, 5, 3).byte()
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    normalized = device.normalizer(mean, std)(images)
+    expected = ((images.float() / 255 - torch.tensor(mean)) / torch.tensor(std)).permute(0, 3, 1, 2)
+    assert torch.allclose(normalized, expected, atol=1e-6)
+    assert normalized.dtype == torch.float32
+    assert normalized.is_contiguous(memory_format=device.memory_format)
+
+
+@needs_bf16
+def test_images_have_the_precision_of_the_weights() -> None:
+    images = torch.zeros(1, 5, 5, 3, dtype=torch.uint8)
+    for opt_level, dtype in (("O1", torch.float32), ("O2", torch.bfloat16), ("O3", torch.bfloat16)):
+        amp = Amp(ComputeDevice("cpu"), "bf16", opt_level)
+        assert amp.device.normalizer((0.5,) * 3, (0.5,) * 3, amp.input_dtype)(images).dtype == dtype
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@no_gpu
+def test_batches_copied_beside_a_busy_gpu_arrive_intact() -> None:
+    """Each batch is used after a matrix product that takes longer than its copy, and freed at once."""
+    device = ComputeDevice("gpu")
+    busy, sums = torch.randn(4096, 4096, device=device.device), []
+    for number in range(40):
+        images = device.to_device(torch.full((64, 224, 224, 3), number, dtype=torch.uint8).pin_memory())
+        busy = (busy @ busy).clamp(-1, 1)
+        sums.append(images.sum())
+        del images
+    assert [total.item() for total in sums] == [number * 64 * 224 * 224 * 3 for number in range(40)]
