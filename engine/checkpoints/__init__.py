@@ -1,1 +1,19 @@
 # SPDX-License-Identifier: BSD-3-Clause
+"""Checkpoints: what they hold, crash-safe files, and continuing a run."""
+
+from engine.checkpoints.checkpointer import Checkpointer
+from engine.checkpoints.contents import Checkpoint, RunInfo, TrainState, save_safetensors
+from engine.checkpoints.file import CheckpointWriter
+from engine.checkpoints.model import CLASSES_HELP, Model, load_model
+
+__all__ = [
+    "CLASSES_HELP",
+    "Checkpoint",
+    "CheckpointWriter",
+    "Checkpointer",
+    "Model",
+    "RunInfo",
+    "TrainState",
+    "load_model",
+    "save_safetensors",
+]

@@ -1,16 +1,35 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The trained model in a checkpoint, ready to predict or to export."""
+"""Trained models: the one in a checkpoint, ready to predict or to export, and torchvision's ImageNet weights."""
 
 from __future__ import annotations
 
+import hashlib
+import os
+import urllib.error
 from typing import NamedTuple
 
+from engine.checkpoints.contents import load_checkpoint, load_weights
+from engine.data import Preprocessing
+from engine.errors import UsageError, first_line
+
 import vgg
-from engine.checkpoints.contents import load_checkpoint, load_weights, model_weights
-from engine.data.datasets import IMAGENET_MEAN, IMAGENET_STD
-from engine.errors import UsageError
+
+import torch
 
 CLASSES_HELP = "names of the classes, one per line, in order (default: those in the checkpoint, else numbers)"
+
+# The file of each architecture (torchvision/models/vgg.py, IMAGENET1K_V1); its name ends with the start of its SHA-256.
+URL = "https://download.pytorch.org/models/"
+FILES = {
+    "vgg11": "vgg11-8a719046.pth",
+    "vgg13": "vgg13-19584684.pth",
+    "vgg16": "vgg16-397923af.pth",
+    "vgg19": "vgg19-dcbb9e9d.pth",
+    "vgg11_bn": "vgg11_bn-6002323d.pth",
+    "vgg13_bn": "vgg13_bn-abd245e5.pth",
+    "vgg16_bn": "vgg16_bn-6c64b313.pth",
+    "vgg19_bn": "vgg19_bn-c79401a0.pth",
+}
 
 
 class Model(NamedTuple):
@@ -18,10 +37,7 @@ class Model(NamedTuple):
 
     network: vgg.VGG
     classes: list[str]
-    image_size: int  # pixels per side
-    center_crop: bool  # resize and crop the center, else resize the whole image
-    mean: tuple[float, ...]  # of each channel, for pixels in [0, 1]
-    std: tuple[float, ...]
+    preprocessing: Preprocessing
     val_split: float | None  # --val-split of its training
 
 
@@ -31,36 +47,48 @@ def load_model(path: str, classes_file: str | None = None) -> Model:
     Raises CheckpointError, or UsageError if it is not a VGG or the class names do not fit.
     """
     checkpoint = load_checkpoint(path)
-    weights = model_weights(checkpoint, path)
+    weights = checkpoint.best_weights
     network = vgg.network_of(weights)
     if network is None:
         raise UsageError(f"{path}: holds weights, but not those of a VGG")
-    count = len(weights[f"{vgg.LAST_LAYER}.weight"])
-    if classes_file:
-        classes = read_classes(classes_file)
-    else:
-        classes = [str(name) for name in checkpoint.get("classes") or range(count)]
-    if len(classes) != count:
-        names = f"{classes_file or path} has {len(classes)} class names"
-        raise UsageError(f"{names}, the network has {count} classes")
     load_weights(network, weights, path)
-    values = checkpoint.get("preprocessing") or {}
-    return Model(
-        network.eval(),
-        classes,
-        image_size=int(values.get("image_size", 224)),
-        center_crop=bool(values.get("crop", True)),
-        mean=values.get("mean", IMAGENET_MEAN),
-        std=values.get("std", IMAGENET_STD),
-        val_split=checkpoint.get("val_split"),
-    )
+    count = len(weights[f"{vgg.LAST_LAYER}.weight"])
+    classes = read_classes(classes_file) if classes_file else [str(name) for name in checkpoint.classes or range(count)]
+    if len(classes) != count:
+        raise UsageError(f"{classes_file or path} has {len(classes)} class names, the network has {count} classes")
+    preprocessing = Preprocessing.from_dict(checkpoint.preprocessing)
+    return Model(network.eval(), classes, preprocessing, checkpoint.val_split)
 
 
 def read_classes(path: str) -> list[str]:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:  # Windows' Notepad puts a mark of UTF-8 in front
             return file.read().splitlines()
     except OSError as error:
         raise UsageError(f"--classes {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"--classes {path}: expected UTF-8 text") from error
+
+
+def imagenet_weights(arch: str | None) -> str:
+    """Return the path of the weights, downloaded if they are not there. arch: vgg16 if None. Raises UsageError."""
+    name = FILES[arch or "vgg16"]
+    checksum = name.partition("-")[2].partition(".")[0]
+    home = torch.hub.get_dir() if hasattr(torch.hub, "get_dir") else torch.hub._get_torch_home()  # torch 1.5
+    path = os.path.join(home, "checkpoints", name)
+    if not os.path.exists(path):
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            torch.hub.download_url_to_file(URL + name, path, hash_prefix=checksum)
+        except (urllib.error.URLError, OSError, RuntimeError) as error:  # no network, no disk, another checksum
+            raise UsageError(
+                f"--pretrained imagenet: cannot download {URL}{name} ({first_line(error)}); download it elsewhere and "
+                f"put it at {path}"
+            ) from error
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 22), b""):
+            digest.update(block)
+    if not digest.hexdigest().startswith(checksum):
+        raise UsageError(f"{path}: its SHA-256 checksum does not start with {checksum}: delete it and try again")
+    return path

@@ -18,6 +18,7 @@ from engine.checkpoints import file as checkpoint_file
 from engine.checkpoints.file import CheckpointWriter, link, load, lock_folder
 from engine.errors import CheckpointError, UsageError
 from engine.versions import TORCH
+
 from helpers import strace
 from helpers.program import environment, run
 

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a checkpoint holds, and what is read from files of others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine.checkpoints.contents import load_checkpoint, load_weights
+from engine.errors import CheckpointError, UsageError
+
+from helpers.program import assert_same_weights
+from helpers.saved import COUNTS, Run, SmallNet, save
+
+import pytest
+import torch
+
+
+def test_a_checkpoint_holds_plain_values_and_fp32_tensors_on_the_cpu(tmp_path: Any) -> None:
+    content = Run().train(1).content()
+    assert {"epoch", "arch", "state_dict", "best_acc1", "optimizer", "amp"} <= set(content)  # the reference's
+    assert content["counts"] == list(COUNTS) and content["decoder"] == "simplejpeg"
+    assert content["preprocessing"] == {"image_size": 8} and content["classes"] == ["a", "b", "c", "d"]
+    assert content["identity"] == {"seed": 7, "global batch": 12}
+    for name, tensor in content["state_dict"].items():
+        assert tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.int64), name
+    save(content, tmp_path / "x")
+    options = {"weights_only": True} if "weights_only" in torch.load.__code__.co_varnames else {}
+    assert torch.load(str(tmp_path / "x"), **options)["step"] == 1
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("arch", 5),
+        ("classes", "abc"),
+        ("preprocessing", [224]),
+        ("preprocessing", {"image_size": "abc"}),
+        ("preprocessing", {"image_size": -5}),
+        ("preprocessing", {"mean": None}),
+        ("preprocessing", {"mean": [0.5] * 3, "std": [0.5]}),
+        ("val_split", "0.1"),
+        ("identity", [1]),
+        ("batch", 256),
+        ("batch", {"batch_size": 8, "accum_steps": 1}),
+        ("batch", {"batch_size": 8, "accum_steps": 1, "images_per_step": 0}),
+    ],
+)
+def test_an_entry_that_cannot_be_ours_is_left_out(tmp_path: Any, key: str, value: Any) -> None:
+    weights = {"state_dict": {"a": torch.ones(1)}}
+    found = load_checkpoint(save({**weights, key: value}, tmp_path / "x"))
+    assert getattr(found, key) == getattr(load_checkpoint(save(weights, tmp_path / "y")), key)
+
+
+def test_a_file_of_something_else_is_no_checkpoint(tmp_path: Any) -> None:
+    with pytest.raises(CheckpointError, match="x: holds a list, not a checkpoint"):
+        load_checkpoint(save([1, 2], tmp_path / "x"))
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def test_weights_are_found_in_a_checkpoint_and_in_a_plain_state_dict(tmp_path: Any) -> None:
+    content = Run().train(2).content()
+    checkpoint = load_checkpoint(save(content, tmp_path / "x"))
+    assert_same_weights(checkpoint.weights, content["state_dict"])
+    assert_same_weights(checkpoint.best_weights, content["state_dict_ema"])
+    plain = load_checkpoint(save(content["state_dict"], tmp_path / "y"))
+    assert_same_weights(plain.best_weights, content["state_dict"])
+    of_the_reference = {
+        "module.features.0.weight": torch.zeros(1),
+        "module.fc1.weight": torch.ones(1),
+        "module.fc3.bias": torch.ones(2),
+    }
+    names = list(load_checkpoint(save({"state_dict": of_the_reference}, tmp_path / "z")).weights)
+    assert names == ["features.0.weight", "classifier.0.weight", "classifier.6.bias"]
+
+
+@pytest.mark.parametrize(
+    "content", [{}, {"epoch": 1}, {"state_dict": {}}, {"state_dict": {"a": 1}}, {"state_dict": [1]}]
+)
+def test_a_file_without_weights_is_named(tmp_path: Any, content: Any) -> None:
+    with pytest.raises(UsageError, match="x.pth: holds no weights"):
+        load_checkpoint(save(content, tmp_path / "x.pth"))
+
+
+def test_weights_that_do_not_fit_are_named() -> None:
+    network: Any = SmallNet()
+    weights = dict(network.state_dict())
+    weights["features.0.weight"] = torch.zeros(5, 3, 3, 3)
+    message = r"x.pth: features.0.weight: expected shape \(4, 3, 3, 3\), got \(5, 3, 3, 3\)"
+    with pytest.raises(UsageError, match=message):
+        load_weights(network, weights, "x.pth")
