@@ -15,20 +15,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import inspect
 import json
 import os
 import warnings
 from typing import Any, Iterator, Sequence
 
 import engine  # noqa: F401  sets variables that torch reads when it is imported
-import vgg
 from engine import console
-from engine.checkpoints.contents import save_safetensors
-from engine.checkpoints.model import CLASSES_HELP, load_model
+from engine.checkpoints import CLASSES_HELP, load_model, save_safetensors
 from engine.console import run_script
-from engine.device.compute import onnx_export_options
 from engine.errors import EXIT_FAILURE, UsageError, UserError
-from engine.options.parser import OneLineParser, nonempty_path
+from engine.options import OneLineParser, nonempty_path
+
+import vgg
 
 import torch
 
@@ -61,9 +61,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--checkpoint", type=nonempty_path, metavar="FILE", required=True, help="main.py's, ModelZoo's or torchvision's"
     )
     parser.add_argument(
-        "--output", metavar="FILE", default="vgg16.onnx", help="*.onnx or *.safetensors (default: %(default)s)"
+        "--output",
+        type=nonempty_path,
+        metavar="FILE",
+        default="vgg16.onnx",
+        help="*.onnx or *.safetensors (default: %(default)s)",
     )
-    parser.add_argument("--classes", metavar="FILE", help=CLASSES_HELP)
+    parser.add_argument("--classes", type=nonempty_path, metavar="FILE", help=CLASSES_HELP)
     args = parser.parse_args(argv)
     if not args.output.endswith((".onnx", ".safetensors")):
         parser.error(f"--output {args.output}: the name must end in .onnx or .safetensors")
@@ -101,15 +105,9 @@ def export_safetensors(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("safetensors") is None:
         raise UsageError("safetensors is not installed: pip install safetensors")
     model = load_model(args.checkpoint, args.classes)
-    preprocessing = {
-        "image_size": model.image_size,
-        "crop": model.center_crop,
-        "mean": list(model.mean),
-        "std": list(model.std),
-    }
     weights = model.network.state_dict()
     with new_file(args.output) as temporary:
-        info = {"classes": model.classes, "preprocessing": preprocessing, "val_split": model.val_split}
+        info = {"classes": model.classes, "preprocessing": model.preprocessing.to_dict(), "val_split": model.val_split}
         save_safetensors(weights, temporary, arch=vgg.architecture_of(weights), **info)
     console.line(f"{args.output}: {len(weights)} tensors, {len(model.classes)} classes")
 
@@ -121,8 +119,9 @@ def export_onnx(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise UsageError(f"{error.name} is not installed: pip install onnx onnxruntime") from error
     source = load_model(args.checkpoint, args.classes)
-    model = FromBytes(source.network.requires_grad_(False), source.mean, source.std).eval()
-    size = source.image_size
+    preprocessing = source.preprocessing
+    model = FromBytes(source.network.requires_grad_(False), preprocessing.mean, preprocessing.std).eval()
+    size = preprocessing.image_size
     images = torch.randint(0, 256, (5, size, size, 3), generator=torch.Generator().manual_seed(0)).byte()
     with new_file(args.output) as temporary:
         trace(model, images[:2], temporary)
@@ -130,7 +129,7 @@ def export_onnx(args: argparse.Namespace) -> None:
         metadata = {
             "classes": json.dumps(source.classes),
             "image_size": str(size),
-            "crop": str(int(source.center_crop)),
+            "crop": str(int(preprocessing.crop)),
         }
         for key, value in metadata.items():
             content.metadata_props.add(key=key, value=value)
@@ -152,6 +151,8 @@ def export_onnx(args: argparse.Namespace) -> None:
 def trace(model: torch.nn.Module, example: torch.Tensor, path: str) -> None:
     """Trace the model into an ONNX file whose first dimension is free."""
     names = ["images", "logits", "probabilities"]
+    # Since torch 2.9 another exporter is the default, which needs the package onnxscript and does not trace.
+    options: dict[str, Any] = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer warns that sizes become constants, as they should
         torch.onnx.export(
@@ -162,7 +163,7 @@ def trace(model: torch.nn.Module, example: torch.Tensor, path: str) -> None:
             output_names=names[1:],
             opset_version=OPSET,
             dynamic_axes={name: {0: "N"} for name in names},
-            **onnx_export_options(),
+            **options,
         )
 
 

@@ -12,127 +12,125 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
+import itertools
 import math
 import os
 import time
 from dataclasses import dataclass
 from typing import Any, Callable, Iterator, Sequence
 
-import engine  # noqa: F401  sets variables that torch reads when it is imported
-import vgg
-from engine import console
-from engine.checkpoints.contents import (
-    BEST,
-    LATEST,
-    ModelInfo,
-    TrainState,
-    build_checkpoint,
-    check_resumable,
-    load_pretrained,
-    load_weights,
-    log_changes,
-    model_weights,
-    restore,
+from engine import console, options  # first of all: engine sets variables that torch reads when it is imported
+from engine.checkpoints import Checkpointer, TrainState
+from engine.data import (
+    BatchMixer,
+    ImageBatches,
+    ImageDataset,
+    Preprocessing,
+    ResumableBatchSampler,
+    open_datasets,
+    read_batches,
+    worker_options,
 )
-from engine.checkpoints.file import CheckpointWriter
-from engine.checkpoints.start import read_start
-from engine.console import run_script
-from engine.data.augmentation import BatchMixer
-from engine.data.datasets import EMBEDDED, ImageDataset, open_datasets
-from engine.data.folder_index import track_check
-from engine.data.images import decoder_name
-from engine.data.loader import Batch, BatchLoader, Loader, ResumableBatchSampler, SyntheticLoader, watch_workers
-from engine.device.compute import ComputeDevice
-from engine.device.step import MixedPrecisionOptimizer, ModelEma
-from engine.errors import EXIT_STOPPED, SaveError, UsageError
-from engine.evaluation.files import write_evaluation
-from engine.evaluation.views import ViewAverage
-from engine.options import resolve
-from engine.options.flags import parse_args
-from engine.parallel.communicator import Communicator, StopVote, check_same_flags, check_same_parameters
-from engine.parallel.launcher import launch
-from engine.records.logger import Logger, ProgressMeter
-from engine.records.metrics import AccuracyCounter, Predictions, Throughput, Totals, cross_entropy, zero_unless_finite
-from engine.records.run_info import log_run_info, program_checksum, versions, write_args
+from engine.device import Amp, ComputeDevice, MixedPrecisionOptimizer, ModelEma
+from engine.evaluation import ViewAverage, write_evaluation
+from engine.parallel import Communicator, launch
+from engine.records import (
+    AccuracyCounter,
+    Logger,
+    Predictions,
+    ProgressMeter,
+    Throughput,
+    Totals,
+    cross_entropy,
+    run_info,
+)
 from engine.signals import StopSignals
 
+import vgg
+
 import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+EMBEDDED = "the embedded digits"
+Batch = Any  # (images, target, indices): (N, S, S, 3) uint8; (N,) int64; (N,) int64, their places in the dataset
+Normalize = Callable[[Any], torch.Tensor]  # (N, S, S, 3) uint8 on the host to (N, 3, S, S) on the device
+BuildNetwork = Callable[[str, int], vgg.VGG]  # from the architecture and the number of classes
 
 
 @dataclass
-class Runtime:
-    """The services that every part of a run uses."""
+class Job:
+    """What every part of a run uses."""
 
-    group: Communicator
-    accelerator: ComputeDevice
+    args: argparse.Namespace
+    comm: Communicator
+    device: ComputeDevice
+    amp: Amp
     logger: Logger
     stop: StopSignals
 
 
 @dataclass
+class Data:
+    """What a run trains and validates on: no training images for --evaluate, none at all for --dummy."""
+
+    train: ImageDataset | None
+    val: ImageDataset | None
+    preprocessing: Preprocessing  # of validation images: size, crop, mean and standard deviation
+
+
+@dataclass
 class Training:
-    """Everything that training changes, and what saves it."""
+    """Everything that training changes."""
 
     network: vgg.VGG
     model: torch.nn.Module  # the network as it is trained: wrapped by DDP, compiled
-    normalize: Callable[[torch.Tensor], torch.Tensor]
-    scaler: MixedPrecisionOptimizer
+    normalize: Normalize
+    optimizer: MixedPrecisionOptimizer
     ema: ModelEma | None
-    info: ModelInfo
-    state: TrainState
+    mixer: BatchMixer | None
     counter: AccuracyCounter  # of the current epoch
-    writer: CheckpointWriter
-    mixer: BatchMixer | None = None
+    state: TrainState
+    checkpointer: Checkpointer
     profiler: Any = None
-
-
-def predict_crops(network: torch.nn.Module, normalize: Callable[[Any], torch.Tensor], images: Any) -> torch.Tensor:
-    """Return logits (N, classes) of (N, S, S, 3) uint8 images."""
-    return network(normalize(images))
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
-def build_datasets(args: argparse.Namespace, runtime: Runtime) -> tuple[ImageDataset | None, ImageDataset | None]:
-    """Return (training, validation) datasets; no training dataset for --evaluate, none at all for --dummy.
+def build_data(job: Job, start: Any) -> Data:
+    """Open the training and validation images, with the preprocessing of the checkpoint `start`, if there is one.
 
     The local main process goes first: it lists the files of a folder, and the others find its cached index. Raises
     DataError, or UsageError if the processes see different files.
     """
-    group = runtime.group
-    check = track_check if args.bad_images == "skip" else None
-    datasets: tuple[ImageDataset | None, ImageDataset | None] = (None, None)
-    with group.local_main_first():
+    args, train, val = job.args, None, None
+    with job.comm.local_main_first():
         if not args.dummy:
-            datasets = open_datasets(args.data, evaluate=args.evaluate, check=check, val_split=args.val_split)
-    fingerprints = [dataset.fingerprint for dataset in datasets if dataset is not None]
-    if group.any(fingerprints != group.broadcast(fingerprints)):
-        raise UsageError("the processes do not see the same data: every node needs the same files under --data")
-    return datasets
+            train, val = open_datasets(
+                args.data,
+                evaluate=args.evaluate,
+                skip_unreadable=args.bad_images == "skip",
+                val_split=args.val_split,
+                saved_val_split=None if start is None else start.val_split,
+            )
+    job.comm.check_same({"the fingerprint of --data": [part.fingerprint for part in (train, val) if part is not None]})
+    return Data(train, val, options.resolve_preprocessing(args, val, start))
 
 
-def build_loader(
-    dataset: ImageDataset | None,
-    args: argparse.Namespace,
-    runtime: Runtime,
-    *,
-    training: bool,
-    start: tuple[int, int] = (0, 0),
-    scales: Sequence[int] = (),
-) -> Loader:
-    """Return the batches of this process; synthetic ones if there is no dataset.
+def build_sampler(job: Job, count: int, *, training: bool, start: tuple[int, int] = (0, 0)) -> ResumableBatchSampler:
+    """Return the batches of this process of `count` images.
 
-    Training continues from `start` (epoch, images used of it) over all epochs without a pause; validation is one pass,
-    over whole images if `scales` are given.
+    Training continues from `start` (epoch, images used of it) over all epochs without a pause; validation is one pass.
     """
-    group, accelerator = runtime.group, runtime.accelerator
-    sampler = ResumableBatchSampler(
-        args.dummy if dataset is None else len(dataset),
+    args = job.args
+    return ResumableBatchSampler(
+        count,
         args.batch_size // args.processes,
-        rank=group.rank,
-        world_size=group.world_size,
+        rank=job.comm.rank,
+        world_size=job.comm.world_size,
         shuffle=training,
         accum_steps=args.accum_steps if training else 1,
         seed=args.seed,
@@ -140,48 +138,64 @@ def build_loader(
         start=start,
         with_previous=training and bool(args.mixup or args.cutmix),
     )
-    if sampler.steps_per_epoch == 0:
-        raise UsageError(
-            f"{sampler.count} images are fewer than the {sampler.step_images} of one step: use a smaller --batch-size"
-            + (" or --val-split" if args.val_split else "")
-        )
-    if dataset is None:
-        return SyntheticLoader(sampler, args.image_size, accelerator.device)
-    options = accelerator.loader_options(-(-args.workers // args.processes))
-    augmentation = resolve.resolve_augmentation(args, dataset) if training else None
-    size, seed = args.image_size, args.seed
-    return BatchLoader(dataset, sampler, size, augmentation=augmentation, scales=scales, seed=seed, options=options)
+
+
+def build_loader(
+    job: Job, dataset: ImageDataset, transform: Any, sampler: ResumableBatchSampler, scales: Sequence[int] = ()
+) -> DataLoader:
+    """Return a DataLoader of uint8 batches; of whole images if `scales` are given. transform: of each image."""
+    return DataLoader(
+        ImageBatches(dataset, transform, seed=job.args.seed, scales=scales),  # type: ignore[arg-type]
+        batch_size=None,  # the sampler gives whole batches
+        sampler=sampler,  # type: ignore[arg-type]
+        **job.device.loader_options(),
+        **worker_options(-(-job.args.workers // job.args.processes)),
+    )
+
+
+def synthetic_batches(job: Job, sampler: ResumableBatchSampler, size: int) -> Iterator[Batch]:
+    """Yield the same random batch without end, made on the device: for measuring the step and nothing else."""
+    count = sampler.local_batch + sampler.with_previous
+    images = torch.randint(0, 256, (count, size, size, 3), device=job.device.device).byte()
+    return itertools.repeat((images, torch.randint(0, 1000, (count,), device=job.device.device), torch.arange(count)))
 
 
 # --- model and optimizer ----------------------------------------------------------------------------------------------
 
 
 def build_training(
-    network: vgg.VGG, info: ModelInfo, normalize: Any, args: argparse.Namespace, runtime: Runtime
+    job: Job, network: vgg.VGG, classes: int, normalize: Normalize, checkpointer: Checkpointer
 ) -> Training:
     """Move a network to the device; build its optimizer, EMA, DDP and compiled form, as the flags say."""
-    accelerator = runtime.accelerator
-    scaler = accelerator.prepare_training(
-        network,
-        lr=args.lr,
-        momentum=args.momentum,
-        weight_decay=args.weight_decay,
-        no_bias_decay=args.no_bias_decay,
-        loss_scale=args.loss_scale_value,
-        clip_grad_norm=args.clip_grad_norm,
+    args, device = job.args, job.device
+    device.place(network, one_shape=True)
+    weights = job.amp.convert(network)  # at O2 fp32 master weights, else the network's own
+    groups: list[dict[str, Any]] = [{"params": weights}]
+    if args.no_bias_decay:  # biases and batch norm have one dimension
+        matrices, vectors = ([weight for weight in weights if (weight.dim() > 1) == large] for large in (True, False))
+        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    sgd = torch.optim.SGD(
+        groups, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay, **device.sgd_options()
     )
-    ema = ModelEma(network, scaler.weights, scaler.master_weights) if args.ema_decay else None
+    optimizer = job.amp.optimizer(
+        network, sgd, weights, loss_scale=args.loss_scale_value, clip_grad_norm=args.clip_grad_norm
+    )
+    ema = ModelEma(network, optimizer.weights, optimizer.master_weights) if args.ema_decay else None
     model: torch.nn.Module = network
-    if runtime.group.world_size > 1:
-        model = accelerator.wrap_ddp(model, args.grad_compress)
+    if job.comm.world_size > 1:
+        model = DistributedDataParallel(network, **device.ddp_options())
+        if args.grad_compress != "none":
+            from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+            model.register_comm_hook(None, getattr(default_hooks, f"{args.grad_compress}_compress_hook"))
     if args.compile:
-        model = accelerator.compile(model)
-    counter = AccuracyCounter(accelerator.device)
-    state = TrainState(epoch=args.start_epoch)
+        model = device.compile(model)
     mixer = None
     if args.mixup or args.cutmix:
-        mixer = BatchMixer(args.mixup, args.cutmix, len(info.classes), args.seed)
-    return Training(network, model, normalize, scaler, ema, info, state, counter, CheckpointWriter(), mixer)
+        mixer = BatchMixer(args.mixup, args.cutmix, classes, args.seed)
+        console.line("=> images are mixed: the training accuracy is that of the larger part of each")
+    state, counter = TrainState(epoch=args.start_epoch), AccuracyCounter(device.device, finite_only=True)
+    return Training(network, model, normalize, optimizer, ema, mixer, counter, state, checkpointer)
 
 
 def learning_rate(epoch: int, args: argparse.Namespace) -> float:
@@ -195,133 +209,128 @@ def learning_rate(epoch: int, args: argparse.Namespace) -> float:
 # --- the loops --------------------------------------------------------------------------------------------------------
 
 
-def train_one_epoch(
-    args: argparse.Namespace, runtime: Runtime, training: Training, batches: Iterator[Batch], steps: int
-) -> bool:
+def train_one_epoch(job: Job, training: Training, batches: Iterator[Batch], steps: int) -> bool:
     """Train to the end of the epoch of `steps` steps. Returns whether to stop the run here."""
-    group, accelerator, logger = runtime.group, runtime.accelerator, runtime.logger
-    state, counter, optimizer = training.state, training.counter, training.scaler.optimizer
+    args, state, counter = job.args, training.state, training.counter
     training.model.train()
     if args.freeze_features:
         training.network.features.eval()  # batch norm keeps its statistics too
     lr = learning_rate(state.epoch, args)
-    for param_group in optimizer.param_groups:
-        param_group["lr"] = lr
+    training.optimizer.set_lr(lr)
     global_batch = args.batch_size * args.nodes * args.accum_steps
     throughput = Throughput(int(min(steps - state.step_in_epoch, (args.stop_step_num or math.inf) - state.step)))
     meter = ProgressMeter(f"Epoch: [{state.epoch}]", steps, state.step_in_epoch, counter.read())
-    vote, stopping = StopVote(group), False
+    vote, stopping = job.comm.stop_vote(), False
 
     left = (steps - state.step_in_epoch) * global_batch
     with console.progress(state.images_in_epoch + left, state.images_in_epoch, f"Epoch {state.epoch}"):
         while state.step_in_epoch < steps and not stopping:
-            train_step(args, runtime, training, batches, meter)
+            train_step(job, training, batches, meter)
             state.images_in_epoch += global_batch
-            throughput.step(global_batch, accelerator.synchronize)
+            throughput.step(global_batch, job.device.synchronize)
             console.advance(global_batch)
 
             # A stop signal on any process stops all of them after the next step.
             done = state.step_in_epoch
-            stopping = vote.vote(runtime.stop) or state.step == args.stop_step_num
+            stopping = vote.vote(job.stop) or state.step == args.stop_step_num
             if done == 1 or done % args.print_freq == 0 or done == steps or stopping:
                 totals = counter.read()  # a synchronization, and so is the next line
-                training.scaler.check_finite(state.step)
+                training.optimizer.check_finite(state.step)
                 console.line(meter.line(done, totals))
-                logger.event("train", samples=state.images_in_epoch, lr=lr, **totals.metrics(), **state.position())
+                job.logger.event("train", samples=state.images_in_epoch, lr=lr, **totals.metrics(), **state.position())
             if args.save_freq and state.step % args.save_freq == 0 and done < steps and not stopping:
-                accelerator.synchronize()
+                job.device.synchronize()
                 throughput.pause()
-                save(args, runtime, training)
+                save(job, training)
                 throughput.resume()
 
     stopping = vote.result() or stopping
-    accelerator.synchronize()
-    totals = Totals(*group.sum(counter.read()))
-    rate = group.broadcast(throughput.images_per_second())  # one value in the logs of all nodes
+    job.device.synchronize()
+    totals = counter.read(job.comm.sum)
+    rate = job.comm.broadcast(throughput.images_per_second())  # one value in the logs of all nodes
     console.line(f"[npu id: 0 ] * FPS@all {rate:.3f}")
     if state.step_in_epoch == steps:
-        timing = {"images_per_second": rate, "seconds": throughput.seconds()}
-        logger.event("epoch", samples=state.images_in_epoch, lr=lr, **timing, **totals.metrics(), **state.position())
+        values = {"lr": lr, "images_per_second": rate, "seconds": throughput.seconds(), **totals.metrics()}
+        job.logger.event("epoch", samples=state.images_in_epoch, **values, **state.position())
     return stopping
 
 
-def train_step(
-    args: argparse.Namespace, runtime: Runtime, training: Training, batches: Iterator[Batch], meter: ProgressMeter
-) -> None:
+def train_step(job: Job, training: Training, batches: Iterator[Batch], meter: ProgressMeter) -> None:
     """Make one optimizer step, over args.accum_steps batches.
 
     It synchronizes once if the optimizer cannot skip on the device (NPU, MPS, torch before 2.4).
     """
-    accelerator, model, scaler, state = runtime.accelerator, training.model, training.scaler, training.state
+    args, model, optimizer, state = job.args, training.model, training.optimizer, training.state
     # Dropout depends on (seed, step, rank) alone, so that a resumed run draws the same masks.
-    accelerator.seed(((args.seed * 1000003 + state.step) * 1000003 + runtime.group.rank) % 2**63)
+    job.device.seed(((args.seed * 1000003 + state.step) * 1000003 + job.comm.rank) % 2**63)
     for part in range(args.accum_steps):
         begin = time.perf_counter()
         images, target, _ = next(batches)
         meter.add_data_time(time.perf_counter() - begin)
-        images, target = training.normalize(images), accelerator.to_device(target)
+        images, target = training.normalize(images), job.device.to_device(target)
         if training.mixer is not None:
             images, target = training.mixer(images, target, state.epoch, state.step_in_epoch * args.accum_steps + part)
-        with accelerator.accumulate(model, last=part == args.accum_steps - 1):
-            with accelerator.autocast():
+        # DDP sends the gradients with the last batch only.
+        is_last = part == args.accum_steps - 1 or job.comm.world_size == 1
+        with contextlib.nullcontext() if is_last else model.no_sync():  # type: ignore[operator]
+            with job.amp.autocast():
                 logits = model(images)
                 loss = cross_entropy(logits, target, args.label_smoothing)
-            scaler.backward(loss / args.accum_steps)
-        training.counter.update(zero_unless_finite(loss.detach()) * len(target), logits, target)
-    scaler.step()
+            optimizer.backward(loss / args.accum_steps)
+        training.counter.update(loss, logits, target)
+    optimizer.step()
     state.step += 1
     state.step_in_epoch += 1
     if training.ema is not None:
-        training.ema.update(args.ema_decay, state.step, scaler.skipped)
+        training.ema.update(args.ema_decay, state.step, optimizer.skipped)
     if training.profiler is not None:
         training.profiler.step()
 
 
 def validate(
-    args: argparse.Namespace,
-    runtime: Runtime,
+    job: Job,
     network: torch.nn.Module,
     predict: Callable[[Any], torch.Tensor],
-    loader: Loader,
+    loader: DataLoader,
     state: TrainState | None = None,
     predictions: Predictions | None = None,
 ) -> Totals | None:
     """Return the totals over all processes, each validation image counted once; None if a signal stops the run.
 
-    predict: maps the images of a batch to logits. state: of the training that this validation belongs to, if any.
+    predict: from the images of a batch to logits. state: of the training that this validation belongs to, if any.
     predictions: filled with the images of this process.
     """
-    group, accelerator, logger = runtime.group, runtime.accelerator, runtime.logger
     network.eval()
-    group.broadcast_buffers(network)
-    counter, steps = AccuracyCounter(accelerator.device), loader.sampler.steps_per_epoch
+    job.comm.broadcast_buffers(network)
+    sampler: Any = loader.sampler
+    counter, steps = AccuracyCounter(job.device.device), sampler.steps_per_epoch
     meter, start = ProgressMeter("Test: ", steps), time.perf_counter()
-    batches, vote = iter(loader), StopVote(group)
-    with torch.no_grad(), console.progress(loader.sampler.count, 0, "Test"):
+    batches, vote = read_batches(loader), job.comm.stop_vote()
+    with torch.no_grad(), console.progress(sampler.count, 0, "Test"):
         for done in range(1, steps + 1):
             begin = time.perf_counter()
             images, target, indices = next(batches)
             meter.add_data_time(time.perf_counter() - begin)
             if len(target):  # the last batch of this process may be empty
-                target = accelerator.to_device(target)
-                with accelerator.autocast():
+                target = job.device.to_device(target)
+                with job.amp.autocast():
                     logits = predict(images)
-                counter.update(cross_entropy(logits, target) * len(target), logits, target)
+                counter.update(cross_entropy(logits, target), logits, target)
                 if predictions is not None:
                     predictions.update(indices, logits)
-            if done == 1 or done % args.print_freq == 0 or done == steps:
+            if done == 1 or done % job.args.print_freq == 0 or done == steps:
                 console.line(meter.line(done, counter.read()))  # a synchronization
-            console.advance(loader.sampler.global_batch)
-            if vote.vote(runtime.stop):
+            console.advance(sampler.global_batch)
+            if vote.vote(job.stop):
                 vote.result()
                 return None
     if vote.result():
         return None
-    totals = Totals(*group.sum(counter.read()))
+    totals = counter.read(job.comm.sum)
     console.line(f"[npu id: 0 ] [AVG-ACC] * Acc@1 {totals.acc1:.3f} Acc@5 {totals.acc5:.3f}")
     seconds = time.perf_counter() - start
     position = {} if state is None else state.position()
-    logger.event("validate", samples=int(totals.images), seconds=seconds, **totals.metrics(), **position)
+    job.logger.event("validate", samples=int(totals.images), seconds=seconds, **totals.metrics(), **position)
     return totals
 
 
@@ -329,193 +338,182 @@ def validate(
 
 
 def train(
-    args: argparse.Namespace, runtime: Runtime, training: Training, loader: Loader, val_loader: Loader | None
+    job: Job, training: Training, sampler: ResumableBatchSampler, batches: Iterator[Batch], val: DataLoader | None
 ) -> int:
     """Train all epochs that are left. Returns the exit code."""
-    group, state = runtime.group, training.state
-    batches = iter(loader)
+    args, state = job.args, training.state
     while not state.is_finished(args.epochs, args.stop_step_num):
-        steps = state.step_in_epoch + loader.sampler.steps_left(state.images_in_epoch)
-        stopping = state.step_in_epoch < steps and train_one_epoch(args, runtime, training, batches, steps)
+        steps = state.step_in_epoch + sampler.steps_left(state.images_in_epoch)
+        stopping = state.step_in_epoch < steps and train_one_epoch(job, training, batches, steps)
         if stopping:
-            save(args, runtime, training, final=True)
-            return 0 if state.step == args.stop_step_num else EXIT_STOPPED
-        if group.world_size > 1:
-            check_same_parameters(group, training.network)
+            save(job, training, final=True)
+            return 0 if state.step == args.stop_step_num else job.stop.EXIT_CODE
+        job.comm.check_same_parameters(training.network)
         best, last = False, state.epoch + 1 == args.epochs
-        validates = val_loader is not None and (last or (state.epoch + 1) % args.eval_freq == 0)
-        if val_loader is not None and validates:
-            predict = functools.partial(predict_crops, training.network, training.normalize)
+        validates = val is not None and (last or (state.epoch + 1) % args.eval_freq == 0)
+        if val is not None and validates:
             with training.ema.swapped_in() if training.ema is not None else contextlib.nullcontext():
-                totals = validate(args, runtime, training.network, predict, val_loader, state)
+                totals = validate(job, training.network, predictor(training.network, training.normalize), val, state)
             if totals is None:
-                save(args, runtime, training, final=True)
-                return EXIT_STOPPED
+                save(job, training, final=True)
+                return job.stop.EXIT_CODE
             best = totals.acc1 >= state.best_acc1
             state.best_acc1 = max(totals.acc1, state.best_acc1)
         state.epoch, state.step_in_epoch, state.images_in_epoch = state.epoch + 1, 0, 0
-        training.counter = AccuracyCounter(runtime.accelerator.device)
-        save(args, runtime, training, best=best, final=last)
+        training.counter = AccuracyCounter(job.device.device, finite_only=True)
+        save(job, training, best=best, final=last)
         if validates:
-            runtime.logger.curves()
-    if val_loader is not None and group.rank == 0:
-        console.line(f"=> best Acc@1 {state.best_acc1:.3f}: {os.path.join(args.output_dir, BEST)}")
+            job.logger.curves()
+    if val is not None and job.comm.rank == 0:
+        console.line(f"=> best Acc@1 {state.best_acc1:.3f}: {training.checkpointer.best_path}")
     return 0
 
 
-def save(
-    args: argparse.Namespace, runtime: Runtime, training: Training, *, best: bool = False, final: bool = False
-) -> None:
-    """Save a checkpoint on rank 0, and link it to model_best.pth.tar if it is the best.
+def predictor(network: torch.nn.Module, normalize: Normalize) -> Callable[[Any], torch.Tensor]:
+    """Return a function from (N, S, S, 3) uint8 images to logits (N, classes)."""
+    return lambda images: network(normalize(images))
 
-    Training continues while the file is written. If a save fails, the old file stays and a warning says so; the final
-    save is waited for, and its failure raises SaveError. After a skipped step the weights may have diverged: no
-    checkpoint is written, except the best and the final one.
+
+def save(job: Job, training: Training, *, best: bool = False, final: bool = False) -> None:
+    """Save a checkpoint, while training continues; a failure of the final one raises SaveError.
+
+    After a skipped step the weights may have diverged: no checkpoint is written, except the best and the final one.
     """
-    begin, state, logger = time.perf_counter(), training.state, runtime.logger
-    training.scaler.check_finite(state.step)
-    if training.scaler.skipped_in_a_row.item() and not (best or final):  # a synchronization
+    begin, state, optimizer = time.perf_counter(), training.state, training.optimizer
+    optimizer.check_finite(state.step)
+    if optimizer.skipped_in_a_row.item() and not (best or final):  # a synchronization
         console.line(f"=> checkpoint at step {state.step} skipped: non-finite gradients")
         return
-    totals = Totals(*runtime.group.sum(training.counter.read()))
-    if runtime.group.rank == 0:
-        checkpoint = build_checkpoint(state, totals, training.info, training.scaler, training.ema)
-        training.writer.wait_or_warn(console.warning)
-        path, best_path = os.path.join(args.output_dir, LATEST), os.path.join(args.output_dir, BEST)
-        training.writer.save(checkpoint, path, also=best_path if best else None)
-        if final:
-            error = training.writer.wait()
-            if error is not None:
-                intact = "; the one before it is intact" if os.path.exists(path) else ""
-                raise SaveError(f"{path}: could not write the last checkpoint ({error}){intact}")
-    logger.event("checkpoint", seconds=time.perf_counter() - begin, **state.position())
+    totals = training.counter.read(job.comm.sum)
+    training.checkpointer.save(state, totals, optimizer, training.ema, best=best, final=final)
+    job.logger.event("checkpoint", seconds=time.perf_counter() - begin, **state.position())
 
 
-def run_job(args: argparse.Namespace, runtime: Runtime, build_network: Callable[[str, int], vgg.VGG]) -> int:
-    """Build everything, then train and validate, or only evaluate. Returns the exit code."""
-    group, accelerator, logger = runtime.group, runtime.accelerator, runtime.logger
-    others = {"the JPEG decoder": decoder_name(), "the program's SHA-256": program_checksum()}
-    check_same_flags(group, {**resolve.shared_flags(args), **others})
-    checkpoint, pretrained = read_start(args, group, logger)
-    resolve.resolve_from_checkpoint(args, checkpoint)
-    train_set, val_set = build_datasets(args, runtime)
-    classes = val_set.classes if val_set is not None else [str(number) for number in range(1000)]
-    preprocessing = resolve.resolve_preprocessing(args, val_set, checkpoint)
-    log_run_info(args, group, accelerator, logger, train_set, val_set)
-    # Before resolve_identity: it may change args.accum_steps, or args.lr and args.min_lr.
-    batch = resolve.keep_images_per_step(args, checkpoint, console.line)
-    identity = resolve.resolve_identity(args, train_set)
-    info = ModelInfo(args.arch, classes, preprocessing, group.world_size, args.val_split, identity, batch)
-    accelerator.seed(args.seed)
-    network = build_network(args.arch, len(classes))
-    if checkpoint is not None:
-        check_resumable(checkpoint, info, evaluate=args.evaluate)
-        path = resolve.checkpoint_name(args)
-        load_weights(network, model_weights(checkpoint, path, ema=args.evaluate), path)
-    elif pretrained is not None:
-        load_pretrained(network, pretrained, args.pretrained, logger)
+def run_job(job: Job, build_network: BuildNetwork) -> int:
+    """Find what to start from, open the data, build the network; then train or evaluate. Returns the exit code."""
+    comm, args = job.comm, job.args
+    comm.check_same({**options.shared_flags(args), "the program's SHA-256": run_info.program_checksum()})
+    checkpointer = Checkpointer(args.output_dir, comm, evaluate=args.evaluate)
+    checkpointer.find(args.resume, args.auto_resume, args.pretrained, args.arch)
+    args, batch = options.with_checkpoint(args, checkpointer.continued)
+    job = dataclasses.replace(job, args=args)
+    data = build_data(job, checkpointer.continued)
+    info = options.describe_run(args, batch, data.preprocessing, data.train, data.val)
+    checkpointer.check(info)
+    device = f"{comm.world_size} × {args.device} ({job.device.name()})"
+    console.line(f"=> {args.arch} on {device}, {args.precision}, torch {torch.__version__}")
+    source = f"{args.dummy:,} synthetic images" if args.dummy else args.data or f"{EMBEDDED} (no --data given)"
+    run_info.log_data(source, data.preprocessing.image_size, data.train, data.val)
+    if comm.rank == 0:
+        run_info.write_bad_images(args.output_dir, data.train, data.val)
+
+    job.device.seed(args.seed)
+    network = build_network(args.arch, len(info.classes))
+    checkpointer.load_weights(network)
     if args.freeze_features:
         network.features.requires_grad_(False)
-    normalize = accelerator.normalizer(preprocessing["mean"], preprocessing["std"])
+    normalize = job.device.normalizer(data.preprocessing.mean, data.preprocessing.std, job.amp.input_dtype)
     if args.evaluate:
-        assert val_set is not None and checkpoint is not None, "see _check_combinations in engine/options/flags.py"
-        return evaluate(args, runtime, network, normalize, val_set, checkpoint)
+        return evaluate(job, network, normalize, data, checkpointer)
+    return fit(job, build_training(job, network, len(info.classes), normalize, checkpointer), data)
 
-    training = build_training(network, info, normalize, args, runtime)
-    group.before_exit(training.writer.finish)
-    state = training.state
-    if checkpoint is not None:
-        restore(checkpoint, state, training.counter, training.scaler, training.ema, group.rank)
-    loader = build_loader(train_set, args, runtime, training=True, start=(state.epoch, state.images_in_epoch))
-    log_changes(checkpoint, info, state, training.ema, loader.sampler.count, logger)
-    del checkpoint, pretrained  # up to a gigabyte
-    val_loader = None if val_set is None else build_loader(val_set, args, runtime, training=False)
+
+def fit(job: Job, training: Training, data: Data) -> int:
+    """Train from where the checkpoint has stopped to the end. Returns the exit code."""
+    args, state, checkpointer, size = job.args, training.state, training.checkpointer, data.preprocessing.image_size
+    job.comm.before_exit(checkpointer.finish)
+    checkpointer.restore(state, training.counter, training.optimizer, training.ema)
+    count = args.dummy if data.train is None else len(data.train)
+    sampler = build_sampler(job, count, training=True, start=(state.epoch, state.images_in_epoch))
+    checkpointer.log_changes(state, training.ema, count)
+    checkpointer.let_go()
+    if data.train is None:
+        batches = synthetic_batches(job, sampler, size)
+    else:
+        augmentation = options.resolve_augmentation(args, data.train, size)
+        batches = read_batches(build_loader(job, data.train, augmentation, sampler))
+    val_loader = None
+    if data.val is not None:
+        val_sampler = build_sampler(job, len(data.val), training=False)
+        val_loader = build_loader(job, data.val, data.preprocessing, val_sampler)
     if state.is_finished(args.epochs, args.stop_step_num):
         console.line(f"=> nothing left to train: {state.epoch} of {args.epochs} epochs and {state.step} steps are done")
     else:
-        write_args(args, accelerator, logger)
-    logger.event("start", **state.position())
-    runtime.stop.training = True
-    trace_path = os.path.join(args.output_dir, "trace.json") if args.profile and group.rank == 0 else None
+        record = {"flags": {**vars(args), "image_size": size}, "decoder": checkpointer.info.decoder}
+        job.logger.write_args({**record, "processes": job.comm.world_size, **run_info.versions(job.device.name())})
+    job.logger.event("start", **state.position())
+    job.stop.training = True
     try:
-        with accelerator.trace(trace_path, console.line) as training.profiler, watch_workers(loader, val_loader):
-            code = train(args, runtime, training, loader, val_loader)
+        trace_path = os.path.join(args.output_dir, "trace.json") if args.profile and job.comm.rank == 0 else None
+        with job.device.trace(trace_path) as training.profiler:
+            code = train(job, training, sampler, batches, val_loader)
     finally:
-        training.writer.wait_or_warn(console.warning)  # a failure does not cost the checkpoint being written
-    if code == EXIT_STOPPED:
+        checkpointer.wait()  # a failure does not cost the checkpoint being written
+    stopped = code == job.stop.EXIT_CODE
+    if stopped:
         console.line(f"=> stopped on a signal after step {state.step}, checkpoint saved; continue with --auto-resume")
-    logger.event("stop" if code == EXIT_STOPPED else "done", acc1=state.best_acc1, **state.position())
+    job.logger.event("stop" if stopped else "done", acc1=state.best_acc1, **state.position())
     return code
 
 
-def evaluate(
-    args: argparse.Namespace,
-    runtime: Runtime,
-    network: vgg.VGG,
-    normalize: Any,
-    dataset: ImageDataset,
-    checkpoint: dict[str, Any],
-) -> int:
+def evaluate(job: Job, network: vgg.VGG, normalize: Normalize, data: Data, checkpointer: Checkpointer) -> int:
     """Validate the network; write metrics.json, --predictions and --report. Returns the exit code."""
-    group, accelerator = runtime.group, runtime.accelerator
-    if "state_dict_ema" in checkpoint:
+    args, dataset, preprocessing = job.args, data.val, data.preprocessing
+    assert dataset is not None  # --evaluate excludes --dummy
+    if checkpointer.has_ema:
         console.line("=> evaluating the EMA weights (--ema-decay)")
-    accelerator.place(network)
-    scales = resolve.resolve_scales(args, dataset)
-    predict: Callable[[Any], torch.Tensor] = functools.partial(predict_crops, network, normalize)
+    job.device.place(network)
+    job.amp.convert(network)
+    predict = predictor(network, normalize)
+    scales, mirrored = options.resolve_views(args, preprocessing, dataset)
     if scales:
-        mirrored = resolve.resolve_hflip(args, dataset) > 0
-        predict = ViewAverage(network, normalize, view=args.eval_view, size=args.image_size, mirrored=mirrored)
-    loader = build_loader(dataset, args, runtime, training=False, scales=scales)
-    runtime.logger.open()  # fails now, not when all is computed
+        predict = ViewAverage(network, normalize, view=args.eval_view, size=preprocessing.image_size, mirrored=mirrored)
+    loader = build_loader(job, dataset, preprocessing, build_sampler(job, len(dataset), training=False), scales)
+    job.logger.open()  # fails now, not when all is computed
     predictions = Predictions(len(dataset), len(dataset.classes)) if args.report or args.predictions else None
-    with watch_workers(loader):
-        totals = validate(args, runtime, network, predict, loader, predictions=predictions)
-    assert totals is not None, "a signal during an evaluation ends the process: see StopSignals"
+    totals = validate(job, network, predict, loader, predictions=predictions)
+    assert totals is not None  # a signal ends the process, because nothing is being trained
     if predictions is not None:
-        group.max_(predictions.top5)  # -1 where an image was another process's
-        group.max_(predictions.probabilities)
-    if group.rank == 0:
-        facts = {**versions(accelerator), "weights": args.resume or args.pretrained, "data": args.data or EMBEDDED}
-        write_evaluation(args, dataset, totals, predictions, facts, console.line)
+        job.comm.max_(predictions.top5)  # -1 where an image was another process's
+        job.comm.max_(predictions.probabilities)
+    if job.comm.rank == 0:
+        facts = {name: getattr(args, name) for name in ("arch", "eval_view", "eval_scales", "precision", "batch_size")}
+        facts.update(image_size=preprocessing.image_size, val_split=dataset.val_split, data=args.data or EMBEDDED)
+        facts.update(weights=args.resume or args.pretrained, **run_info.versions(job.device.name()))
+        files = {"predictions_file": args.predictions, "report_folder": args.report}
+        write_evaluation(args.output_dir, dataset, totals, predictions, facts, preprocessing, **files)
     return 0
 
 
 def main_worker(
-    build_network: Callable[[str, int], vgg.VGG], args: argparse.Namespace, report: Callable[[str], None]
+    build_network: BuildNetwork, args: argparse.Namespace, ranks: Any, report: Callable[[str], None]
 ) -> int:
-    """Run one process of the job. Returns its exit code; raises UserError."""
+    """Run one process of the job, in the place that `ranks` gives it. Returns its exit code; raises UserError."""
     stop = StopSignals()
-    group = Communicator(args.dist_backend, args.dist_url, args.rendezvous_timeout, report)
+    comm = Communicator(ranks, args.dist_backend, args.dist_url, args.rendezvous_timeout, report)
     try:
-        accelerator = ComputeDevice(
+        device = ComputeDevice(
             args.device,
-            args.device_list[group.local_rank % len(args.device_list)],
-            precision=args.precision,
-            opt_level=args.opt_level,
-            local_world_size=group.local_world_size,
+            args.device_list[comm.local_rank % len(args.device_list)],
+            local_world_size=comm.local_world_size,
             deterministic=args.deterministic,
         )
-        logger = Logger(args.output_dir, writes=group.rank == 0)
-        code = run_job(args, Runtime(group, accelerator, logger, stop), build_network)
+        amp = Amp(device, args.precision, args.opt_level)
+        logger = Logger(args.output_dir, writes=comm.rank == 0)
+        code = run_job(Job(args, comm, device, amp, logger, stop), build_network)
         logger.close()
-        group.close()
+        comm.close()
     except Exception as error:
-        group.fail(error)
+        comm.fail(error)
         raise
     return code
 
 
-def main(argv: list[str] | None = None, build_network: Callable[[str, int], vgg.VGG] = vgg.VGG) -> int:
-    """Check everything that can be checked, then run. Returns the exit code; raises UserError.
-
-    build_network: from (architecture, number of classes) to the network.
-    """
-    args = parse_args(argv)
-    topology = resolve.resolve_flags(args)
-    resolve.make_output_folders(args)
-    return launch(functools.partial(main_worker, build_network), args, topology)
+def main(argv: list[str] | None = None, build_network: BuildNetwork = vgg.VGG) -> int:
+    """Check everything that can be checked, then run. Returns the exit code; raises UserError."""
+    args, topology = options.parse_flags(argv)
+    return launch(functools.partial(main_worker, build_network, args), topology)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    console.run_script(main)

@@ -7,16 +7,15 @@ import os
 import sys
 from typing import NoReturn
 
+os.environ["OMP_NUM_THREADS"] = "1"  # layers this small only wait for a second thread
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+
+from engine.console import run_script
 
 import main
 import vgg
-from engine.console import run_script
-from engine.device import compute
 
 WIDTHS, HIDDEN = (8, 8, 16, 16, 16), 32
-# At import, because spawned processes import this file again: layers this small only wait for a second thread.
-compute.available_cores = lambda: 1
 
 
 def small_vgg(arch: str, num_classes: int) -> vgg.VGG:

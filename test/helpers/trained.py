@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from engine.checkpoints.file import load
+
 from helpers.program import REPOSITORY, Result, run, run_main
 
 import numpy as np

@@ -6,16 +6,18 @@ from __future__ import annotations
 import sys
 from typing import Any, Callable, NamedTuple
 
-import vgg
 from engine.checkpoints.file import load
+from engine.data import ImageBatches
 from engine.data.datasets import ArrayDataset, read_digits
-from engine.data.loader import BatchDataset
+from engine.device import Amp, MixedPrecisionOptimizer
 from engine.device.choice import available_cores
 from engine.device.compute import ComputeDevice
-from engine.device.step import MixedPrecisionOptimizer
 from engine.records.metrics import cross_entropy
 from engine.versions import TORCH
+
+import vgg
 from helpers.program import TWO, run
+from helpers.step import optimizer_of
 
 import numpy as np
 import pytest
@@ -34,7 +36,7 @@ HALF_PRECISION = [
 
 class Trainer(NamedTuple):
     backward: Callable[..., float]  # (images, target) to the loss, which leaves gradients
-    scaler: MixedPrecisionOptimizer
+    optimizer: MixedPrecisionOptimizer
     network: nn.Module
 
 
@@ -58,28 +60,27 @@ def build(digits: ArrayDataset) -> Callable[..., Trainer]:
             self.features.apply(vgg._initialize)
 
     def builder(arch: str, device: str, precision: str, opt_level: str, lr: float = 0.0) -> Trainer:
-        accelerator = ComputeDevice(
-            device, precision=precision, opt_level=opt_level, local_world_size=available_cores()
-        )  # one thread
+        amp = Amp(ComputeDevice(device, local_world_size=available_cores()), precision, opt_level)  # one thread
         torch.manual_seed(3)
         network = NarrowVGG(arch)
-        scaler = accelerator.prepare_training(network, lr=lr, momentum=0.9, weight_decay=1e-4)
-        normalize = accelerator.normalizer(digits.mean, digits.std)
+        optimizer = optimizer_of(network, amp, lr=lr)
+        colors = digits.preprocessing
+        normalize = amp.device.normalizer(colors.mean, colors.std, amp.input_dtype)
 
         def backward(images: torch.Tensor, target: torch.Tensor) -> float:
-            with accelerator.autocast():
-                loss = cross_entropy(network(normalize(images)), accelerator.to_device(target))
-            scaler.backward(loss)
+            with amp.autocast():
+                loss = cross_entropy(network(normalize(images)), amp.device.to_device(target))
+            optimizer.backward(loss)
             return loss.item()
 
-        return Trainer(backward, scaler, network)
+        return Trainer(backward, optimizer, network)
 
     return builder
 
 
 def batch(digits: ArrayDataset, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(images, target)"""
-    found = BatchDataset(digits, size=32)[0, np.arange(first, first + count)]
+    found = ImageBatches(digits, digits.preprocessing)[0, np.arange(first, first + count)]
     assert isinstance(found, tuple)
     return found[0], found[1]
 
@@ -97,7 +98,7 @@ def test_half_precision_has_the_loss_and_gradients_of_fp32_within_a_bound(
     for kind in ("fp32", precision):
         trainer = build("vgg13", device, kind, opt_level)
         losses.append(trainer.backward(*batch(digits, 0, 16)))
-        gradients.append([weight.grad.float() / trainer.scaler.scale for weight in trainer.network.parameters()])
+        gradients.append([weight.grad.float() / trainer.optimizer.scale for weight in trainer.network.parameters()])
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     for (name, _), exact, half in zip(trainer.network.named_parameters(), *gradients):
         assert (half - exact).norm() < 0.35 * exact.norm(), name
@@ -118,7 +119,7 @@ def test_half_precision_learns_like_fp32_for_60_steps(
         losses = []
         for step in range(60):
             losses.append(trainer.backward(*batch(digits, step * 24 % 1416, 24)))
-            trainer.scaler.step()
+            trainer.optimizer.step()
         curves.append([sum(losses[first : first + 20]) / 20 for first in range(0, 60, 20)])
     assert curves[0][0] > 1.3 and curves[0][-1] < 0.6, curves
     assert curves[1] == pytest.approx(curves[0], abs=0.25), curves

@@ -9,12 +9,13 @@ import os
 import sys
 from typing import Any
 
+from engine.checkpoints.contents import load_checkpoint, save_safetensors
+from engine.checkpoints.file import load
+from engine.data import Preprocessing, open_datasets
+from engine.errors import CheckpointError, UsageError
+
 import export
 import vgg
-from engine.checkpoints.contents import load_safetensors, save_safetensors
-from engine.checkpoints.file import load
-from engine.data.datasets import ImageFolder
-from engine.errors import CheckpointError, UsageError
 from helpers.program import Result, assert_same_weights, run_main
 from helpers.trained import CLASSES, FLAGS, PRETRAINED, expected_predictions, run_script, train_classifier
 
@@ -54,8 +55,8 @@ def session_of(path: str) -> Any:
 @needs_onnx
 def test_the_file_predicts_what_validation_predicts(exported: Any, root: Any, folder: str) -> None:
     """From bytes of images, any number of them, with the EMA weights."""
-    dataset = ImageFolder(os.path.join(folder, "val"))
-    images = np.stack([dataset.validation_image(index, 32) for index in (5, 0, 14)])
+    _, dataset = open_datasets(folder, evaluate=True, skip_unreadable=False)
+    images = np.stack([Preprocessing(32)(dataset.read(index)) for index in (5, 0, 14)])
     session = session_of(exported[0])
     logits, probabilities = session.run(["logits", "probabilities"], {"images": images})
     classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
@@ -160,9 +161,10 @@ def test_safetensors_go_out_and_come_in_with_all_that_predictions_need(root: Any
     assert run_main(*flags).code == 0
     assert path.stat().st_mode & 0o077 == (root / "model_best.pth.tar").stat().st_mode & 0o077
     safetensors.save_file(weights, str(tmp_path / "foreign.safetensors"), metadata={"arch": "vgg11", "classes": "3"})
-    assert load_safetensors(str(tmp_path / "foreign.safetensors")).keys() == {"state_dict"}
+    foreign = load_checkpoint(str(tmp_path / "foreign.safetensors"))
+    assert foreign.classes == [] and foreign.weights.keys() == weights.keys()
     save_safetensors(weights, str(tmp_path / "split.safetensors"), val_split=0.4)
-    assert load_safetensors(str(tmp_path / "split.safetensors"))["val_split"] == 0.4
+    assert load_checkpoint(str(tmp_path / "split.safetensors")).val_split == 0.4
     missing = run_script(
         "export.py", "--checkpoint", root / "model_best.pth.tar", "--output", tmp_path / "no" / "x.safetensors"
     )

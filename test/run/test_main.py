@@ -11,16 +11,18 @@ import shutil
 import signal
 import sys
 
-import main
-import vgg
+from engine.checkpoints import Checkpoint
 from engine.checkpoints.file import load
-from engine.data.datasets import preprocessing_of, read_digits
-from engine.data.images import decoder_name
+from engine.data import Augmentation
+from engine.data.datasets import read_digits
 from engine.errors import UserError
 from engine.options.flags import parse_args
-from engine.options.resolve import keep_images_per_step, resolve_preprocessing
-from engine.parallel.launcher import free_port
+from engine.options.resolve import resolve_preprocessing, with_checkpoint
+from engine.parallel import free_port
 from engine.versions import TORCH
+
+import main
+import vgg
 from helpers.images import make_folder, write_cifar10
 from helpers.program import MAIN, TWO, assert_same_weights, events, run, run_main, start_main, wait_for_line, weights
 from helpers.trained import TorchvisionVGG
@@ -78,7 +80,7 @@ def test_output_folder_holds_checkpoints_flags_and_metrics(trained):
     assert expected <= set(os.listdir(str(output)))
     record = json.loads((output / "args.json").read_text())
     assert record["flags"]["arch"] == "vgg11" and record["torch"] == torch.__version__
-    assert record["decoder"] == decoder_name() and record["hardware"] and record["processes"] == 1
+    assert record["decoder"] == Augmentation.decoder and record["hardware"] and record["processes"] == 1
     kinds = [event["event"] for event in events(output)]
     assert kinds[0] == "start" and kinds[-1] == "done" and kinds.count("epoch") == kinds.count("validate") == 2
     validated = events(output, "validate")[-1]
@@ -262,20 +264,20 @@ def test_a_run_continues_on_fewer_nodes_with_the_same_images(folder, tmp_path):
     assert parts["loss"] == pytest.approx(whole["loss"], abs=0.05)  # dropout differs, images do not
 
 
-def test_a_resize_that_cannot_keep_the_images_per_step_scales_the_learning_rate(folder, tmp_path):
+def test_a_resize_that_cannot_keep_the_images_per_step_scales_the_learning_rate(folder, tmp_path, capsys):
     flags = [folder, *SMALL, "--epochs", 2, "--output-dir", tmp_path, "--lr", 0.01, "-p", 1]
     args = parse_args([str(flag) for flag in flags] + ["-b", "4"])
     args.nodes = 3
-    lines: list[str] = []
-    saved = keep_images_per_step(args, None, lines.append)
-    assert saved == {"batch_size": 4, "accum_steps": 1, "images_per_step": 12} and lines == []
+    _, saved = with_checkpoint(args, None)
+    assert saved == {"batch_size": 4, "accum_steps": 1, "images_per_step": 12} and capsys.readouterr().out == ""
     args.nodes = 2
-    assert keep_images_per_step(args, {"batch": saved}, lines.append) == saved
-    assert "8 images per step in place of 12, so learning rates are multiplied by 0.6667" in lines.pop()
-    assert args.lr == pytest.approx(0.01 * 2 / 3) and args.accum_steps == 1
+    checkpoint = Checkpoint("x", vgg.VGG("vgg11", 3, [8] * 5, 8).state_dict(), batch=saved)
+    resized, batch = with_checkpoint(args, checkpoint)
+    assert batch == saved
+    assert "8 images per step in place of 12, so learning rates are multiplied by 0.6667" in capsys.readouterr().out
+    assert resized.lr == pytest.approx(0.01 * 2 / 3) and resized.accum_steps == 1 and args.lr == 0.01
     args.batch_size = 5  # a flag that was changed counts as it is
-    keep_images_per_step(args, {"batch": saved}, lines.append)
-    assert lines == []
+    assert with_checkpoint(args, checkpoint)[0].lr == 0.01 and capsys.readouterr().out == ""
 
 
 def test_a_run_continues_within_an_epoch_with_another_batch_size(folder, tmp_path):
@@ -423,11 +425,11 @@ def test_an_output_without_unicode_costs_no_run(folder, tmp_path):
 def test_an_evaluation_normalizes_as_the_training_did():
     dataset = read_digits(training=False)
     args = parse_args(["-e", "--pretrained", "imagenet", "--image-size", "48"])
-    trained_on = {"preprocessing": {"image_size": 48, "crop": True, "mean": [0.1] * 3, "std": [0.2] * 3}}
-    expected = {"image_size": 48, "crop": False, "mean": [0.1] * 3, "std": [0.2] * 3}
-    assert resolve_preprocessing(args, dataset, trained_on) == expected
+    saved = {"image_size": 48, "crop": True, "mean": [0.1] * 3, "std": [0.2] * 3}
+    checkpoint = Checkpoint("x", {}, preprocessing=saved)
+    assert resolve_preprocessing(args, dataset, checkpoint).to_dict() == {**saved, "crop": False}
     args = parse_args([])  # a training has its own
-    assert resolve_preprocessing(args, dataset, None) == preprocessing_of(dataset, 32)
+    assert resolve_preprocessing(args, dataset, None) == dataset.preprocessing
 
 
 def test_another_val_split_than_that_of_the_training_is_refused_and_changes_nothing(tmp_path):

@@ -14,13 +14,17 @@ import sys
 
 from engine.options.flags import parse_args
 from engine.versions import TORCH
+
 from helpers.program import MAIN, REPOSITORY, run, run_python
 
 import pytest
 
 ENGLISH = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "recipes/README.md"]
 ENGLISH += sorted(os.path.relpath(path, REPOSITORY) for path in glob.glob(os.path.join(REPOSITORY, "docs", "*.md")))
-CHINESE = ["README.zh-CN.md", "docs/zh/distributed.md", "docs/zh/reference.md", "docs/zh/troubleshooting.md"]
+CHINESE = ["README.zh-CN.md"]
+CHINESE += sorted(
+    os.path.relpath(path, REPOSITORY) for path in glob.glob(os.path.join(REPOSITORY, "docs", "zh", "*.md"))
+)
 TRANSLATED = [(name.replace("README.zh-CN", "README").replace("docs/zh/", "docs/"), name) for name in CHINESE]
 PROGRAMS = ("python ", "bash ", "torchrun ", "pip ", "atc ", "sbatch ")
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime"))
