@@ -17,7 +17,8 @@ import pytest
 
 PREAMBLE = """
 import os, sys
-from engine.device.compute import ComputeDevice
+from engine.device import Amp, ComputeDevice
+from helpers.step import optimizer_of
 from engine.parallel import Communicator, Ranks
 from engine.console import exit_process
 from engine.errors import DivergedError, UsageError
