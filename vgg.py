@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from itertools import accumulate
-from typing import Sequence
+from typing import Match, Sequence
 
 import torch
 from torch import nn
@@ -84,7 +84,7 @@ def _features(depths: tuple[int, ...], widths: Sequence[int], batch_norm: bool) 
 
 def _average_pool_7x7(maps: torch.Tensor) -> torch.Tensor:
     """Average (N, C, H, W) to (N, C, 7, 7). At 224 pixels the maps are 7×7 already, at 32 they are single points."""
-    height, width = maps.shape[-2:]
+    height, width = (int(side) for side in maps.shape[-2:])  # constants, also where the network is traced
     if (height, width) == (7, 7):
         return maps
     if (height, width) == (1, 1):
@@ -106,51 +106,149 @@ def _initialize(layer: nn.Module) -> None:
         nn.init.zeros_(layer.bias)
 
 
+# --- the names of weights ---------------------------------------------------------------------------------------------
+
+# What DataParallel, torch.compile and FSDP put into the middle of a name.
+WRAPPER = re.compile(r"(?<=\.)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+RENAMED = [
+    (re.compile(rf"(?<![^.])(?:{theirs})\."), f"{ours}.")
+    for theirs, ours in (  # ModelZoo, timm, pretrainedmodels, torchvision before 0.1.8
+        (r"fc1|pre_logits\.fc1|linear0|classifier\.1", "classifier.0"),
+        (r"fc2|pre_logits\.fc2|linear1|classifier\.4", "classifier.3"),
+        (r"fc3|head\.fc|last_linear", "classifier.6"),
+        (r"_features", "features"),
+    )
+]
+LAYER = re.compile(r"(|.*\.)((?:features|classifier)\.\d+\.(?:(?:conv|bn)\.)?\w+)")  # prefix, layer and parameter
+# What lies beside a network and does not change its output.
+HARMLESS = re.compile(r"(?<![^._])(?:loss|losses|criterion|metrics?|acc|accuracy|optim|optimizer|n_averaged)(?![a-z])")
+
+
 def to_torchvision_names(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a state dict under torchvision's names.
+    """Return a state dict under torchvision's names, or a copy as it is if it does not hold exactly one RGB VGG.
 
-    Accepts torchvision's own names, the reference's (`fc1 fc2 fc3` for `classifier.0 .3 .6`), and either with the
-    `module.` that DistributedDataParallel puts in front.
+    Accepts the names above behind any prefix, mmpretrain's, and linear layers stored as convolutions. Entries that are
+    not the network's keep their names, so that describe_mismatch reports them.
     """
-    layers = {"fc1": "classifier.0", "fc2": "classifier.3", "fc3": "classifier.6"}
+    found = {prefix: weights for prefix, weights in _networks(state_dict).items() if architecture_of(weights)}
+    weights, *copies = found.values() or [{}]  # copies: torch.compile's result beside the network itself
+    is_one = all(_equal(weights, copy) for copy in copies)
+    rest = {name: state_dict[name] for name in state_dict if _split(name)[0] not in found and not HARMLESS.search(name)}
+    if not weights or not is_one or weights.keys() & rest.keys() or _bgr_layer(state_dict):
+        return OrderedDict(state_dict)
+    return OrderedDict({**weights, **rest})
 
-    def torchvision_name(name: str) -> str:
-        head, _, tail = re.sub(r"^(module\.)+", "", name).partition(".")
-        return f"{layers.get(head, head)}.{tail}"
 
-    return OrderedDict((torchvision_name(name), tensor) for name, tensor in state_dict.items())
+def _equal(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
+    return weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def _networks(state_dict: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """Return {prefix: weights under torchvision's names} of all that may be VGGs."""
+    networks: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in state_dict.items():
+        prefix, layer = _split(name)
+        if prefix is not None:
+            is_linear = layer.startswith("classifier.") and tensor.dim() == 4
+            networks.setdefault(prefix, {})[layer] = tensor.flatten(1) if is_linear else tensor
+    return {prefix: _number_layers(weights) for prefix, weights in networks.items()}
+
+
+def _split(name: str) -> tuple[str | None, str]:
+    """Return the prefix and torchvision's name of a parameter, (None, name) if it cannot be a VGG's."""
+    plain = WRAPPER.sub("", name)
+    for pattern, layer in RENAMED:
+        plain = pattern.sub(layer, plain)
+    match = LAYER.fullmatch(plain)
+    return (match.group(1), match.group(2)) if match else (None, name)
+
+
+def _number_layers(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Number layers where mmpretrain numbers blocks: features.2.conv and .bn are features.4 and .5 of a vgg11_bn."""
+    blocks = sorted(int(name.split(".")[1]) for name in weights if name.endswith(".conv.weight"))
+    suffix = "_bn" if any(".bn." in name for name in weights) else ""
+    arch = next((name + suffix for name in DEPTHS if blocks == _convolutions(name, layers=1)), None)
+    if arch is None:
+        return weights
+    numbers = dict(zip(blocks, _convolutions(arch)))
+
+    def layer(match: Match[str]) -> str:
+        return f"features.{numbers[int(match.group(1))] + (match.group(2) == 'bn')}."
+
+    return {re.sub(r"features\.(\d+)\.(conv|bn)\.", layer, name): tensor for name, tensor in weights.items()}
+
+
+def _convolutions(arch: str, layers: int | None = None) -> list[int]:
+    """Return the numbers of the convolutions in `features`. layers: how many numbers each convolution takes."""
+    layers = layers or (3 if arch.endswith("_bn") else 2)
+    pools_before = [stage for stage, depth in enumerate(DEPTHS[arch.replace("_bn", "")]) for _ in range(depth)]
+    return [position * layers + pools for position, pools in enumerate(pools_before)]
 
 
 def architecture_of(state_dict: dict[str, torch.Tensor]) -> str | None:
-    """Return the architecture of a state dict under torchvision's names, None if it is not a VGG's."""
-    convolutions = sum(tensor.dim() == 4 for tensor in state_dict.values())
-    batch_norm = any(name.endswith("running_mean") for name in state_dict)
-    for name, depths in DEPTHS.items():
-        if sum(depths) == convolutions:
-            return f"{name}_bn" if batch_norm else name
-    return None
+    """Return the architecture of a state dict under torchvision's names, None if it is not that of a whole VGG."""
+    if not all(f"classifier.{number}.weight" in state_dict for number in (0, 3, 6)):
+        return None
+    kernels = _kernels(state_dict)
+    return next((arch for arch in ARCHITECTURES if kernels == dict.fromkeys(_convolutions(arch), (3, 3))), None)
+
+
+def _kernels(weights: dict[str, torch.Tensor]) -> dict[int, tuple[int, ...]]:
+    """Return {number of a convolution: its kernel's size}."""
+    layers = {int(name.split(".")[1]): name for name in weights if re.fullmatch(r"features\.\d+\.weight", name)}
+    return {number: tuple(weights[name].shape[2:]) for number, name in layers.items() if weights[name].dim() == 4}
+
+
+def describe_weights(state_dict: dict[str, torch.Tensor]) -> str:
+    """Say what a state dict holds that has no architecture under the names of to_torchvision_names."""
+    layer, networks = _bgr_layer(state_dict), _networks(state_dict)
+    if layer:
+        return f"a network for BGR images from 0 to 255, as Caffe's are ({layer}): it would see other colors here"
+    vggs = [prefix for prefix, weights in networks.items() if architecture_of(weights)]
+    if len(vggs) > 1:
+        return f"{len(vggs)} different VGGs ({', '.join(repr(prefix) for prefix in vggs)}): keep the weights of one"
+    if vggs:
+        beside = [name for name in state_dict if _split(name)[0] not in vggs]
+        return f"a VGG ({vggs[0]!r}) and layers beside it ({', '.join(beside[:3])})"
+    unknown = [name for name in state_dict if _split(name)[0] is None] or list(state_dict)
+    for weights in networks.values():
+        kernels = _kernels(weights)
+        for arch in ARCHITECTURES:
+            if sorted(kernels) == _convolutions(arch):
+                if (1, 1) in kernels.values():
+                    return "a VGG of configuration C (1×1 convolutions), which is not supported"
+                return f"the convolutions of a {arch} without its three linear layers ({', '.join(unknown[:3])})"
+    return f"weights, but not those of a VGG ({', '.join(unknown[:3])})"
+
+
+def _bgr_layer(state_dict: dict[str, torch.Tensor]) -> str | None:
+    """Return a name in weights of Caffe's models, whose input is BGR from 0 to 255, less the mean."""
+    names = r"conv_?\d_\d"
+    if any(name.endswith("classifier.6.weight") and len(tensor) == 1000 for name, tensor in state_dict.items()):
+        names += r"|classifier\.1"  # torchvision before 0.1.8: its weights for ImageNet were Caffe's
+    return next((name for name in state_dict if re.search(rf"(?<![^.])(?:{names})\.weight$", name)), None)
 
 
 def network_of(state_dict: dict[str, torch.Tensor]) -> VGG | None:
     """Return a VGG of the shape of a state dict under torchvision's names, not loaded; None if it is not a VGG's."""
-    arch, last = architecture_of(state_dict), f"{LAST_LAYER}.weight"
-    if arch is None or not {last, "classifier.0.weight"} <= state_dict.keys():
+    arch = architecture_of(state_dict)
+    if arch is None:
         return None
-    layers = {int(name.split(".")[1]): len(tensor) for name, tensor in state_dict.items() if tensor.dim() == 4}
-    channels = [layers[number] for number in sorted(layers)]
-    ends = accumulate(DEPTHS[arch.replace("_bn", "")])
-    return VGG(arch, len(state_dict[last]), [channels[end - 1] for end in ends], len(state_dict["classifier.0.weight"]))
+    channels = [len(state_dict[f"features.{number}.weight"]) for number in _convolutions(arch)]
+    widths = [channels[end - 1] for end in accumulate(DEPTHS[arch.replace("_bn", "")])]
+    return VGG(arch, len(state_dict[f"{LAST_LAYER}.weight"]), widths, len(state_dict["classifier.0.weight"]))
 
 
 def describe_mismatch(state_dict: dict[str, torch.Tensor], model: nn.Module) -> str | None:
     """Name the first parameter by which a state dict does not fit the model; None if it fits."""
     expected = model.state_dict()
+    unknown = ", ".join([name for name in state_dict if name not in expected][:3])
     for name in [*expected, *state_dict]:
         if name not in state_dict:
             # Weights older than torch 0.4.1 lack batch norm's counter, which a fixed momentum does not use.
             if name.endswith("num_batches_tracked"):
                 continue
-            return f"{name} is missing"
+            return f"{name} is missing" + (f" (unknown: {unknown})" if unknown else "")
         if name not in expected:
             return f"{name} does not exist in this architecture"
         if state_dict[name].shape != expected[name].shape:

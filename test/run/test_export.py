@@ -141,6 +141,63 @@ def test_a_corrupt_checkpoint_is_named(tmp_path: Any) -> None:
         export.main(["--checkpoint", str(tmp_path / "x.pth"), "--output", str(tmp_path / "x.onnx")])
 
 
+def narrow_model(arch: str, classes: int = 5) -> export.FromBytes:
+    torch.manual_seed(0)
+    network = vgg.VGG(arch, classes, (8, 8, 16, 16, 16), 32).requires_grad_(False)
+    return export.FromBytes(network, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)).eval()
+
+
+def difference_of_export(model: export.FromBytes, size: int, folder: Any) -> float:
+    """Between onnxruntime and torch, for one image and for five, of a file traced with two."""
+    images = torch.randint(0, 256, (5, size, size, 3)).byte()
+    path = str(folder / "x.onnx")
+    export.trace(model, images[:2], path)
+    session = session_of(path)
+    return max(export.largest_difference(session, model, batch) for batch in (images, images[:1]))
+
+
+@needs_onnx
+@pytest.mark.parametrize("opset", [11, 17])
+def test_every_image_size_is_exported_right(tmp_path: Any, monkeypatch: Any, opset: int) -> None:
+    monkeypatch.setattr(export, "OPSET", opset)
+    model = narrow_model("vgg11")
+    differences = {size: difference_of_export(model, size, tmp_path) for size in [*range(32, 513, 32), 33, 100, 331]}
+    assert {size: value for size, value in differences.items() if not value < 1e-5} == {}
+
+
+@needs_onnx
+@pytest.mark.parametrize("arch", vgg.ARCHITECTURES)
+def test_every_architecture_is_exported_right(tmp_path: Any, arch: str) -> None:
+    assert difference_of_export(narrow_model(arch), 100, tmp_path) < 1e-5
+
+
+def save_narrow(path: Any, scale: float = 1, size: int = 96) -> list[str]:
+    """Write a checkpoint whose logits are `scale` times as large; return export.py's flags for it."""
+    weights = narrow_model("vgg11").network.state_dict()
+    for name in ("classifier.6.weight", "classifier.6.bias"):
+        weights[name] = weights[name] * scale
+    torch.save({"state_dict": weights, "preprocessing": {"image_size": size}}, str(path / "narrow.pth"))
+    return ["--checkpoint", str(path / "narrow.pth"), "--output", str(path / "narrow.onnx")]
+
+
+@needs_onnx
+@pytest.mark.parametrize("scale", [1, 1e6, 1e8], ids="logits about {}".format)
+def test_large_logits_are_no_reason_to_refuse(tmp_path: Any, scale: float) -> None:
+    assert export.main(save_narrow(tmp_path, scale)) == 0
+
+
+@needs_onnx
+def test_small_logits_do_not_hide_a_difference(tmp_path: Any, monkeypatch: Any) -> None:
+    right = export.trace
+
+    def wrong(model: export.FromBytes, example: torch.Tensor, path: str) -> None:
+        right(narrow_model("vgg13"), example, path)
+
+    monkeypatch.setattr(export, "trace", wrong)
+    with pytest.raises(export.ExportMismatchError, match="is not written"):
+        export.main(save_narrow(tmp_path, 1e-3))
+
+
 # --- safetensors ------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import re
+from collections import OrderedDict
+from typing import Any, Callable
+
 import vgg
 
 import pytest
@@ -45,6 +49,19 @@ def test_other_image_sizes_are_pooled_as_torchvision_pools_them() -> None:
         images = torch.randn(1, 3, size, size)
         with torch.no_grad():
             assert torch.allclose(ours(images), theirs(images), rtol=0, atol=1e-5), size
+
+
+@pytest.mark.skipif(not hasattr(torch, "compile"), reason="torch.compile is of torch 2")
+@pytest.mark.parametrize("size", [32, 64, 100, 224])
+def test_a_compiled_network_pools_as_it_does_uncompiled(size: int) -> None:
+    """The default makes sizes dynamic at the second one."""
+    network = narrow("vgg11")
+    forward, dense = torch.compile(network, backend="eager"), torch.compile(network.forward_dense, backend="eager")
+    for height, width in ((size, size), (size + 32, size + 64), (size + 101, size)):
+        images = torch.randn(2, 3, height, width)
+        with torch.no_grad():
+            assert torch.allclose(forward(images), network(images), rtol=0, atol=1e-5)
+            assert torch.allclose(dense(images, size), network.forward_dense(images, size), rtol=0, atol=1e-5)
 
 
 def test_gradients_are_those_of_relu_before_max_pool() -> None:
@@ -96,3 +113,269 @@ def test_batch_norm_weights_without_their_counter_fit(network: vgg.VGG) -> None:
 
 def test_weights_of_another_network_have_no_architecture() -> None:
     assert vgg.architecture_of(torchvision.models.alexnet().state_dict()) is None
+
+
+# --- weights of other programs ----------------------------------------------------------------------------------------
+
+
+class Holder(torch.nn.Module):
+    """A module that holds the network in a variable, as those of Lightning and Hugging Face do."""
+
+    def __init__(self, name: str, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.name = name
+        self.add_module(name, network)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return getattr(self, self.name)(images)
+
+
+class TimmStyle(torch.nn.Module):
+    """Linear layers as convolutions, which slide over maps larger than 7×7."""
+
+    def __init__(self, network: vgg.VGG) -> None:
+        super().__init__()
+        self.features = network.features
+        self.pre_logits, self.head = torch.nn.Module(), torch.nn.Module()
+        first, second, self.head.fc = (layer for layer in network.classifier if hasattr(layer, "weight"))
+        self.pre_logits.fc1 = torch.nn.Conv2d(first.in_features // 49, first.out_features, 7)
+        self.pre_logits.fc2 = torch.nn.Conv2d(second.in_features, second.out_features, 1)
+        for layer, linear in ((self.pre_logits.fc1, first), (self.pre_logits.fc2, second)):
+            layer.weight.data = linear.weight.data.view_as(layer.weight).clone()
+            layer.bias.data = linear.bias.data.clone()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        maps = self.features(images)
+        size = [max(7, side) for side in maps.shape[2:]]
+        maps = torch.nn.functional.adaptive_avg_pool2d(maps, size)
+        hidden = self.pre_logits.fc2(self.pre_logits.fc1(maps).relu()).relu()
+        return self.head.fc(hidden.mean([2, 3]))
+
+
+class MmpretrainStyle(torch.nn.Module):
+    """Blocks of convolution, batch normalization and ReLU, numbered together with the pools."""
+
+    def __init__(self, network: vgg.VGG) -> None:
+        super().__init__()
+        blocks: list[torch.nn.Module] = []
+        for layer in network.features:
+            if isinstance(layer, torch.nn.Conv2d):
+                blocks.append(torch.nn.Sequential(OrderedDict(conv=layer, activate=torch.nn.ReLU())))
+            elif isinstance(layer, torch.nn.BatchNorm2d):
+                blocks[-1] = torch.nn.Sequential(OrderedDict(conv=blocks[-1].conv, bn=layer, activate=torch.nn.ReLU()))
+            elif isinstance(layer, torch.nn.MaxPool2d):
+                blocks.append(layer)
+        self.features, self.classifier = torch.nn.Sequential(*blocks), network.classifier
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.classifier(torch.nn.functional.adaptive_avg_pool2d(self.features(images), 7).flatten(1))
+
+
+class PretrainedmodelsStyle(torch.nn.Module):
+    """The layers as attributes of the network, as Cadene's pretrainedmodels names them."""
+
+    def __init__(self, network: vgg.VGG) -> None:
+        super().__init__()
+        self._features = network.features
+        self.linear0, self.linear1, self.last_linear = (
+            layer for layer in network.classifier if hasattr(layer, "weight")
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        maps = torch.nn.functional.adaptive_avg_pool2d(self._features(images), 7).flatten(1)
+        return self.last_linear(self.linear1(self.linear0(maps).relu()).relu())
+
+
+class OldTorchvisionStyle(torch.nn.Module):
+    """Dropout in front of each linear layer, as in torchvision before 0.1.8."""
+
+    def __init__(self, network: vgg.VGG) -> None:
+        super().__init__()
+        layers = list(network.classifier)
+        self.features = network.features
+        self.classifier = torch.nn.Sequential(layers[2], *layers[:2], layers[5], *layers[3:5], layers[6])
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.classifier(torch.nn.functional.adaptive_avg_pool2d(self.features(images), 7).flatten(1))
+
+
+def examples_style(network: vgg.VGG) -> vgg.VGG:
+    """pytorch/examples wraps the convolutions alone."""
+    network.features = torch.nn.DataParallel(network.features)
+    return network
+
+
+def with_loss(network: vgg.VGG) -> Holder:
+    """A Lightning module with a weighted loss, a metric, and a VGG that is part of a loss."""
+    module = Holder("model", network)
+    module.criterion = torch.nn.CrossEntropyLoss(weight=torch.ones(5))
+    module.perceptual_loss = Holder("vgg", torch.nn.Module())
+    module.perceptual_loss.vgg.features = narrow("vgg16").features
+    module.train_acc = torch.nn.BatchNorm1d(1)
+    return module
+
+
+def compiled(network: torch.nn.Module) -> torch.nn.Module:
+    """What torch.compile returns names its parameters so."""
+    return Holder("_orig_mod", network)
+
+
+def with_compiled_features(network: vgg.VGG) -> vgg.VGG:
+    network.features = compiled(network.features)
+    return network
+
+
+PROGRAMS: dict[str, Callable[[vgg.VGG], torch.nn.Module]] = {
+    "pytorch/examples": examples_style,
+    "pytorch/examples, distributed": lambda network: Holder("module", examples_style(network)),
+    "torch.compile": compiled,
+    "torch.compile of DDP": lambda network: compiled(Holder("module", network)),
+    "DDP of torch.compile": lambda network: Holder("module", compiled(network)),
+    "torch.compile of the convolutions": lambda network: (
+        setattr(network, "features", compiled(network.features)),
+        network,
+    )[1],
+    "Lightning": lambda network: Holder("model", network),
+    "Lightning, compiled": lambda network: Holder("model", compiled(network)),
+    "Lightning with losses": with_loss,
+    "backbone": lambda network: Holder("backbone", network),
+    "net.encoder": lambda network: Holder("net", Holder("encoder", network)),
+    "a variable named classifier": lambda network: Holder("classifier", network),
+    "a variable named features": lambda network: Holder("features", network),
+    "Sequential": lambda network: torch.nn.Sequential(torch.nn.Identity(), network),
+    "AveragedModel": lambda network: torch.optim.swa_utils.AveragedModel(network),
+    "timm": TimmStyle,
+    "Hugging Face's timm": lambda network: Holder("timm_model", TimmStyle(network)),
+    "mmpretrain": lambda network: Holder("backbone", MmpretrainStyle(network)),
+    "pretrainedmodels": PretrainedmodelsStyle,
+    "torchvision 0.1.7": OldTorchvisionStyle,
+}
+
+
+def narrow(arch: str, classes: int = 5) -> vgg.VGG:
+    """A small VGG whose batch normalization does something and whose logits are about 1."""
+    torch.manual_seed(1)
+    network = vgg.VGG(arch, classes, (8, 8, 16, 16, 16), 32).eval()
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(layer.running_mean, std=0.1)
+            torch.nn.init.uniform_(layer.running_var, 0.5, 1.5)
+        elif isinstance(layer, torch.nn.Linear):
+            torch.nn.init.kaiming_normal_(layer.weight)
+    return network
+
+
+def loaded(weights: dict[str, torch.Tensor]) -> vgg.VGG:
+    """What predict.py and export.py make of a state dict."""
+    weights = vgg.to_torchvision_names(weights)
+    network = vgg.network_of(weights)
+    assert network is not None, vgg.describe_weights(weights)
+    assert vgg.describe_mismatch(weights, network) is None
+    network.load_state_dict(weights, strict=False)
+    return network.eval()
+
+
+@pytest.mark.parametrize("arch", ["vgg11", "vgg16_bn"])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_weights_of_other_programs_compute_what_they_compute_there(program: str, arch: str) -> None:
+    if program == "AveragedModel":
+        pytest.importorskip("torch.optim.swa_utils")  # torch 1.6
+    source = PROGRAMS[program](narrow(arch)).eval()
+    weights = source.state_dict()
+    network = loaded({name: weights[name] for name in sorted(weights)})  # safetensors sorts names
+    assert vgg.architecture_of(network.state_dict()) == arch
+    for size in (224, 96):
+        images = torch.randn(1, 3, size, size)
+        with torch.no_grad():
+            assert torch.allclose(network(images), source(images), rtol=0, atol=1e-5), size
+
+
+@pytest.mark.parametrize("arch", vgg.ARCHITECTURES)
+@pytest.mark.parametrize("style", [TimmStyle, MmpretrainStyle])
+def test_other_layer_numbers_are_understood_in_every_architecture(style: Any, arch: str) -> None:
+    network = narrow(arch)
+    weights = network.state_dict()
+    back = vgg.to_torchvision_names(style(network).state_dict())
+    assert back.keys() == weights.keys() and all(torch.equal(back[name], weights[name]) for name in weights)
+
+
+def test_timm_slides_its_linear_layers_over_larger_images() -> None:
+    source = TimmStyle(narrow("vgg11")).eval()
+    images = torch.randn(1, 3, 288, 256)
+    with torch.no_grad():
+        dense = loaded(source.state_dict()).forward_dense(images, 224)
+        assert torch.allclose(dense, source(images), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["vgg11", "vgg16_bn"])
+def test_weights_of_timm_itself(arch: str) -> None:
+    timm = pytest.importorskip("timm")
+    source = timm.create_model(arch, num_classes=5).eval()
+    network = loaded(source.state_dict())
+    for size in (224, 96):
+        images = torch.randn(1, 3, size, size)
+        with torch.no_grad():
+            assert torch.allclose(network(images), source(images), rtol=0, atol=1e-5), size
+
+
+def test_a_network_and_its_compiled_form_are_one() -> None:
+    module = Holder("model", narrow("vgg11"))
+    module.fast = compiled(module.model)
+    assert vgg.architecture_of(loaded(module.state_dict()).state_dict()) == "vgg11"
+
+
+def renamed(network: vgg.VGG, *rules: tuple[str, str]) -> dict[str, torch.Tensor]:
+    weights = network.state_dict()
+    for pattern, name in rules:
+        weights = OrderedDict((re.sub(pattern, name, key), value) for key, value in weights.items())
+    return weights
+
+
+def test_entries_that_may_change_the_result_are_named() -> None:
+    """An own last layer behind the network, a layer within it, normalization inside the model."""
+    weights = renamed(narrow("vgg11"), ("^", "vgg."))
+    for name in ("linear.weight", "vgg.attention.weight", "normalize.mean"):
+        back = vgg.to_torchvision_names({**weights, name: torch.zeros(3)})
+        assert name in (vgg.describe_mismatch(back, narrow("vgg11")) or ""), name
+
+
+def configuration_c(batch_norm: bool) -> dict[str, torch.Tensor]:
+    weights = narrow("vgg16_bn" if batch_norm else "vgg16").state_dict()
+    numbers = [number for number, kernel in vgg._kernels(weights).items() if kernel]
+    for number in (numbers[6], numbers[9], numbers[12]):  # the last of the stages with three
+        weights[f"features.{number}.weight"] = weights[f"features.{number}.weight"][..., :1, :1]
+    return weights
+
+
+NO_VGG = {
+    "configuration C": (lambda: configuration_c(False), "configuration C (1×1 convolutions)"),
+    "configuration C, batch norm": (lambda: configuration_c(True), "configuration C (1×1 convolutions)"),
+    "configuration C, prefix": (
+        lambda: {f"module.{name}": value for name, value in configuration_c(False).items()},
+        "configuration C (1×1 convolutions)",
+    ),
+    "Caffe": (lambda: renamed(narrow("vgg16"), (r"features\.0\.", "conv1_1."), (r"classifier\.0", "fc6")), "BGR"),
+    "Caffe by torchvision 0.1.7": (lambda: OldTorchvisionStyle(narrow("vgg16", 1000)).state_dict(), "BGR"),
+    "two VGGs": (
+        lambda: {**renamed(narrow("vgg11"), ("^", "student.")), **renamed(narrow("vgg16"), ("^", "teacher."))},
+        "'student.', 'teacher.'",
+    ),
+    "an own last layer": (lambda: renamed(narrow("vgg13"), (r"r\.6", "r.6.1")), "classifier.6.1.weight"),
+    "convolutions alone": (
+        lambda: {name: value for name, value in narrow("vgg19").state_dict().items() if "features" in name},
+        "the convolutions of a vgg19",
+    ),
+    "another network": (lambda: torchvision.models.resnet18().state_dict(), "conv1.weight"),
+    "thirteen convolutions": (
+        lambda: {f"layer{i}.weight": torch.zeros(1, 1, 3, 3) for i in range(13)},
+        "layer0.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NO_VGG)
+def test_weights_that_cannot_be_used_have_no_architecture_and_say_why(kind: str) -> None:
+    build, reason = NO_VGG[kind]
+    weights = vgg.to_torchvision_names(build())
+    assert vgg.architecture_of(weights) is None and vgg.network_of(weights) is None
+    assert reason in vgg.describe_weights(weights)
