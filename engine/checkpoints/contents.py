@@ -152,7 +152,9 @@ def load_checkpoint(path: str) -> Checkpoint:
     content = _load_safetensors(path) if path.endswith(".safetensors") else load(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
-    weights = _checked_weights(content.get("state_dict", content), path)
+    # ours, Lightning's and most others'; torchvision's references; what tutorials use; a plain state dict
+    containers = [content[key] for key in ("state_dict", "model", "model_state_dict") if key in content]
+    weights = _checked_weights(containers[0] if containers else content, path)
     ema_weights = _checked_weights(content["state_dict_ema"], path) if "state_dict_ema" in content else None
     metadata = {key: content[key] for key, is_ours in METADATA.items() if key in content and is_ours(content[key])}
     progress = {key: content[key] for key in PROGRESS if key in content}

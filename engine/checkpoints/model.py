@@ -50,7 +50,7 @@ def load_model(path: str, classes_file: str | None = None) -> Model:
     weights = checkpoint.best_weights
     network = vgg.network_of(weights)
     if network is None:
-        raise UsageError(f"{path}: holds weights, but not those of a VGG")
+        raise UsageError(f"{path}: holds {vgg.describe_weights(weights)}")
     load_weights(network, weights, path)
     count = len(weights[f"{vgg.LAST_LAYER}.weight"])
     classes = read_classes(classes_file) if classes_file else [str(name) for name in checkpoint.classes or range(count)]

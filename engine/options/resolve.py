@@ -141,7 +141,7 @@ def with_checkpoint(args: argparse.Namespace, start: Checkpoint | None) -> tuple
         return args, {**batch, "images_per_step": images}
     args.arch = args.arch or vgg.architecture_of(start.weights)
     if args.arch is None:
-        raise UsageError(f"{start.path}: holds weights, but not those of a VGG")
+        raise UsageError(f"{start.path}: holds {vgg.describe_weights(start.weights)}")
     args.image_size = args.image_size or start.preprocessing.get("image_size")
     wanted = start.batch["images_per_step"] if start.batch and batch.items() <= start.batch.items() else images
     if wanted != images and not args.evaluate:

@@ -8,6 +8,7 @@ from typing import Any
 from engine.checkpoints.contents import load_checkpoint, load_weights
 from engine.errors import CheckpointError, UsageError
 
+import vgg
 from helpers.program import assert_same_weights
 from helpers.saved import COUNTS, Run, SmallNet, save
 
@@ -66,13 +67,15 @@ def test_weights_are_found_in_a_checkpoint_and_in_a_plain_state_dict(tmp_path: A
     assert_same_weights(checkpoint.best_weights, content["state_dict_ema"])
     plain = load_checkpoint(save(content["state_dict"], tmp_path / "y"))
     assert_same_weights(plain.best_weights, content["state_dict"])
-    of_the_reference = {
-        "module.features.0.weight": torch.zeros(1),
-        "module.fc1.weight": torch.ones(1),
-        "module.fc3.bias": torch.ones(2),
-    }
-    names = list(load_checkpoint(save({"state_dict": of_the_reference}, tmp_path / "z")).weights)
-    assert names == ["features.0.weight", "classifier.0.weight", "classifier.6.bias"]
+    own = vgg.VGG("vgg11", 3, [4] * 5, 8).state_dict()
+    theirs = {"classifier.0": "fc1", "classifier.3": "fc2", "classifier.6": "fc3"}
+    of_the_reference = {}
+    for name, tensor in own.items():
+        layer, _, kind = name.rpartition(".")
+        of_the_reference[f"module.{theirs.get(layer, layer)}.{kind}"] = tensor
+    for container in ("state_dict", "model", "model_state_dict"):
+        path = save({container: of_the_reference, "epoch": 3}, tmp_path / container)
+        assert_same_weights(load_checkpoint(path).weights, own)
 
 
 @pytest.mark.parametrize(
