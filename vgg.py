@@ -130,7 +130,8 @@ def to_torchvision_names(state_dict: dict[str, torch.Tensor]) -> dict[str, torch
     Accepts the names above behind any prefix, mmpretrain's, and linear layers stored as convolutions. Entries that are
     not the network's keep their names, so that describe_mismatch reports them.
     """
-    found = {prefix: weights for prefix, weights in _networks(state_dict).items() if architecture_of(weights)}
+    networks = _networks(state_dict)
+    found = {prefix: weights for prefix, weights in networks.items() if len(networks) == 1 or architecture_of(weights)}
     weights, *copies = found.values() or [{}]  # copies: torch.compile's result beside the network itself
     is_one = all(_equal(weights, copy) for copy in copies)
     rest = {name: state_dict[name] for name in state_dict if _split(name)[0] not in found and not HARMLESS.search(name)}

@@ -181,7 +181,7 @@ def save_narrow(path: Any, scale: float = 1, size: int = 96) -> list[str]:
 
 
 @needs_onnx
-@pytest.mark.parametrize("scale", [1, 1e6, 1e8], ids="logits about {}".format)
+@pytest.mark.parametrize("scale", [1, 1e6, 1e8], ids="{:.0e} times the logits".format)
 def test_large_logits_are_no_reason_to_refuse(tmp_path: Any, scale: float) -> None:
     assert export.main(save_narrow(tmp_path, scale)) == 0
 
