@@ -241,7 +241,8 @@ def _changes(start: Checkpoint, info: RunInfo, state: TrainState, ema: ModelEma 
         if name != "data":
             yield f"resumed with {name} {now}, saved with {before}"
         else:
-            yield "resumed with different training images: the model may have seen some of the validation images"
+            trained_on = "the model may have been trained on some of the current validation images"
+            yield f"resumed with different training images: {trained_on}"
     saved_on = start.progress.get("world_size", info.world_size)
     if saved_on != info.world_size:
         where = f"resumed on {info.world_size} processes, saved on {saved_on}"
@@ -253,4 +254,5 @@ def _changes(start: Checkpoint, info: RunInfo, state: TrainState, ema: ModelEma 
         yield f"{how}: this epoch continues after its first {state.images_in_epoch:,} images{end}"
     decoder = start.progress.get("decoder", info.decoder)
     if state.step_in_epoch and decoder != info.decoder:
-        yield f"resumed with {info.decoder}, saved with {decoder}: this epoch's JPEGs may differ by a gray level"
+        how = f"resumed with {info.decoder}, saved with {decoder}"
+        yield f"{how}: the rest of this epoch's JPEGs may differ by a gray level"
