@@ -46,11 +46,6 @@ class Checkpointer:
         self._writer = CheckpointWriter()
 
     @property
-    def val_split(self) -> float | None:
-        """--val-split of the run that is continued or evaluated."""
-        return None if self.continued is None else self.continued.val_split
-
-    @property
     def has_ema(self) -> bool:
         return self.start is not None and self.start.ema_weights is not None
 
