@@ -25,7 +25,7 @@ import time
 import zipfile
 from typing import IO, Any
 
-from engine.errors import CheckpointError, UsageError
+from engine.errors import CheckpointError, UsageError, first_line
 from engine.safe_pickle import CarriesCodeError, Storages, load_tensors
 
 import torch
@@ -137,20 +137,17 @@ def lock_folder(folder: str) -> None:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
-    deadline = time.monotonic() + LOCK_SECONDS
-    while True:
+    for attempt in range(2 * LOCK_SECONDS + 1):
+        time.sleep(0.5 if attempt else 0)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by DataLoader workers, unlike flock
             return
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 return
-            if time.monotonic() > deadline:
-                raise UsageError(
-                    f"--output-dir {folder}: another run saves its checkpoints there; wait until it ends, or choose "
-                    "another folder"
-                ) from error
-        time.sleep(0.5)
+    raise UsageError(
+        f"--output-dir {folder}: another run saves its checkpoints there; wait until it ends, or choose another folder"
+    )
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -179,8 +176,8 @@ def load(path: str) -> Any:
     except MemoryError as error:
         raise CheckpointError(f"{path}: not enough memory to read it") from error
     except Exception as error:  # a corrupt pickle or archive raises nearly any type
-        reason = str(error).replace("\n", " ")
-        raise CheckpointError(f"{path}: corrupt, or not a checkpoint ({type(error).__name__}: {reason})") from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise CheckpointError(f"{path}: corrupt, or not a checkpoint ({reason})") from error
 
 
 def sha256(file: IO[bytes], size: int) -> Any:
