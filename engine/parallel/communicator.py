@@ -180,10 +180,9 @@ class Communicator:
 
         torch's groups stay: destroying one whose peers have exited can hang (seen with torch 1.5).
         """
-        if self.world_size > 1:
+        if self.heartbeat is not None:
             self.barrier()
-            if self.heartbeat is not None:
-                self.heartbeat.stop()
+            self.heartbeat.stop()
 
 
 class StopVote:
