@@ -88,7 +88,7 @@ class Communicator:
     def broadcast(self, state: Any) -> Any:
         """Return rank 0's nested dicts, lists and CPU tensors on every process; others get float32 or int64 tensors.
 
-        All but the tensors goes ahead as a pickle, with the type and the shape of each.
+        All but the tensors goes ahead as a pickle from our own rank 0, with the type and the shape of each tensor.
         """
         if self.world_size == 1:
             return state
