@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import pickle
 from collections import OrderedDict
 from typing import IO, Any, Callable
@@ -138,10 +140,7 @@ def rebuild_tensor(flat: torch.Tensor, offset: int, size: Any, stride: Any, *_: 
     last = offset + sum((length - 1) * step for length, step in zip(size, stride))
     if offset < 0 or min((*size, *stride, 0)) < 0 or (0 not in size and last >= flat.numel()):
         raise ValueError("a tensor reaches outside its storage")
-    elements = 1
-    for length in size:
-        elements *= length
-    if elements > flat.numel():
+    if functools.reduce(operator.mul, size, 1) > flat.numel():
         raise ValueError("it claims more data than it holds")
     return flat.as_strided(tuple(size), tuple(stride), offset)
 

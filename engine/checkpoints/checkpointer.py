@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Iterator
 
 from engine import console
 from engine.checkpoints.contents import Checkpoint, RunInfo, TrainState, load_checkpoint, load_weights, to_file
@@ -46,11 +46,6 @@ class Checkpointer:
         self._writer = CheckpointWriter()
 
     @property
-    def val_split(self) -> float | None:
-        """--val-split of the run that is continued or evaluated."""
-        return None if self.continued is None else self.continued.val_split
-
-    @property
     def has_ema(self) -> bool:
         return self.start is not None and self.start.ema_weights is not None
 
@@ -83,23 +78,19 @@ class Checkpointer:
 
     def _find_newest(self) -> Checkpoint | None:
         """Return the newest intact checkpoint in the folder, None if there is none at all. Raises CheckpointError."""
-        found = os.listdir(self.folder)  # unlike os.path.exists, it raises an error if the file system fails
-        corrupt: list[str] = []
-        for name in (LATEST, PREVIOUS):
-            path = os.path.join(self.folder, name)
-            if name not in found:
-                continue
+        there = os.listdir(self.folder)  # unlike os.path.exists, it raises an error if the file system fails
+        paths = [os.path.join(self.folder, name) for name in (LATEST, PREVIOUS) if name in there]
+        for path in paths:
             try:
                 checkpoint = load_checkpoint(path)
             except CheckpointError as error:
-                if PREVIOUS not in found or name == PREVIOUS:
+                if path == paths[-1]:
                     raise  # never a silent fresh start
                 console.warning(f"{error}; trying the one before it")
-                corrupt.append(path)
-                continue
-            for other in corrupt:  # else the next save would keep it in place of the intact one
-                os.replace(other, f"{other}.corrupt")
-            return checkpoint
+            else:
+                if path != paths[0]:  # else the next save would keep the corrupt one in place of the intact one
+                    os.replace(paths[0], f"{paths[0]}.corrupt")
+                return checkpoint
         return None
 
     def check(self, info: RunInfo) -> None:
@@ -234,38 +225,29 @@ def _changed_identity(start: Checkpoint, info: RunInfo) -> dict[str, tuple[Any, 
     return {name: (saved.get(name, default), now.get(name, default)) for name in names}
 
 
-def _changes(start: Checkpoint, info: RunInfo, state: TrainState, ema: ModelEma | None, count: int) -> list[str]:
-    """Return how a run differs from the one that saved a checkpoint, a sentence each. count: training images."""
-    lines = []
+def _changes(start: Checkpoint, info: RunInfo, state: TrainState, ema: ModelEma | None, count: int) -> Iterator[str]:
+    """Yield how a run differs from the one that saved a checkpoint, a sentence each. count: training images."""
     if ema is not None and start.ema_weights is None:
-        lines.append("the checkpoint has no EMA weights: the EMA starts from the current weights")
+        yield "the checkpoint has no EMA weights: the EMA starts from the current weights"
     if ema is None and start.ema_weights is not None:
-        lines.append("the EMA weights of the checkpoint are dropped: use --ema-decay to continue them")
-    if start.identity:  # a checkpoint of the reference has none
-        for name, (before, now) in _changed_identity(start, info).items():  # between epochs: see Checkpointer.check
-            lines.append(
-                "resumed with different training images: the model may have been trained on some of the current "
-                "validation images"
-                if name == "data"
-                else f"resumed with {name} {now}, saved with {before}"
-            )
+        yield "the EMA weights of the checkpoint are dropped: use --ema-decay to continue them"
+    # Between epochs, see Checkpointer.check. A checkpoint of the reference has no identity.
+    for name, (before, now) in _changed_identity(start, info).items() if start.identity else []:
+        if name != "data":
+            yield f"resumed with {name} {now}, saved with {before}"
+        else:
+            trained_on = "the model may have been trained on some of the current validation images"
+            yield f"resumed with different training images: {trained_on}"
     saved_on = start.progress.get("world_size", info.world_size)
     if saved_on != info.world_size:
-        lines.append(
-            f"resumed on {info.world_size} processes, saved on {saved_on}: the same images in the same order, but "
-            "dropout and rounding differ"
-        )
+        where = f"resumed on {info.world_size} processes, saved on {saved_on}"
+        yield f"{where}: the same images in the same order, but dropout and rounding differ"
     if state.step_in_epoch and start.images_per_step != info.images_per_step:
+        how = f"resumed with {info.images_per_step} images per step, saved with {start.images_per_step}"
         left_out = (count - state.images_in_epoch) % info.images_per_step
-        lines.append(
-            f"resumed with {info.images_per_step} images per step, saved with {start.images_per_step}: this epoch "
-            f"continues after its first {state.images_in_epoch:,} images"
-            + (f", without its last {left_out:,}" if left_out else "")
-        )
+        end = f", without its last {left_out:,}" if left_out else ""
+        yield f"{how}: this epoch continues after its first {state.images_in_epoch:,} images{end}"
     decoder = start.progress.get("decoder", info.decoder)
     if state.step_in_epoch and decoder != info.decoder:
-        lines.append(
-            f"resumed with {info.decoder}, saved with {decoder}: the rest of this epoch's JPEGs may differ by a gray "
-            "level"
-        )
-    return lines
+        how = f"resumed with {info.decoder}, saved with {decoder}"
+        yield f"{how}: the rest of this epoch's JPEGs may differ by a gray level"

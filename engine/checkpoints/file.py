@@ -12,6 +12,7 @@ before 1.6.
 
 from __future__ import annotations
 
+import concurrent.futures
 import ctypes
 import errno
 import fcntl
@@ -20,19 +21,18 @@ import io
 import os
 import shutil
 import struct
-import threading
 import time
 import zipfile
-from typing import IO, Any, Callable
+from typing import IO, Any
 
-from engine.errors import CheckpointError, UsageError
+from engine.errors import CheckpointError, UsageError, first_line
 from engine.safe_pickle import CarriesCodeError, Storages, load_tensors
 
-import numpy as np
 import torch
 
 CHECKSUM_MARK = b"sha256:"
 LOCK_SECONDS, FINISH_SECONDS = 30, 20
+BLOCK_BYTES = 1 << 22  # of a file that is read for its checksum
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle in a file written by torch < 1.6
 
 
@@ -47,54 +47,36 @@ class CheckpointWriter:
 
     def __init__(self) -> None:
         self._buffer = io.BytesIO()
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
-        self._path = ""  # of the last save
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._saving: concurrent.futures.Future[None] | None = None
 
     def save(self, state: Any, path: str, also: str | None = None) -> None:
         """Start to write a state of tensors and plain values to `path`, and link the finished file to `also`.
 
         Call `wait` first for the save before. If a save fails, an intact file stays at `path`.
         """
-        assert self._thread is None, "wait() for the save before"
+        assert self._saving is None, "wait() for the save before"
         self._buffer.seek(0)
         torch.save(state, self._buffer, _use_new_zipfile_serialization=True)  # torch 1.5 has it, but not by default
         self._buffer.truncate()
-        self._path = path
-        self._thread = threading.Thread(target=self._write, args=(path, also))
-        self._thread.start()
+        self._saving = self._thread.submit(_write, self._buffer, path, also)
 
-    def _write(self, path: str, also: str | None) -> None:
-        try:
-            with self._buffer.getbuffer() as content:
-                _write(content, path, also)
-        except Exception as error:  # in a thread: only wait() can tell
-            self._error = error
-
-    def wait(self) -> Exception | None:
+    def wait(self) -> BaseException | None:
         """Wait until the last save is on the disk. Returns None, or what it raised (OSError: disk full, …)."""
-        if self._thread is not None:
-            self._thread.join()
-        error, self._thread, self._error = self._error, None, None
-        return error
+        saving, self._saving = self._saving, None
+        return None if saving is None else saving.exception()
 
     def finish(self) -> None:
         """Give the last save some seconds to reach the disk, before this process ends."""
-        if self._thread is not None:
-            self._thread.join(timeout=FINISH_SECONDS)
-
-    def wait_or_warn(self, warn: Callable[[str], None]) -> None:
-        """Wait until the last save is on the disk; warn if it failed."""
-        error = self.wait()
-        if error is not None:
-            warn(f"{self._path}: checkpoint not saved ({error})")
+        if self._saving is not None:
+            concurrent.futures.wait([self._saving], timeout=FINISH_SECONDS)
 
 
-def _write(content: memoryview, path: str, also: str | None) -> None:
-    comment = CHECKSUM_MARK + hashlib.sha256(content).hexdigest().encode()
+def _write(buffer: io.BytesIO, path: str, also: str | None) -> None:
     temporary = f"{path}.tmp"
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb") as file, buffer.getbuffer() as content:
+            comment = CHECKSUM_MARK + hashlib.sha256(content).hexdigest().encode()
             file.write(content[:-2])  # a zip without a comment ends with the comment's length, two zero bytes
             file.write(struct.pack("<H", len(comment)) + comment)
             file.flush()
@@ -107,10 +89,9 @@ def _write(content: memoryview, path: str, also: str | None) -> None:
                 link(temporary, also)
         finally:
             os.replace(temporary, path)
-    except BaseException:
+    finally:
         if os.path.exists(temporary):
             os.remove(temporary)
-        raise
     _flush_folder(path)
 
 
@@ -156,20 +137,17 @@ def lock_folder(folder: str) -> None:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
-    deadline = time.monotonic() + LOCK_SECONDS
-    while True:
+    for attempt in range(2 * LOCK_SECONDS + 1):
+        time.sleep(0.5 if attempt else 0)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by DataLoader workers, unlike flock
             return
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 return
-            if time.monotonic() > deadline:
-                raise UsageError(
-                    f"--output-dir {folder}: another run saves its checkpoints there; wait until it ends, or choose "
-                    "another folder"
-                ) from error
-        time.sleep(0.5)
+    raise UsageError(
+        f"--output-dir {folder}: another run saves its checkpoints there; wait until it ends, or choose another folder"
+    )
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -183,14 +161,11 @@ def load(path: str) -> Any:
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            if zipfile.is_zipfile(file):
-                _verify_checksum(file, size)
-                return _read_zip(file, size)
-            file.seek(0)
-            if file.read(2) == b"PK":
+            if file.read(2) != b"PK":
+                return _read_legacy(file, size)
+            if not zipfile.is_zipfile(file):
                 raise ValueError("it is truncated")
-            file.seek(0)
-            return _read_legacy(file, size)
+            return _read_zip(file, size)
     except CarriesCodeError as error:
         raise CheckpointError(
             f"{path}: refused, it carries code ({error}); nothing in it was run; if you trust it, load it with torch "
@@ -201,25 +176,28 @@ def load(path: str) -> Any:
     except MemoryError as error:
         raise CheckpointError(f"{path}: not enough memory to read it") from error
     except Exception as error:  # a corrupt pickle or archive raises nearly any type
-        reason = str(error).replace("\n", " ")
-        raise CheckpointError(f"{path}: corrupt, or not a checkpoint ({type(error).__name__}: {reason})") from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise CheckpointError(f"{path}: corrupt, or not a checkpoint ({reason})") from error
 
 
-def _verify_checksum(file: IO[bytes], size: int) -> None:
-    comment = zipfile.ZipFile(file).comment
-    file.seek(size - len(comment) - 2)
-    if struct.unpack("<H", file.read(2)) != (len(comment),):  # the end of a zip: the comment's length, the comment
+def sha256(file: IO[bytes], size: int) -> Any:
+    """Return hashlib's SHA-256 of the first `size` bytes of a file."""
+    checksum = hashlib.sha256()
+    file.seek(0)
+    for start in range(0, size, BLOCK_BYTES):
+        checksum.update(file.read(min(BLOCK_BYTES, size - start)))
+    return checksum
+
+
+def _verify_checksum(file: IO[bytes], size: int, comment: bytes) -> None:
+    """Raise ValueError if a zip does not end with the comment, or if the comment is another content's checksum."""
+    end = size - len(comment) - 2  # the end of a zip: the comment's length, the comment
+    file.seek(end)
+    if file.read(2) != struct.pack("<H", len(comment)):
         raise ValueError("it is truncated")
     if not comment.startswith(CHECKSUM_MARK):
         return  # not our file: zipfile verifies the CRC of each part that is read
-    checksum, left = hashlib.sha256(), size - len(comment) - 2
-    file.seek(0)
-    while left:
-        block = file.read(min(left, 1 << 22))
-        if not block:
-            raise ValueError("it became shorter while it was read")
-        checksum.update(block)
-        left -= len(block)
+    checksum = sha256(file, end)
     checksum.update(b"\0\0")
     if checksum.hexdigest().encode() != comment[len(CHECKSUM_MARK) :]:
         raise ValueError("its SHA-256 checksum does not match: it was changed after it was written")
@@ -228,6 +206,7 @@ def _verify_checksum(file: IO[bytes], size: int) -> None:
 def _read_zip(file: IO[bytes], size: int) -> Any:
     """Read the format of torch >= 1.6: a zip archive with data.pkl and one member per storage."""
     archive = zipfile.ZipFile(file)
+    _verify_checksum(file, size, archive.comment)
     members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
     if "constants.pkl" in members or any(name.startswith("code/") for name in members):
         raise CarriesCodeError("a TorchScript archive")
@@ -238,26 +217,20 @@ def _read_zip(file: IO[bytes], size: int) -> Any:
         raise ValueError("a zip archive without data.pkl")
     if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
         raise ValueError("written on a big-endian machine")
-
-    def fill(key: str, flat: torch.Tensor) -> None:
-        content = np.frombuffer(archive.read(members[f"data/{key}"]), np.uint8)
-        expected = flat.numel() * flat.element_size()
-        if len(content) < expected:
-            raise ValueError(f"storage {key}: expected {expected} bytes, got {len(content)}")
-        _bytes_of(flat)[...] = content[:expected]
-
-    return load_tensors(io.BytesIO(archive.read(members["data.pkl"])), Storages(size, fill))
+    storages = Storages(size, fill=lambda key, flat: _fill(flat, archive.read(members[f"data/{key}"])))
+    return load_tensors(io.BytesIO(archive.read(members["data.pkl"])), storages)
 
 
 def _read_legacy(file: IO[bytes], size: int) -> Any:
     """Read the format of torch < 1.6: five pickles in a row, then each storage as its length and raw bytes."""
-    storages = Storages(size, fill=lambda key, flat: None)
-    if file.read(1) != b"\x80":
-        file.seek(257)
-        if file.read(5) == b"ustar":
+    file.seek(0)
+    start = file.read(262)
+    if start[:1] != b"\x80":
+        if start[257:] == b"ustar":
             raise CarriesCodeError("a tar archive of torch 0.1, which may hold any pickle")
         raise ValueError("it does not start like a file of torch.save")
     file.seek(0)
+    storages = Storages(size, fill=lambda key, flat: None)
     if load_tensors(file, storages) != LEGACY_MAGIC:
         raise ValueError("a pickle, but not one of torch.save")
     load_tensors(file, storages)  # the protocol version
@@ -269,16 +242,13 @@ def _read_legacy(file: IO[bytes], size: int) -> Any:
         (count,) = struct.unpack("<q", file.read(8))
         if count != flat.numel():
             raise ValueError(f"storage {key}: expected {flat.numel()} elements, got {count}")
-        content = file.read(flat.numel() * flat.element_size())
-        if len(content) != flat.numel() * flat.element_size():
-            raise ValueError("it is truncated")
-        _bytes_of(flat)[...] = np.frombuffer(content, np.uint8)
+        _fill(flat, file.read(flat.numel() * flat.element_size()))
     return state
 
 
-def _bytes_of(flat: torch.Tensor) -> np.ndarray:
-    """The memory of a flat CPU tensor as a writable uint8 array. By address, because NumPy knows no bfloat16."""
-    count = flat.numel() * flat.element_size()
-    if not count:
-        return np.empty(0, np.uint8)
-    return np.ctypeslib.as_array((ctypes.c_uint8 * count).from_address(flat.data_ptr()))
+def _fill(flat: torch.Tensor, content: bytes) -> None:
+    """Set the bytes of a flat CPU tensor. By address, because NumPy knows no bfloat16."""
+    expected = flat.numel() * flat.element_size()
+    if len(content) < expected:
+        raise ValueError(f"a storage: expected {expected} bytes, got {len(content)}")
+    ctypes.memmove(flat.data_ptr(), content, expected)

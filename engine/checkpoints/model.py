@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import urllib.error
 from typing import NamedTuple
 
 from engine.checkpoints.contents import load_checkpoint, load_weights
+from engine.checkpoints.file import sha256
 from engine.data import Preprocessing
 from engine.errors import UsageError, first_line
 
@@ -80,15 +79,13 @@ def imagenet_weights(arch: str | None) -> str:
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             torch.hub.download_url_to_file(URL + name, path, hash_prefix=checksum)
-        except (urllib.error.URLError, OSError, RuntimeError) as error:  # no network, no disk, another checksum
+        except (OSError, RuntimeError) as error:  # no network, no disk, another checksum
             raise UsageError(
                 f"--pretrained imagenet: cannot download {URL}{name} ({first_line(error)}); download it elsewhere and "
                 f"put it at {path}"
             ) from error
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 22), b""):
-            digest.update(block)
-    if not digest.hexdigest().startswith(checksum):
+        intact = sha256(file, os.path.getsize(path)).hexdigest().startswith(checksum)
+    if not intact:
         raise UsageError(f"{path}: its SHA-256 checksum does not start with {checksum}: delete it and try again")
     return path

@@ -42,11 +42,10 @@ class Communicator:
         try:
             self.heartbeat = Heartbeat(second, self.rank, self.world_size, report)
             # The processes of a node may wait for hours while one of them checks a million images.
-            patience = datetime.timedelta(days=1)
-            options: dict[str, Any] = {"timeout": patience} if backend == "gloo" else {}
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, **options)
-            gloo = backend == "gloo"
-            self.control = dist.group.WORLD if gloo else dist.new_group(backend="gloo", timeout=patience)
+            gloo: dict[str, Any] = {"backend": "gloo", "timeout": datetime.timedelta(days=1)}
+            options = gloo if backend == "gloo" else {"backend": backend}
+            dist.init_process_group(store=store, rank=self.rank, world_size=self.world_size, **options)
+            self.control = dist.group.WORLD if backend == "gloo" else dist.new_group(**gloo)
             self.barrier()
         except (RuntimeError, ValueError, OSError) as error:
             raise RendezvousError(
@@ -87,26 +86,40 @@ class Communicator:
             dist.all_reduce(torch.from_numpy(array), op=dist.ReduceOp.MAX, group=self.control)
 
     def broadcast(self, state: Any) -> Any:
-        """Return rank 0's nested dicts, lists and CPU tensors on every process; others get float32 or int64 tensors."""
+        """Return rank 0's nested dicts, lists and CPU tensors on every process; others get float32 or int64 tensors.
+
+        All but the tensors goes ahead as a pickle from our own rank 0, with the type and the shape of each tensor.
+        """
         if self.world_size == 1:
             return state
-        pickler = _TensorPickler(state if self.rank == 0 else None)
-        content, tensors = self._broadcast_bytes(pickler.file.getvalue()), pickler.tensors
+        file, tensors = io.BytesIO(), []
+
+        def describe(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return None
+            # gloo of older torch sends neither bool nor bfloat16.
+            tensors.append((value.float() if value.is_floating_point() else value.long()).contiguous())
+            return tensors[-1].dtype, tuple(value.shape)
+
+        def create(layout: Any) -> torch.Tensor:
+            tensors.append(torch.empty(layout[1], dtype=layout[0]))
+            return tensors[-1]
+
+        if self.rank == 0:
+            pickler = pickle.Pickler(file)
+            pickler.persistent_id = describe  # type: ignore[method-assign]
+            pickler.dump(state)
+        size = torch.tensor([file.tell()])
+        dist.broadcast(size, 0, group=self.control)
+        content = torch.tensor(list(file.getvalue()) or [0] * int(size), dtype=torch.uint8)
+        dist.broadcast(content, 0, group=self.control)
         if self.rank != 0:
-            unpickler = _TensorUnpickler(io.BytesIO(content))
-            state, tensors = unpickler.load(), unpickler.tensors
+            unpickler = pickle.Unpickler(io.BytesIO(bytes(content.tolist())))
+            unpickler.persistent_load = create  # type: ignore[method-assign]
+            state = unpickler.load()
         for tensor in tensors:
             dist.broadcast(tensor, 0, group=self.control)
         return state
-
-    def _broadcast_bytes(self, content: bytes) -> bytes:
-        """Return rank 0's bytes on every process."""
-        size = torch.tensor([len(content)])
-        dist.broadcast(size, 0, group=self.control)
-        own = list(content) if self.rank == 0 else [0] * int(size.item())
-        buffer = torch.tensor(own, dtype=torch.uint8)
-        dist.broadcast(buffer, 0, group=self.control)
-        return bytes(buffer.tolist())
 
     def broadcast_buffers(self, model: nn.Module) -> None:
         """Give every process rank 0's buffers: the running statistics of batch norm."""
@@ -167,10 +180,9 @@ class Communicator:
 
         torch's groups stay: destroying one whose peers have exited can hang (seen with torch 1.5).
         """
-        if self.world_size > 1:
+        if self.heartbeat is not None:
             self.barrier()
-            if self.heartbeat is not None:
-                self.heartbeat.stop()
+            self.heartbeat.stop()
 
 
 class StopVote:
@@ -199,34 +211,6 @@ class StopVote:
         (work, votes), self.pending = self.pending, None
         work.wait()
         return bool(votes.item())
-
-
-class _TensorPickler(pickle.Pickler):
-    """Pickles all but the tensors, which it collects: of each it writes the type and the shape."""
-
-    def __init__(self, state: Any) -> None:
-        self.file, self.tensors = io.BytesIO(), []  # type: ignore[var-annotated]
-        super().__init__(self.file)
-        self.dump(state)
-
-    def persistent_id(self, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return None
-        # gloo of older torch sends neither bool nor bfloat16.
-        self.tensors.append((value.float() if value.is_floating_point() else value.long()).contiguous())
-        return self.tensors[-1].dtype, tuple(value.shape)
-
-
-class _TensorUnpickler(pickle.Unpickler):
-    """Reads what _TensorPickler wrote in another of our own processes, with tensors that are still to be received."""
-
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file)
-        self.tensors: list[torch.Tensor] = []
-
-    def persistent_load(self, layout: Any) -> torch.Tensor:
-        self.tensors.append(torch.empty(layout[1], dtype=layout[0]))
-        return self.tensors[-1]
 
 
 def parameter_checksum(model: nn.Module) -> float:

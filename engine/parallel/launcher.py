@@ -74,33 +74,32 @@ def _spawn(worker: Worker, topology: Topology) -> int:
     Stop signals are passed on to the processes. None of them outlives this one.
     """
     context = multiprocessing.get_context("spawn")
-    children, pipes = [], []
-    for local_rank in range(topology.processes):
-        # One pipe per child: a process killed as it reports would keep the lock of a shared queue.
-        receiver, sender = context.Pipe(duplex=False)
-        arguments = (worker, topology.ranks(local_rank), sender, os.getpid())
-        children.append(context.Process(target=_child, args=arguments))
-        pipes.append((receiver, sender))
-
+    children: list[Any] = []
+    receivers: list[Any] = []
     signals_received: list[int] = []
 
     def pass_on(number: int, _: Any) -> None:
         signals_received.append(number)
         for child in children:
-            if child.pid and child.is_alive():
+            if child.is_alive():
                 os.kill(child.pid, number)
 
     for number in STOP_SIGNALS:
         signal.signal(number, pass_on)
     context.Lock()  # starts multiprocessing's resource tracker now: started with a child, it would unblock signals
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # inherited: signals wait until a child handles them
-    for child, (_, sender) in zip(children, pipes):
-        child.start()
+    for local_rank in range(topology.processes):
+        # One pipe per child: a process killed as it reports would keep the lock of a shared queue.
+        receiver, sender = context.Pipe(duplex=False)
+        arguments = (worker, topology.ranks(local_rank), sender, os.getpid())
+        children.append(context.Process(target=_child, args=arguments))
+        children[-1].start()
         sender.close()  # the child's end is then the only one
+        receivers.append(receiver)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     if signals_received:  # before all children had started
         pass_on(signals_received[0], None)
-    code, text = exit_code(_wait_for(children, [receiver for receiver, _ in pipes], topology.ranks().rank))
+    code, text = exit_code(_wait_for(children, receivers, topology.ranks().rank))
     if text:
         show = console.unexpected if "\n" in text else console.warning if code == EXIT_STOPPED else console.error
         show(text)

@@ -13,7 +13,6 @@ import errno
 import math
 import os
 import socket
-import threading
 import time
 from typing import Any
 
@@ -134,16 +133,9 @@ class _Meeting:
 
     def open_store(self, is_host: bool) -> Any:
         """Return rank 0's store, or create it. Raises RendezvousError if something else answers on that port."""
-        opened: concurrent.futures.Future = concurrent.futures.Future()
-
-        def open_it() -> None:  # in a thread: torch waits without end for an answer
-            try:
-                # World size 1: otherwise TCPStore blocks until all have joined, and logs nothing.
-                opened.set_result(dist.TCPStore(*self.master, 1, is_host, STORE_TIMEOUT))
-            except Exception as error:
-                opened.set_exception(error)
-
-        threading.Thread(target=open_it, daemon=True).start()
+        # In a thread: torch waits without end for an answer. World size 1: else it waits for all and logs nothing.
+        thread = concurrent.futures.ThreadPoolExecutor(1)
+        opened = thread.submit(dist.TCPStore, *self.master, 1, is_host, STORE_TIMEOUT)
         while concurrent.futures.wait([opened], timeout=POLL_SECONDS).not_done:
             self.check_time()
         return opened.result()
