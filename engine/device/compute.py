@@ -14,7 +14,7 @@ import sys
 from typing import Any, Callable, Iterator, cast
 
 from engine import console
-from engine.device.choice import TORCH_DEVICES, default_threads
+from engine.device.choice import TORCH_DEVICES, cpu_info, default_threads
 from engine.errors import DeviceUnavailableError, first_line
 from engine.versions import TORCH
 
@@ -192,12 +192,8 @@ class ComputeDevice:
         """Return the name of the chip, for the records."""
         if self.type in ("gpu", "npu") and hasattr(self.runtime, "get_device_name"):
             return self.runtime.get_device_name(self.device)
-        if self.type == "cpu" and os.path.exists("/proc/cpuinfo"):
-            with open("/proc/cpuinfo") as file:
-                for line in file:
-                    if line.startswith("model name"):
-                        return line.partition(":")[2].strip()
-        return self.type
+        model = cpu_info(r"model name\s*:\s*(.*\S)\s*") if self.type == "cpu" else None
+        return model[1] if model else self.type
 
 
 def _npu_fused_sgd() -> Any:
