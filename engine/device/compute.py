@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import inspect
 import os
 import sys
@@ -197,14 +198,11 @@ class ComputeDevice:
 
 
 def _npu_fused_sgd() -> Any:
-    """Return NpuFusedSGD: torch_npu's, or that of Ascend's apex, where torch_npu has none; None if there is neither."""
-    fused = getattr(getattr(sys.modules.get("torch_npu"), "optim", None), "NpuFusedSGD", None)
-    if fused is None:
-        with contextlib.suppress(ImportError):
-            from apex import optimizers
-
-            fused = getattr(optimizers, "NpuFusedSGD", None)
-    return fused
+    """Return NpuFusedSGD: torch_npu's, or that of Ascend's apex; None if there is neither."""
+    for module in ("torch_npu.optim", "apex.optimizers"):
+        with contextlib.suppress(ImportError, AttributeError):
+            return importlib.import_module(module).NpuFusedSGD
+    return None
 
 
 def keep_freed_memory() -> None:
