@@ -17,10 +17,11 @@ import pytest
 
 PREAMBLE = """
 import os, sys
-from engine.device.compute import ComputeDevice
+from engine.device import Amp, ComputeDevice
 from engine.parallel import Communicator, Ranks
 from engine.console import exit_process
 from engine.errors import DivergedError, UsageError
+from helpers.step import optimizer_of
 import torch
 """
 
