@@ -46,17 +46,11 @@ class Amp:
         weights: list[torch.Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not self.half_weights or self.apex is not None:
             return weights
-        has_master_weights = self.opt_level == "O2"
-        if has_master_weights:
+        if self.opt_level == "O2":
             weights = [weight.detach().clone().requires_grad_() for weight in weights]
         for layer in model.modules():
-            if has_master_weights and isinstance(layer, nn.BatchNorm2d):  # O2 keeps batch norm in fp32
-                continue
-            for parameter in layer.parameters(recurse=False):
-                parameter.data = parameter.data.to(self.half)
-            for name, buffer in layer.named_buffers(recurse=False):
-                if buffer.is_floating_point():
-                    setattr(layer, name, buffer.to(self.half))
+            if self.opt_level == "O3" or isinstance(layer, (nn.Conv2d, nn.Linear)):  # O2 keeps batch norm in fp32
+                layer.to(self.half)
         return weights
 
     def optimizer(
@@ -147,8 +141,7 @@ class MixedPrecisionOptimizer:
         self.scale = torch.full((), 65536.0 if self.dynamic else float(loss_scale), device=device)
         self.good_steps = torch.zeros((), dtype=torch.int32, device=device)
         self.skipped = torch.zeros((), dtype=torch.bool, device=device)  # whether the last step was skipped
-        self.skipped_in_a_row = torch.zeros((), dtype=torch.int32, device=device)
-        self.longest_skip = torch.zeros((), dtype=torch.int32, device=device)  # since it was last read
+        self.skipped_in_a_row = torch.zeros((), dtype=torch.int32, device=device)  # from MAX_SKIPPED on it only grows
         self.skips_on_device = getattr(optimizer, "_step_supports_amp_scaling", False)
         # A skipped step has already updated batch norm's running statistics; these copies restore them.
         self.good_buffers = [buffer.clone() for buffer in model.buffers()]
@@ -177,16 +170,14 @@ class MixedPrecisionOptimizer:
             for buffer, good in zip(self.model.buffers(), self.good_buffers):
                 buffer.copy_(torch.where(self.skipped, good, buffer))
                 good.copy_(buffer)
-        self._count_skips()
-        if self.dynamic:
-            self._update_scale()
+        self._update_scale()
         self.optimizer.zero_grad()
 
     def _gradients(self) -> list[torch.Tensor]:
         """Return the gradients that the optimizer applies; at O2 they move to the master weights first."""
         if self.has_master_weights:
             for master, weight in zip(self.master_weights, self.weights):
-                if master.grad is None:
+                if master.grad is None:  # else kept: the fused NPU optimizer makes it a view of its own buffer
                     master.grad = torch.empty_like(master)
                 assert weight.grad is not None, "backward() before step()"
                 master.grad.copy_(weight.grad)
@@ -205,30 +196,21 @@ class MixedPrecisionOptimizer:
                     gradient.copy_(gradient.float() / divisor)
             self.optimizer.step()
 
-    def _count_skips(self) -> None:
-        # An overflow while the dynamic scale is above 1 only halves it. It does not count toward MAX_SKIPPED.
-        counted = self.skipped & (self.scale <= 1) if self.dynamic else self.skipped
-        zero = torch.zeros_like(self.skipped_in_a_row)
-        self.skipped_in_a_row = torch.where(counted, self.skipped_in_a_row + 1, zero)
-        self.longest_skip = torch.max(self.longest_skip, self.skipped_in_a_row)
-
     def _update_scale(self) -> None:
-        """Halve the dynamic scale after an overflow, double it after GROWTH_INTERVAL good steps."""
-        zero = torch.zeros_like(self.good_steps)
-        self.good_steps = torch.where(self.skipped, zero, self.good_steps + 1)
-        grow = self.good_steps >= self.GROWTH_INTERVAL
-        self.scale = torch.where(self.skipped, self.scale / 2, torch.where(grow, self.scale * 2, self.scale))
-        self.good_steps = torch.where(grow, zero, self.good_steps)
-
-    def read_longest_skip(self) -> int:
-        """Return the largest number of steps skipped in a row since the last call. A synchronization."""
-        longest = int(self.longest_skip.item())
-        self.longest_skip = self.skipped_in_a_row.clone()
-        return longest
+        """Count skipped steps. Halve a dynamic scale after one, double it after GROWTH_INTERVAL good steps."""
+        counted = self.skipped
+        if self.dynamic:
+            counted = counted & (self.scale <= 1)  # an overflow above that only halves the scale
+            self.good_steps = (self.good_steps + 1) * ~self.skipped
+            grow = self.good_steps >= self.GROWTH_INTERVAL
+            self.good_steps = self.good_steps * ~grow
+            self.scale = torch.where(self.skipped, self.scale / 2, torch.where(grow, self.scale * 2, self.scale))
+        diverged = self.skipped_in_a_row >= self.MAX_SKIPPED
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * (counted | diverged)
 
     def check_finite(self, step: int) -> None:
         """Raise DivergedError if ten steps in a row were skipped; alike on every process. A synchronization."""
-        if self.read_longest_skip() >= self.MAX_SKIPPED:
+        if self.skipped_in_a_row.item() >= self.MAX_SKIPPED:
             raise DivergedError(
                 f"the gradients of {self.MAX_SKIPPED} steps in a row were not finite (found at step {step}): training "
                 "has diverged; resume from the last checkpoint with a lower --lr, with --clip-grad-norm 1 or with more "
@@ -303,11 +285,10 @@ def fp32_state_dict(
 ) -> dict[str, torch.Tensor]:
     """Return model.state_dict() in fp32 on the CPU, with a value in place of each (tensor, value) in replacements."""
     values = {id(tensor): value for tensor, value in replacements}
-    state = model.state_dict()
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        state[name] = values.get(id(tensor), state[name])
-    for name, value in state.items():
-        state[name] = value.detach().to("cpu", torch.float32 if value.is_floating_point() else value.dtype)
+    state = model.state_dict(keep_vars=True)  # the tensors themselves
+    for name, tensor in state.items():
+        value = values.get(id(tensor), tensor).detach()
+        state[name] = value.to("cpu", torch.float32 if value.is_floating_point() else value.dtype)
     return state
 
 

@@ -13,7 +13,8 @@ import os
 import re
 import shutil
 import sysconfig
-from typing import Any
+from pathlib import PurePath
+from typing import Any, Iterator
 
 from engine import console
 from engine.errors import DeviceUnavailableError, first_line
@@ -23,55 +24,38 @@ import torch
 
 BACKENDS = {"npu": "hccl", "gpu": "nccl", "mps": "gloo", "cpu": "gloo"}
 TORCH_DEVICES = {"npu": "npu", "gpu": "cuda", "mps": "mps", "cpu": "cpu"}
+REQUIREMENTS = {  # of the devices that auto looks for, the first that works first
+    "npu": "install CANN and the torch_npu for this torch, run `source /usr/local/Ascend/ascend-toolkit/set_env.sh`, "
+    "check `npu-smi info`",
+    "gpu": "check `nvidia-smi`, and that this torch has CUDA",
+    "mps": "it requires an Apple GPU and torch 1.12 or later",
+}
 CGROUPS, OWN_CGROUP = "/sys/fs/cgroup", "/proc/self/cgroup"
-SOURCE_CANN = "run `source /usr/local/Ascend/ascend-toolkit/set_env.sh`"
+
+
+def _require_torch(version: str, flag: str) -> None:
+    if tuple(map(int, version.split(".")))[:2] > TORCH:
+        raise DeviceUnavailableError(
+            f"{flag} requires torch {version} or later, this is {torch.__version__}: leave it out"
+        )
 
 
 # --- which device -----------------------------------------------------------------------------------------------------
 
 
-def _count_npus() -> int:
-    if TORCH >= (1, 8) and not hasattr(torch, "npu"):
-        if importlib.util.find_spec("torch_npu") is None:
-            version = ".".join(map(str, TORCH))
-            raise DeviceUnavailableError(
-                f"no NPU: the package torch_npu is not installed; install the one for torch {version}, or choose "
-                "another --device"
-            )
-        try:
-            importlib.import_module("torch_npu")
-        except (ImportError, OSError, RuntimeError) as error:
-            raise DeviceUnavailableError(
-                f"no NPU: torch_npu does not load ({first_line(error)}); {SOURCE_CANN} (where CANN is "
-                "installed), or choose another --device"
-            ) from error
-    npu = getattr(torch, "npu", None)
-    if npu is None or not npu.is_available():
-        raise DeviceUnavailableError(
-            f"no NPU is available: check `npu-smi info`, {SOURCE_CANN}, or choose another --device"
-        )
-    return npu.device_count()
-
-
-def _count_gpus() -> int:
-    if not torch.cuda.is_available():
-        raise DeviceUnavailableError(
-            f"no GPU: torch {torch.__version__} finds none; check `nvidia-smi` and that this torch has CUDA, or choose "
-            "another --device"
-        )
-    return torch.cuda.device_count()
-
-
-def _count_mps() -> int:
-    mps = getattr(torch.backends, "mps", None)
-    if mps is None or not mps.is_available():
-        raise DeviceUnavailableError(
-            "no MPS: it requires an Apple GPU and torch 1.12 or later; choose another --device"
-        )
-    return 1
-
-
-DEVICE_COUNTS = {"npu": _count_npus, "gpu": _count_gpus, "mps": _count_mps}
+def count_devices(device: str) -> int:
+    """Return how many NPUs, GPUs or MPS devices there are, at least one."""
+    try:
+        if device == "npu" and TORCH >= (1, 8) and not hasattr(torch, "npu"):
+            importlib.import_module("torch_npu")  # adds torch.npu
+        runtime: Any = torch.backends.mps if device == "mps" else getattr(torch, TORCH_DEVICES[device])
+        found, reason = runtime.is_available(), ""
+    except (AttributeError, ImportError, OSError, RuntimeError) as error:
+        found, reason = False, f" ({first_line(error)})"
+    if not found:
+        requirements = REQUIREMENTS[device]
+        raise DeviceUnavailableError(f"no {device.upper()}{reason}: {requirements}, or choose another --device")
+    return 1 if device == "mps" else runtime.device_count()
 
 
 def resolve_device(name: str) -> tuple[str, int | None]:
@@ -79,14 +63,10 @@ def resolve_device(name: str) -> tuple[str, int | None]:
 
     name: one of these, or auto: the first that works.
     """
-    if name == "auto":
-        for candidate, count_devices in DEVICE_COUNTS.items():
-            try:
-                return candidate, count_devices()
-            except DeviceUnavailableError:
-                continue
-        return "cpu", None
-    return name, DEVICE_COUNTS[name]() if name in DEVICE_COUNTS else None
+    for candidate in REQUIREMENTS if name == "auto" else ():
+        with contextlib.suppress(DeviceUnavailableError):
+            return candidate, count_devices(candidate)
+    return (name, count_devices(name)) if name in REQUIREMENTS else ("cpu", None)
 
 
 def resolve_device_list(
@@ -104,22 +84,19 @@ def resolve_device_list(
             "--multiprocessing-distributed uses all of them, --gpu N another one"
         )
         devices = devices[:1]
-    for index in devices:
-        if count is not None and index >= count:
-            raise DeviceUnavailableError(
-                f"{device} {index} does not exist, there are {count} (0 to {count - 1}): see --gpu and --device-list"
-            )
+    if count is not None and max(devices) >= count:
+        raise DeviceUnavailableError(
+            f"{device} {max(devices)} does not exist, there are {count} (0 to {count - 1}): see --gpu and --device-list"
+        )
     return devices
 
 
 def resolve_backend(given: str | None, device: str) -> str:
     """Return the backend of torch.distributed: hccl, nccl or gloo."""
-    backend = given or BACKENDS[device]
-    if backend not in (BACKENDS[device], "gloo"):
-        raise DeviceUnavailableError(
-            f"--dist-backend {backend} does not support {device}: leave it out for {BACKENDS[device]}"
-        )
-    return backend
+    own = BACKENDS[device]
+    if given not in (None, own, "gloo"):
+        raise DeviceUnavailableError(f"--dist-backend {given} does not support {device}: leave it out for {own}")
+    return given or own
 
 
 # --- options of newer torch versions ----------------------------------------------------------------------------------
@@ -128,38 +105,31 @@ def resolve_backend(given: str | None, device: str) -> str:
 def check_torch_options(
     device: str, *, deterministic: bool, profile: bool, compile_model: bool, grad_compress: str
 ) -> None:
-    """Refuse flags that need a newer torch, and --compile without a compiler."""
-    this = f"this is {torch.__version__}"
-    if deterministic and TORCH < (1, 8):
-        raise DeviceUnavailableError(f"--deterministic requires torch 1.8 or later, {this}")
-    if profile and not hasattr(torch, "profiler"):
-        raise DeviceUnavailableError(f"--profile requires torch 1.8.1 or later, {this}")
-    for flag, wanted in (("--compile", compile_model), ("--grad-compress", grad_compress != "none")):
-        if wanted and TORCH < (2, 0):
-            raise DeviceUnavailableError(f"{flag} requires torch 2.0 or later, {this}: leave it out")
-    if compile_model:
-        _check_compiler(device)
-
-
-def _check_compiler(device: str) -> None:
-    """torch.compile builds C++ for a CPU; for a GPU Triton makes the kernels and builds a C launcher for each."""
+    """Refuse flags that need a newer torch, and --compile without what it builds with."""
+    if deterministic:
+        _require_torch("1.8", "--deterministic")
+    if profile:
+        _require_torch("1.8.1", "--profile")
+    if grad_compress != "none":
+        _require_torch("2.0", "--grad-compress")
+    if not compile_model:
+        return
+    _require_torch("2.0", "--compile")
     if device not in ("gpu", "cpu"):
         raise DeviceUnavailableError(f"--compile supports gpu and cpu, this is {device}: leave it out")
-    package = "g++" if device == "cpu" else "gcc"
-    names = [os.environ.get("CXX", "g++")] if device == "cpu" else [os.environ.get("CC", "gcc"), "clang"]
-    if not any(map(shutil.which, names)):
-        raise DeviceUnavailableError(
-            f"--compile requires a compiler, and {names[0]} is not installed: install it (Debian: apt-get install "
-            f"{package}), or leave it out"
-        )
-    include = sysconfig.get_path("include")
-    if not os.path.exists(os.path.join(include, "Python.h")):
-        raise DeviceUnavailableError(
-            f"--compile requires Python's headers, and {include} has no Python.h: install them (Debian: apt-get "
-            "install python3-dev), or leave it out"
-        )
-    if device == "gpu" and importlib.util.find_spec("triton") is None:
-        raise DeviceUnavailableError("--compile on a GPU requires the package triton: install it, or leave it out")
+    # torch.compile builds C++ for a CPU; for a GPU Triton makes the kernels and builds a C launcher for each.
+    headers = os.path.join(sysconfig.get_path("include"), "Python.h")
+    requirements = {f"{headers} (Debian: apt-get install python3-dev)": os.path.exists(headers)}
+    if device == "cpu":
+        compiler = os.environ.get("CXX", "g++")
+        requirements[f"{compiler} (Debian: apt-get install g++)"] = shutil.which(compiler) is not None
+    else:
+        compiler = os.environ.get("CC", "gcc")
+        requirements[f"{compiler} (Debian: apt-get install gcc)"] = any(map(shutil.which, (compiler, "clang")))
+        requirements["the package triton"] = importlib.util.find_spec("triton") is not None
+    missing = [name for name, found in requirements.items() if not found]
+    if missing:
+        raise DeviceUnavailableError(f"--compile requires {' and '.join(missing)}: install it, or leave it out")
 
 
 # --- the node's cores -------------------------------------------------------------------------------------------------
@@ -168,37 +138,23 @@ def _check_compiler(device: str) -> None:
 def available_cores() -> int:
     """Return how many cores this process may use: the smallest of its affinity and its container's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, math.ceil(min(cores, _cgroup_quota())))
+    return max(1, math.ceil(min([cores, *_cgroup_quotas()])))
 
 
-def _cgroup_quota() -> float:
-    """Return the CPU quota of this process's control group (docker run --cpus), in cores; infinite if it has none."""
-    quotas = [math.inf]
-    with contextlib.suppress(OSError, ValueError):
-        with open(OWN_CGROUP) as file:
-            groups = [line.rstrip("\n").split(":", 2) for line in file]
-        for _, controllers, path in groups:
+def _cgroup_quotas() -> Iterator[float]:
+    """Yield the CPU quotas, in cores, of this process's control group and those around it (docker run --cpus)."""
+    with contextlib.suppress(OSError), open(OWN_CGROUP) as file:
+        for line in file:
+            _, controllers, path = line.rstrip("\n").split(":", 2)
             if controllers not in ("", "cpu", "cpu,cpuacct"):
                 continue
-            root = os.path.join(CGROUPS, controllers)
-            while path:  # a group has the quotas of those around it too
-                for folder in (root + path, root):  # inside a container, its own group is the root
-                    quotas += _read_quota(folder)
-                path = path.rpartition("/")[0]
-    return min(quotas)
-
-
-def _read_quota(folder: str) -> list[float]:
-    """Return the CPU quota that a control group's folder sets, in cores: cgroup v2 or v1; none if it sets none."""
-    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
-        with contextlib.suppress(OSError, ValueError):
-            words = []
-            for name in names:
-                with open(os.path.join(folder, name)) as file:
-                    words += file.read().split()
-            quota, period = words
-            return [int(quota) / int(period)] if quota not in ("max", "-1") else []
-    return []
+            for group in (PurePath(path), *PurePath(path).parents):  # inside a container, its own group is the root
+                for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):  # cgroup v2, v1
+                    with contextlib.suppress(OSError, ValueError):  # no such file, or its quota is "max"
+                        words = [_read(f"{CGROUPS}/{controllers}{group}/{name}") for name in names]
+                        quota, period = map(int, " ".join(words).split())
+                        if quota > 0:  # v1 has -1 for none
+                            yield quota / period
 
 
 def _omp_num_threads() -> float:
@@ -219,6 +175,18 @@ def default_workers(device: str, processes: int) -> int:
     return 0 if device == "cpu" else max(processes, cores - processes)
 
 
+def cpu_info(pattern: str) -> re.Match[str] | None:
+    """Search a line of /proc/cpuinfo; None on a system that has no such file too."""
+    with contextlib.suppress(OSError):
+        return re.search(f"^{pattern}$", _read("/proc/cpuinfo"), re.MULTILINE)
+    return None
+
+
+def _read(path: str) -> str:
+    with open(path) as file:
+        return file.read()
+
+
 # --- precision --------------------------------------------------------------------------------------------------------
 
 
@@ -226,60 +194,42 @@ def resolve_precision(device: str, devices: list[int], *, amp: bool, opt_level: 
     """Return the number format of the step: fp32, fp16 or bf16.
 
     bf16 if the device supports it natively (NPUs from the A2 on, Ampere and later, CPUs with bf16 instructions), else
-    fp16. amp_dtype fp16 or bf16 forces it. devices: the numbers of those that will be used.
+    fp16, or fp32 on a CPU. amp_dtype fp16 or bf16 forces it. devices: the numbers of those that will be used.
     """
     if not amp or opt_level == "O0":
         return "fp32"
     if device == "cpu":
-        return _cpu_precision(amp_dtype)
-    if device == "mps" and TORCH < (2, 5):
-        raise DeviceUnavailableError(f"--amp on MPS requires torch 2.5 or later, this is {torch.__version__}")
+        _require_torch("1.10", "--amp on a CPU")
+    if device == "mps":
+        _require_torch("2.5", "--amp on MPS")
+    if amp_dtype == "bf16":
+        _require_torch("1.10", "--amp-dtype bf16")
     if needs_apex(device):
         load_apex()
-        if amp_dtype == "bf16":
+    has_bf16 = TORCH >= (1, 10) and _has_bf16(device, devices)
+    if device == "cpu":
+        if amp_dtype == "fp16":
             raise DeviceUnavailableError(
-                f"--amp-dtype bf16 requires torch 1.10 or later, this is {torch.__version__}; use fp16"
+                "--amp-dtype fp16 is not supported on a CPU, where bf16 is 15 times faster: use bf16"
             )
-        return "fp16"
-    if device == "gpu":  # not torch.cuda.is_bf16_supported, which asks GPU 0 and counts emulation
-        ampere = all(torch.cuda.get_device_capability(index)[0] >= 8 for index in devices)
-        has_bf16 = TORCH >= (1, 10) and ampere
-    else:
-        runtime = getattr(torch, TORCH_DEVICES[device])
-        has_bf16 = TORCH >= (1, 10) and getattr(runtime, "is_bf16_supported", lambda: False)()
-    if amp_dtype == "bf16" and not has_bf16:
+        if amp_dtype == "auto" and not has_bf16:
+            console.line(
+                "=> this CPU has no bf16 instructions, and without them bf16 is slower than fp32: --amp changes "
+                "nothing here (--amp-dtype bf16 forces it)"
+            )
+            return "fp32"
+    elif amp_dtype == "bf16" and not has_bf16:
         raise DeviceUnavailableError(f"--amp-dtype bf16: this {device} has no bf16; use --amp-dtype fp16")
-    if amp_dtype != "auto":
-        return amp_dtype
-    return "bf16" if has_bf16 else "fp16"
+    return ("bf16" if has_bf16 else "fp16") if amp_dtype == "auto" else amp_dtype
 
 
-def _cpu_precision(amp_dtype: str) -> str:
-    if TORCH < (1, 10):
-        raise DeviceUnavailableError(
-            f"--amp on a CPU requires torch 1.10 or later, this is {torch.__version__}; leave --amp out or use "
-            "--opt-level O0"
-        )
-    if amp_dtype == "fp16":
-        raise DeviceUnavailableError(
-            "--amp-dtype fp16 is not supported on a CPU, where it is 15 times slower than bf16; use --amp-dtype bf16"
-        )
-    if amp_dtype == "auto" and not _cpu_has_bf16():
-        console.line(
-            "=> this CPU has no bf16 instructions, and without them bf16 is slower than fp32: --amp changes nothing "
-            "here (--amp-dtype bf16 forces it)"
-        )
-        return "fp32"
-    return "bf16"
-
-
-def _cpu_has_bf16() -> bool:
-    """Whether the processor has instructions to multiply bf16 (x86: avx512_bf16, amx_bf16; Arm: bf16)."""
-    if not os.path.exists("/proc/cpuinfo"):
-        return False
-    with open("/proc/cpuinfo") as file:
-        pattern = r"^(flags|Features)\s*:.*\b(avx512_bf16|amx_bf16|bf16)\b"
-        return re.search(pattern, file.read(), re.MULTILINE) is not None
+def _has_bf16(device: str, devices: list[int]) -> bool:
+    """Whether all these devices multiply bf16 natively."""
+    if device == "cpu":  # x86: avx512_bf16, amx_bf16; Arm: bf16
+        return cpu_info(r"(flags|Features)\s*:.*\b(avx512_bf16|amx_bf16|bf16)\b.*") is not None
+    if device == "gpu":  # not torch.cuda.is_bf16_supported, which asks GPU 0 and counts emulation
+        return all(torch.cuda.get_device_capability(index)[0] >= 8 for index in devices)
+    return getattr(getattr(torch, TORCH_DEVICES[device]), "is_bf16_supported", lambda: False)()
 
 
 def needs_apex(device: str) -> bool:
@@ -295,10 +245,9 @@ def load_apex() -> Any:
     """
     try:
         from apex import amp
-
-        return amp
     except ImportError as error:
         raise DeviceUnavailableError(
             f"--amp with torch {torch.__version__} on this device requires Ascend's or NVIDIA's apex with apex.amp "
             f"({error}); install it or leave --amp out"
         ) from error
+    return amp

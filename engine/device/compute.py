@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import inspect
 import os
 import sys
 from typing import Any, Callable, Iterator, cast
 
 from engine import console
-from engine.device.choice import TORCH_DEVICES, default_threads
+from engine.device.choice import TORCH_DEVICES, cpu_info, default_threads
 from engine.errors import DeviceUnavailableError, first_line
 from engine.versions import TORCH
 
@@ -192,23 +193,16 @@ class ComputeDevice:
         """Return the name of the chip, for the records."""
         if self.type in ("gpu", "npu") and hasattr(self.runtime, "get_device_name"):
             return self.runtime.get_device_name(self.device)
-        if self.type == "cpu" and os.path.exists("/proc/cpuinfo"):
-            with open("/proc/cpuinfo") as file:
-                for line in file:
-                    if line.startswith("model name"):
-                        return line.partition(":")[2].strip()
-        return self.type
+        model = cpu_info(r"model name\s*:\s*(.*\S)\s*") if self.type == "cpu" else None
+        return model[1] if model else self.type
 
 
 def _npu_fused_sgd() -> Any:
-    """Return NpuFusedSGD: torch_npu's, or that of Ascend's apex, where torch_npu has none; None if there is neither."""
-    fused = getattr(getattr(sys.modules.get("torch_npu"), "optim", None), "NpuFusedSGD", None)
-    if fused is None:
-        with contextlib.suppress(ImportError):
-            from apex import optimizers
-
-            fused = getattr(optimizers, "NpuFusedSGD", None)
-    return fused
+    """Return NpuFusedSGD: torch_npu's, or that of Ascend's apex; None if there is neither."""
+    for module in ("torch_npu.optim", "apex.optimizers"):
+        with contextlib.suppress(ImportError, AttributeError):
+            return importlib.import_module(module).NpuFusedSGD
+    return None
 
 
 def keep_freed_memory() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
@@ -11,7 +12,6 @@ from typing import Any
 
 from engine import console
 from engine.data import ImageDataset, Preprocessing
-from engine.errors import UsageError
 from engine.evaluation.page import render_page
 from engine.records import Predictions, Totals, run_info
 
@@ -59,18 +59,14 @@ def write_predictions(path: str, dataset: ImageDataset, predictions: Predictions
     Columns: path (of a folder's image, else its number), target, prediction, probability, and the same two for the
     second to the fifth prediction.
     """
-    count = predictions.top5.shape[1]
-    header = ["path", "target", "prediction", "probability"]
-    header += [f"{name}{rank}" for rank in range(2, count + 1) for name in ("prediction", "probability")]
-    try:
-        with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(header)
-            for index, (top5, probabilities) in enumerate(zip(predictions.top5, predictions.probabilities)):
-                name = dataset.name(index)
-                row = [name, dataset.classes[dataset.labels[index]]]
-                for label, probability in zip(top5, probabilities):
-                    row += [dataset.classes[label], f"{probability:.6f}"]
-                writer.writerow(row)
-    except OSError as error:
-        raise UsageError(f"--predictions {path}: {error.strerror}") from error
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    ranks = range(2, predictions.top5.shape[1] + 1)
+    more = [f"{name}{rank}" for rank in ranks for name in ("prediction", "probability")]
+    writer.writerow(["path", "target", "prediction", "probability", *more])
+    for index, (top5, probabilities) in enumerate(zip(predictions.top5, predictions.probabilities)):
+        row = [dataset.name(index), dataset.classes[dataset.labels[index]]]
+        for label, probability in zip(top5, probabilities):
+            row += [dataset.classes[label], f"{probability:.6f}"]
+        writer.writerow(row)
+    run_info.write_text(path, text.getvalue())

@@ -8,10 +8,10 @@ import contextlib
 import io
 import json
 import os
+from itertools import islice
 from typing import Any, Iterator
 
 from engine.data import ImageDataset, Preprocessing
-from engine.errors import printable
 from engine.records import Predictions, Totals, svg_curves
 
 import numpy as np
@@ -34,7 +34,7 @@ def render_page(
     """Return the page. For the arguments, see write_evaluation. Requires jinja2 and matplotlib."""
     import jinja2
 
-    classes = [" ".join(name.encode("utf-8", "replace").decode().split()) for name in dataset.classes]
+    classes = [" ".join(name.split()) for name in dataset.classes]
     labels, predicted, confidence = np.asarray(dataset.labels), predictions.predicted, predictions.confidence
     evaluated = predicted >= 0
     confusion = Confusion(labels[evaluated], predicted[evaluated], len(classes))
@@ -42,7 +42,7 @@ def render_page(
     mistakes = mistakes[np.argsort(-confidence[mistakes], kind="stable")]
     with open(os.path.join(os.path.dirname(__file__), "page.html"), encoding="utf-8") as file:
         template = jinja2.Template(file.read(), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return template.render(
+    page = template.render(
         percent=percent,
         data_uri=data_uri,
         title=f"{facts['arch']}: {totals.acc1:.2f}% Acc@1",
@@ -52,12 +52,13 @@ def render_page(
         classes=classes,
         curves=list(zip(*(svg_curves(training_folder, color) for color in (LIGHT, DARK)))) if training_folder else [],
         wrong=len(mistakes),
-        mistakes=list(read_mistakes(dataset, predictions, mistakes, preprocessing)),
+        mistakes=list(islice(read_mistakes(dataset, predictions, mistakes, preprocessing), MAX_MISTAKES)),
         matrix=confusion.matrix() if len(classes) <= MAX_MATRIX_CLASSES else None,
         pairs=confusion.pairs(),
         rows=confusion.by_class(),
         tables={"This evaluation": facts, "Flags of the training": read_flags(training_folder)},
     )
+    return page.encode("utf-8", "replace").decode()  # paths and classes may have other bytes
 
 
 def percent(part: float, total: float) -> str:
@@ -128,8 +129,7 @@ def read_flags(folder: str | None) -> dict[str, object]:
 def read_mistakes(
     dataset: ImageDataset, predictions: Predictions, mistakes: np.ndarray, preprocessing: Preprocessing
 ) -> Iterator[dict[str, Any]]:
-    """Yield what the page shows of each mistake, at most MAX_MISTAKES. `mistakes`: sorted indices."""
-    shown = 0
+    """Yield what the page shows of each mistake that can still be read. `mistakes`: sorted indices."""
     for index in mistakes.tolist():
         with contextlib.suppress(Exception):  # it was readable during the evaluation, and may be gone now
             image = Image.fromarray(np.ascontiguousarray(preprocessing(dataset.read(index))))
@@ -141,8 +141,5 @@ def read_mistakes(
                 "predicted": predictions.predicted[index],
                 "confidence": predictions.confidence[index],
                 "actual": dataset.labels[index],
-                "name": printable(dataset.short_name(index)),
+                "name": dataset.short_name(index),
             }
-            shown += 1
-            if shown == MAX_MISTAKES:
-                return

@@ -7,9 +7,7 @@ Simonyan & Zisserman, arXiv:1409.1556, sections 3.2 and 4.3.
 from __future__ import annotations
 
 import math
-from typing import Callable, Sequence
-
-import vgg
+from typing import Any, Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +19,7 @@ class ViewAverage:
     """Predicts from the mean of the softmax outputs of all views of an image.
 
     Args:
+        network: a vgg.VGG.
         normalize: from (n, H, W, 3) uint8 to (n, 3, H, W) on the device.
         view: center, ten-crop, dense or multi-crop.
         size: pixels per side of a crop.
@@ -28,13 +27,7 @@ class ViewAverage:
     """
 
     def __init__(
-        self,
-        network: vgg.VGG,
-        normalize: Callable[[torch.Tensor], torch.Tensor],
-        *,
-        view: str,
-        size: int,
-        mirrored: bool,
+        self, network: Any, normalize: Callable[[torch.Tensor], torch.Tensor], *, view: str, size: int, mirrored: bool
     ) -> None:
         self.network, self.normalize, self.view, self.size = network, normalize, view, size
         self.mirrored = mirrored and view != "center"

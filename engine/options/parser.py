@@ -66,7 +66,7 @@ class OneLineParser(argparse.ArgumentParser):
         words: list[str] = []
         for word in sys.argv[1:] if args is None else args:
             action = self._option_string_actions.get(word[:2])
-            if len(word) > 2 and word[0] == "-" and word[1] != "-" and action is not None and action.nargs is None:
+            if re.match("-[^-].", word) and action is not None and action.nargs is None:
                 words += [word[:2], word[2:].lstrip("=")]
             elif word[:2] == "@~" and self.fromfile_prefix_chars:
                 words.append("@" + os.path.expanduser(word[1:]))
@@ -107,13 +107,9 @@ def number(
 
 def device_list(text: str) -> list[int]:
     """An argparse type: device numbers such as `0,1,2,3`."""
-    try:
-        devices = [int(word) for word in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected device numbers such as 0,1,2,3, got {text!r}") from None
-    if min(devices) < 0:
-        raise argparse.ArgumentTypeError(f"expected device numbers from 0 up, got {text!r}")
-    return devices
+    if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", text):
+        raise argparse.ArgumentTypeError(f"expected device numbers from 0 up, such as 0,1,2,3, got {text!r}")
+    return [int(word) for word in text.split(",")]
 
 
 def nonempty_path(text: str) -> str:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-TRAINING, VALIDATION = "#3b82c4", "#d0651f"  # on a white and on a dark page
+COLORS = {"training": "#3b82c4", "validation": "#d0651f"}  # on a white and on a dark page
 
 
 class Panel(NamedTuple):
@@ -30,7 +30,7 @@ PANELS = (LOSS, ACC1, Panel("Learning rate", "lr"), Panel("Throughput (images/s)
 
 
 def read_events(folder: str) -> tuple[list[dict], list[dict]]:
-    """Return the `epoch` and the `validate` events of folder/metrics.jsonl, each sorted by epoch.
+    """Return the `epoch` and the `validate` events of folder/metrics.jsonl, in the order of epochs.
 
     A run that resumes at a step replaces the events that an earlier run wrote after that step. Those of an evaluation
     (-e) have no epoch and are left out.
@@ -38,23 +38,17 @@ def read_events(folder: str) -> tuple[list[dict], list[dict]]:
     Raises:
         OSError: the file cannot be read.
     """
-    train: dict[int, dict] = {}
-    validate: dict[int, dict] = {}
+    events: dict[str, list[dict]] = {"epoch": [], "validate": []}
     with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as file:
         for line in file:
-            try:
+            with contextlib.suppress(ValueError):  # truncated when the process was killed
                 record = json.loads(line)
-            except ValueError:  # truncated when the process was killed
-                continue
-            if record["event"] == "start":
-                for events in (train, validate):
-                    for epoch in [epoch for epoch, event in events.items() if event["step"] > record["step"]]:
-                        del events[epoch]
-            elif record["event"] == "epoch":
-                train[record["epoch"]] = record
-            elif record["event"] == "validate" and "epoch" in record:
-                validate[record["epoch"]] = record
-    return [train[epoch] for epoch in sorted(train)], [validate[epoch] for epoch in sorted(validate)]
+                kind, step = record["event"], record.get("step")
+                if kind == "start":
+                    events = {name: [event for event in events[name] if event["step"] <= step] for name in events}
+                elif kind in events and "epoch" in record:
+                    events[kind].append(record)
+    return events["epoch"], events["validate"]
 
 
 def draw_curves(
@@ -82,10 +76,12 @@ def draw_curves(
     # Figure, not pyplot: no window, no global state, nothing to close.
     figure = Figure(figsize=(panel_size[0] * columns, panel_size[1] * rows), constrained_layout=True)
     for panel, axes in zip(panels, figure.subplots(rows, columns, squeeze=False).flat):
-        points = {color: _points(events, panel.key) for color, events in ((TRAINING, train), (VALIDATION, validate))}
-        for color, label in ((TRAINING, "training"), (VALIDATION, "validation"))[: 1 + panel.validated]:
-            if points[color]:
-                axes.plot(*zip(*points[color]), marker="o", markersize=3, label=label, color=color)
+        points = {
+            label: _points(events, panel.key) for label, events in (("training", train), ("validation", validate))
+        }
+        for label in points:
+            if points[label]:
+                axes.plot(*zip(*points[label]), marker="o", markersize=3, label=label, color=COLORS[label])
         axes.set_title(panel.title, loc="left", fontsize="medium")
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
@@ -93,7 +89,7 @@ def draw_curves(
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
         if not panel.validated:
-            axes.set_ylim(0, 1.1 * max([value for _, value in points[TRAINING]], default=0) or 1)
+            axes.set_ylim(0, 1.1 * max([value for _, value in points["training"]], default=0) or 1)
         elif axes.lines:
             axes.legend(frameon=False)
         if panel is LOSS:
@@ -119,7 +115,7 @@ def ceiling(values: Sequence[float]) -> float:
 
 def _clip(axes: Axes, points: dict[str, list[tuple[int, float]]]) -> None:
     """Show the losses up to their ceiling, and a triangle at the upper edge for each one above it."""
-    values = [value for color in points for _, value in points[color]]
+    values = [value for label in points for _, value in points[label]]
     top = ceiling(values)
     if top == max(values, default=top):
         return
@@ -127,9 +123,11 @@ def _clip(axes: Axes, points: dict[str, list[tuple[int, float]]]) -> None:
     axes.set_ylim(min(values) - margin, top + margin)
     axes.set_title(f"▲ beyond the axis, up to {max(values):,.4g}", loc="right", fontsize="small")
     edge = axes.get_xaxis_transform()  # epochs, and the share of the height
-    for color in points:
-        above = [epoch for epoch, value in points[color] if value > top]
-        axes.scatter(above, [1.0] * len(above), marker="^", color=color, transform=edge, clip_on=False, zorder=3)
+    for label in points:
+        above = [epoch for epoch, value in points[label] if value > top]
+        axes.scatter(
+            above, [1.0] * len(above), marker="^", color=COLORS[label], transform=edge, clip_on=False, zorder=3
+        )
 
 
 def svg_curves(folder: str, color: str) -> list[tuple[str, bytes]]:

@@ -131,10 +131,8 @@ class Throughput:
 
     def __init__(self, steps: int) -> None:
         self.skip = self.WARM_UP if steps > 10 else 0
-        self.steps = self.images = 0
-        self.begin = self.warm_begin = time.perf_counter()
-        self.warm_images = 0  # counted before warm_begin
-        self.pause_begin = self.pauses = self.warm_up_pauses = 0.0  # seconds
+        self.steps = self.images = self.warm_images = 0  # warm_images: counted before warm_begin
+        self.begin = self.warm_begin = self.pause_begin = time.perf_counter()
 
     def step(self, images: int, synchronize: Callable[[], None]) -> None:
         """Count a step. images: of all processes."""
@@ -143,21 +141,20 @@ class Throughput:
         if self.steps == self.skip:
             synchronize()  # once per epoch
             self.warm_begin, self.warm_images = time.perf_counter(), self.images
-            self.warm_up_pauses, self.pauses = self.pauses, 0.0
 
     def pause(self) -> None:
         """Stop the clock, for instance during a checkpoint."""
         self.pause_begin = time.perf_counter()
 
     def resume(self) -> None:
-        self.pauses += time.perf_counter() - self.pause_begin
+        pause = time.perf_counter() - self.pause_begin
+        self.begin += pause
+        self.warm_begin += pause
 
     def seconds(self) -> float:
         """Return the seconds that images_per_second divides by."""
-        if self.steps <= self.skip:  # stopped within the warm-up: count it
-            return max(time.perf_counter() - self.begin - self.warm_up_pauses - self.pauses, 1e-9)
-        return max(time.perf_counter() - self.warm_begin - self.pauses, 1e-9)
+        begin = self.warm_begin if self.steps > self.skip else self.begin  # the warm-up counts if the run ends in it
+        return max(time.perf_counter() - begin, 1e-9)
 
     def images_per_second(self) -> float:
-        """Return the rate; over the warm-up steps if the run was stopped within them."""
         return (self.images - (self.warm_images if self.steps > self.skip else 0)) / self.seconds()

@@ -46,8 +46,14 @@ def fake_gpu(monkeypatch: Any) -> Iterator[list[torch.dtype]]:
         for weight in scaler.weights:
             weight.grad = torch.zeros_like(weight)
 
+    def to(module: nn.Module, target: Any = None, **_: Any) -> nn.Module:
+        for tensor in [*module.parameters(), *module.buffers()] if isinstance(target, torch.dtype) else []:
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(target)
+        return module
+
     monkeypatch.setattr(MixedPrecisionOptimizer, "backward", backward)
-    monkeypatch.setattr(nn.Module, "to", lambda module, *_, **__: module)
+    monkeypatch.setattr(nn.Module, "to", to)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)

@@ -88,11 +88,10 @@ def test_a_step_with_non_finite_gradients_changes_nothing(factor: float, first: 
         assert torch.equal(mine, old), name
     for mine, old in itertools.zip_longest(momentum(built), momentum_before):
         assert torch.equal(mine, old)
-    assert built.optimizer.read_longest_skip() == 1
+    assert built.optimizer.skipped_in_a_row == 1
     step(built)
     assert not torch.equal(parameters(built.model)[0], before[0])
-    assert built.optimizer.read_longest_skip() <= 1
-    assert built.optimizer.read_longest_skip() == 0
+    assert built.optimizer.skipped_in_a_row == 0
 
 
 def test_ten_skipped_steps_in_a_row_have_diverged() -> None:
@@ -101,8 +100,10 @@ def test_ten_skipped_steps_in_a_row_have_diverged() -> None:
         step(built, factor)
     built.optimizer.check_finite(19)
     step(built, math.nan)
-    with pytest.raises(DivergedError, match=r"10 steps in a row were not finite \(found at step 20\)"):
-        built.optimizer.check_finite(20)
+    for number in (20, 21):  # found at the next check, even if good steps came between
+        with pytest.raises(DivergedError, match=rf"10 steps in a row were not finite \(found at step {number}\)"):
+            built.optimizer.check_finite(number)
+        step(built)
 
 
 def test_the_overflows_of_a_dynamic_scale_on_its_way_down_are_no_divergence() -> None:

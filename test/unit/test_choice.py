@@ -159,18 +159,24 @@ def test_missing_hardware_is_refused_in_one_line() -> None:
 
 
 def test_auto_is_the_first_device_that_works(monkeypatch: Any) -> None:
-    def missing() -> int:
-        raise DeviceUnavailableError("none")
+    there = {"gpu": 2, "mps": 1}
 
-    monkeypatch.setattr(device, "DEVICE_COUNTS", {"npu": missing, "gpu": lambda: 2, "mps": lambda: 1})
+    def count_devices(name: str) -> int:
+        if name not in there:
+            raise DeviceUnavailableError("none")
+        return there[name]
+
+    monkeypatch.setattr(device, "count_devices", count_devices)
     assert device.resolve_device("auto") == ("gpu", 2)
-    monkeypatch.setattr(device, "DEVICE_COUNTS", {"npu": missing, "gpu": missing, "mps": missing})
+    del there["gpu"]
+    assert device.resolve_device("auto") == ("mps", 1)
+    del there["mps"]
     assert device.resolve_device("auto") == ("cpu", None)
 
 
 @pytest.mark.parametrize("gpu", [0, 3])
 def test_a_gpu_that_was_asked_for_is_not_silently_a_cpu(monkeypatch: Any, gpu: int, capsys: Any) -> None:
-    monkeypatch.setattr(device, "DEVICE_COUNTS", {})
+    monkeypatch.setattr(device, "REQUIREMENTS", {})  # auto looks for no device
     assert resolve_flags(parse_args(["--gpu", str(gpu)]))[0].device == "cpu"
     assert f"warning: --gpu {gpu}: " in capsys.readouterr().err
     resolve_flags(parse_args(["--gpu", str(gpu), "--device", "cpu"]))  # as the scripts do
@@ -278,7 +284,7 @@ def test_workers_are_the_cores_beside_the_processes(monkeypatch: Any) -> None:
 @pytest.mark.skipif(TORCH < (1, 10), reason="mixed precision on a CPU requires torch 1.10")
 def test_amp_on_a_cpu_is_bf16_if_the_cpu_has_instructions_for_it(monkeypatch: Any, capsys: Any) -> None:
     for has_bf16, expected in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(device, "_cpu_has_bf16", lambda has_bf16=has_bf16: has_bf16)
+        monkeypatch.setattr(device, "cpu_info", lambda _, found=has_bf16 or None: found)
         assert device.resolve_precision("cpu", [0], amp=True, opt_level="O1", amp_dtype="auto") == expected
         assert ("--amp changes nothing here" in capsys.readouterr().out) == (not has_bf16)
         assert device.resolve_precision("cpu", [0], amp=True, opt_level="O1", amp_dtype="bf16") == "bf16"
