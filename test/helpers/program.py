@@ -4,10 +4,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
+import time
 from typing import Any
 
 from engine.checkpoints.file import load
@@ -17,14 +22,21 @@ import torch
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 MAIN = os.path.join(REPOSITORY, "main.py")
 SMALL_MAIN = os.path.join(REPOSITORY, "test", "helpers", "small.py")
+# A script, its __main__ part too, on small.py's network.
+RUN_SCRIPT = """
+import runpy, sys
+import helpers.small
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 TWO = ["--multiprocessing-distributed", "--device-list", "0,1"]
 
 
 class Result:
     """A finished command: its exit code and its output."""
 
-    def __init__(self, finished: subprocess.CompletedProcess) -> None:
-        self.code, self.out, self.err = finished.returncode, finished.stdout, finished.stderr
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
 
     def accuracy(self) -> tuple[str, str]:
         """(Acc@1, Acc@5) of the last validation, as printed."""
@@ -40,21 +52,82 @@ def environment(**changes: str) -> dict[str, str]:
 
 def run(*command: Any, timeout: float = 300, cwd: Any = None, env: dict[str, str] | None = None) -> Result:
     """Run a command to its end."""
-    return Result(
-        subprocess.run(
-            [str(word) for word in command],
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            cwd=cwd,
-            env=environment(**(env or {})),
-        )
+    finished = subprocess.run(
+        [str(word) for word in command],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=cwd,
+        env=environment(**(env or {})),
     )
+    return Result(finished.returncode, finished.stdout, finished.stderr)
+
+
+class ForkServer:
+    """The process of fork_server.py. It ends with this one, which holds the other end of its stdin."""
+
+    def __init__(self) -> None:
+        code = os.path.join(REPOSITORY, "test", "helpers", "fork_server.py")
+        # stderr is a pipe too: a script finds its streams as they are made when Python starts.
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        command = [sys.executable, code]
+        self.process: Any = subprocess.Popen(command, universal_newlines=True, env=environment(), **pipes)
+        self.works = self.process.stdout.readline() == "ready\n"  # else the script itself says why not
+
+    def run(self, argv: list[str], timeout: float, cwd: Any) -> Result:
+        outputs = {}
+
+        def read(name: str, path: str) -> None:
+            with open(path) as pipe:
+                outputs[name] = pipe.read()
+
+        with tempfile.TemporaryDirectory() as folder:
+            pipes = {name: os.path.join(folder, name) for name in ("out", "err")}
+            for path in pipes.values():
+                os.mkfifo(path)
+            readers = [threading.Thread(target=read, args=pipe, daemon=True) for pipe in pipes.items()]
+            for reader in readers:
+                reader.start()
+            request = {"argv": argv, "cwd": cwd and str(cwd), "env": environment(), **pipes}
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+            child, deadline = int(self.process.stdout.readline()), time.monotonic() + timeout
+            for reader in readers:
+                reader.join(max(0.0, deadline - time.monotonic()))
+            late = any(reader.is_alive() for reader in readers)
+            if late:
+                os.kill(child, signal.SIGKILL)
+            code = int(self.process.stdout.readline())
+        if late:
+            raise subprocess.TimeoutExpired(argv, timeout)
+        return Result(code, outputs["out"], outputs["err"])
+
+
+@functools.lru_cache(maxsize=None)
+def fork_server() -> ForkServer:
+    return ForkServer()
+
+
+def run_script(
+    name: str, *flags: Any, timeout: float = 300, cwd: Any = None, env: dict[str, str] | None = None
+) -> Result:
+    """Run `python NAME FLAGS`, a script of the repository, to its end, with small.py's threads.
+
+    Quickly, unless it needs variables, which Python or torch may read when they start.
+    """
+    argv = [os.path.join(REPOSITORY, name), *map(str, flags)]
+    if env is None and sys.platform == "linux" and fork_server().works:
+        return fork_server().run(argv, timeout, cwd)
+    return run(sys.executable, "-c", RUN_SCRIPT, *argv, timeout=timeout, cwd=cwd, env=env)
 
 
 def run_main(*flags: Any, program: str = SMALL_MAIN, **options: Any) -> Result:
     """Run `python main.py FLAGS` on the CPU; with small.py's network unless program=MAIN."""
-    return run(sys.executable, program, "--device", "cpu", *flags, **options)
+    flags = ("--device", "cpu", *flags)
+    return (
+        run_script(program, *flags, **options)
+        if program == SMALL_MAIN
+        else run(sys.executable, program, *flags, **options)
+    )
 
 
 def start_main(*flags: Any) -> subprocess.Popen:

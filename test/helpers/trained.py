@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import Any
 
 from engine.checkpoints.file import load
 
-from helpers.program import REPOSITORY, Result, run, run_main
+from helpers.program import Result, run_main
 
 import numpy as np
 import torch
@@ -19,19 +17,6 @@ from torchvision.models.vgg import make_layers
 FLAGS = ["--arch", "vgg11_bn", "--image-size", "32", "-b", "6"]
 PRETRAINED = "pretrained.pth"  # of five classes
 CLASSES = ["tench", "goldfish", '"great white" shark', "hammerhead", "图"]
-
-# A script, its __main__ part too, on small.py's network.
-RUN_SCRIPT = """
-import runpy, sys
-import helpers.small
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def run_script(name: str, *flags: Any, **options: Any) -> Result:
-    """Run `python NAME FLAGS`, a script of the repository, with small.py's network."""
-    return run(sys.executable, "-c", RUN_SCRIPT, os.path.join(REPOSITORY, name), *flags, **options)
 
 
 class TorchvisionVGG(nn.Module):

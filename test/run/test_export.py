@@ -16,8 +16,8 @@ from engine.errors import CheckpointError, UsageError
 
 import export
 import vgg
-from helpers.program import Result, assert_same_weights, run_main
-from helpers.trained import CLASSES, FLAGS, PRETRAINED, expected_predictions, run_script, train_classifier
+from helpers.program import Result, assert_same_weights, run_main, run_script
+from helpers.trained import CLASSES, FLAGS, PRETRAINED, expected_predictions, train_classifier
 
 import numpy as np
 import pytest

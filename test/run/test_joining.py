@@ -8,11 +8,12 @@ import socket
 import subprocess
 import sys
 import time
+from typing import Any
 
 from engine.parallel import free_port
 from engine.versions import TORCH
 
-from helpers.program import environment, run_main
+from helpers.program import environment, run_main, start_main
 
 import pytest
 
@@ -186,24 +187,6 @@ def test_a_duplicate_of_a_job_that_runs_is_refused_and_the_job_goes_on(url):
     assert [process.finish() for process in processes] == [0, 0]
 
 
-def test_env_url_without_its_variables_names_them(tmp_path, monkeypatch):
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    monkeypatch.delenv("MASTER_PORT", raising=False)
-    result = run_main("--world-size", 2, "--rank", 0, "--dist-url", "env://", "--output-dir", tmp_path)
-    assert result.code == 2 and "env:// requires MASTER_ADDR and MASTER_PORT" in result.err, result.err
-
-
-def test_a_negative_timeout_is_refused(tmp_path):
-    result = run_main("--rendezvous-timeout", "-5", "--output-dir", tmp_path)
-    assert result.code == 2 and "--rendezvous-timeout must be at least 1, got -5" in result.err
-
-
-@pytest.mark.parametrize("url", ["file:///tmp/x", "tcp://10.0.0.1:99999", "tcp://10.0.0.1:0", "10.0.0.1:59629"])
-def test_a_url_that_cannot_work_is_one_line(tmp_path, url):
-    result = run_main("--world-size", 2, "--rank", 1, "--dist-url", url, "--output-dir", tmp_path)
-    assert result.code == 2 and "--dist-url: expected" in result.err and len(result.err.splitlines()) == 1, result.err
-
-
 @pytest.mark.skipif(TORCH < (2, 0), reason="TCPStore of older torch holds Python's lock while it waits")
 def test_something_else_that_answers_on_the_port_is_not_waited_for_without_end(url):
     with socket.socket() as silent:
@@ -213,3 +196,36 @@ def test_something_else_that_answers_on_the_port_is_not_waited_for_without_end(u
         process = Joining(url, 1, 2, timeout=3)
         assert "node 0 (rank 0) did not join within 3 s" in process.read_until("tcp")
         assert process.finish() == 2
+
+
+def test_a_checkpoint_that_rank_0_does_not_have_is_no_fresh_start(folder: str, tmp_path: Any) -> None:
+    url = f"tcp://127.0.0.1:{free_port()}"
+    flags = [
+        folder,
+        "--arch",
+        "vgg11",
+        "--image-size",
+        32,
+        "-b",
+        6,
+        "--epochs",
+        1,
+        "--world-size",
+        2,
+        "--dist-url",
+        url,
+    ]
+    nodes = [
+        start_main(*flags, "--rank", 0, "--output-dir", tmp_path / "0"),
+        start_main(*flags, "--rank", 1, "--output-dir", tmp_path / "1", "--resume", "checkpoint.pth.tar"),
+    ]
+    for node in nodes:
+        err = node.communicate(timeout=60)[1]
+        assert node.returncode == 2 and "rank 0, which reads it, has none: give it to rank 0" in err, err
+
+
+def test_env_url_without_its_variables_names_them(tmp_path, monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    result = run_main("--world-size", 2, "--rank", 0, "--dist-url", "env://", "--output-dir", tmp_path)
+    assert result.code == 2 and "env:// requires MASTER_ADDR and MASTER_PORT" in result.err, result.err

@@ -11,17 +11,12 @@ import shutil
 import signal
 import sys
 
-from engine.checkpoints import Checkpoint
 from engine.checkpoints.file import load
 from engine.data import Augmentation
-from engine.data.datasets import read_digits
-from engine.errors import UserError
 from engine.options.flags import parse_args
-from engine.options.resolve import resolve_preprocessing, with_checkpoint
 from engine.parallel import free_port
 from engine.versions import TORCH
 
-import main
 import vgg
 from helpers.images import make_folder, write_cifar10
 from helpers.program import MAIN, TWO, assert_same_weights, events, run, run_main, start_main, wait_for_line, weights
@@ -51,14 +46,6 @@ def trained(folder, tmp_path_factory):
 
 
 # --- what a run prints and writes -------------------------------------------------------------------------------------
-
-
-def test_learning_rate_warms_up_linearly_and_follows_a_cosine():
-    args = parse_args(["--epochs", "10", "--lr", "0.08", "--min-lr", "0.01", "--warmup-epochs", "3"])
-    rates = [main.learning_rate(epoch, args) for epoch in range(10)]
-    assert rates[:4] == pytest.approx([0.02, 0.04, 0.06, 0.08])
-    assert rates == rates[:3] + sorted(rates[3:], reverse=True)
-    assert rates[9] == pytest.approx(0.01 + 0.07 * 0.5 * (1 + math.cos(math.pi * 6 / 7)))
 
 
 def test_log_lines_have_the_shapes_that_others_parse(trained):
@@ -264,22 +251,6 @@ def test_a_run_continues_on_fewer_nodes_with_the_same_images(folder, tmp_path):
     assert parts["loss"] == pytest.approx(whole["loss"], abs=0.05)  # dropout differs, images do not
 
 
-def test_a_resize_that_cannot_keep_the_images_per_step_scales_the_learning_rate(folder, tmp_path, capsys):
-    flags = [folder, *SMALL, "--epochs", 2, "--output-dir", tmp_path, "--lr", 0.01, "-p", 1]
-    args = parse_args([str(flag) for flag in flags] + ["-b", "4"])
-    args.nodes = 3
-    _, saved = with_checkpoint(args, None)
-    assert saved == {"batch_size": 4, "accum_steps": 1, "images_per_step": 12} and capsys.readouterr().out == ""
-    args.nodes = 2
-    checkpoint = Checkpoint("x", vgg.VGG("vgg11", 3, [8] * 5, 8).state_dict(), batch=saved)
-    resized, batch = with_checkpoint(args, checkpoint)
-    assert batch == saved
-    assert "8 images per step in place of 12, so learning rates are multiplied by 0.6667" in capsys.readouterr().out
-    assert resized.lr == pytest.approx(0.01 * 2 / 3) and resized.accum_steps == 1 and args.lr == 0.01
-    args.batch_size = 5  # a flag that was changed counts as it is
-    assert with_checkpoint(args, checkpoint)[0].lr == 0.01 and capsys.readouterr().out == ""
-
-
 def test_a_run_continues_within_an_epoch_with_another_batch_size(folder, tmp_path):
     flags = [folder, *SMALL, "--epochs", 1, "--output-dir", tmp_path, "-p", 1]
     assert run_main(*flags, "-b", 6, "--stop-step-num", 2).code == 0
@@ -422,16 +393,6 @@ def test_an_output_without_unicode_costs_no_run(folder, tmp_path):
     assert result.code == 0 and r"on 1 \xd7 cpu" in result.out, result.err
 
 
-def test_an_evaluation_normalizes_as_the_training_did():
-    dataset = read_digits(training=False)
-    args = parse_args(["-e", "--pretrained", "imagenet", "--image-size", "48"])
-    saved = {"image_size": 48, "crop": True, "mean": [0.1] * 3, "std": [0.2] * 3}
-    checkpoint = Checkpoint("x", {}, preprocessing=saved)
-    assert resolve_preprocessing(args, dataset, checkpoint).to_dict() == {**saved, "crop": False}
-    args = parse_args([])  # a training has its own
-    assert resolve_preprocessing(args, dataset, None) == dataset.preprocessing
-
-
 def test_another_val_split_than_that_of_the_training_is_refused_and_changes_nothing(tmp_path):
     root = os.path.join(make_folder(tmp_path / "data"), "train")
     output = tmp_path / "o"
@@ -529,50 +490,6 @@ def test_a_network_of_nans_is_not_evaluated_as_a_loss_of_zero(folder, tmp_path):
 
 
 # --- wrong use and bad input ------------------------------------------------------------------------------------------
-
-WRONG = [
-    (["--no-such-flag"], "no-such-flag"),
-    (["--epoch", "3"], "--epoch"),
-    (["-b", "0"], "must be at least 1, got 0"),
-    (["-b", "many"], "expected an integer, got 'many'"),
-    (["--lr", "nan"], "--lr/--learning-rate must be finite, got nan"),
-    (["--lr", "inf"], "--lr/--learning-rate must be finite, got inf"),
-    (["/no/such/folder"], "/no/such/folder"),
-    (["--resume", "/no/such/file"], "/no/such/file"),
-    (["-e"], "--resume PATH"),
-    (["--device", "npu"], "NPU"),
-    (["--device", "gpu"], "GPU"),
-    (["-b", "7", *TWO], "use 6 or 8"),
-    (["--arch", "resnet50"], "resnet50"),
-    (["--rank", "5", "--world-size", "2"], "--rank 5"),
-    (["--world-size", "0"], "--world-size must be at least 1, got 0"),
-    (["--warmup-epochs", "16"], "--warmup-epochs must be less than --epochs 16, got 16"),
-    (["--amp", "--amp-dtype", "fp16"], "bf16" if hasattr(torch, "autocast") else "1.10"),
-    (["--device-list", "0,-1"], "device numbers from 0 up"),
-    (["--dist-url", "nonsense"], "tcp://"),
-    (["-j", "-1"], "must be at least 0, got -1"),
-    (["--report", "x"], "--report requires --evaluate"),
-    (["--grad-compress", "int8"], "int8"),
-]
-if TORCH < (2, 0):
-    WRONG.append((["--compile"], "--compile requires torch 2.0"))
-    WRONG.append((["--grad-compress", "bf16"], "--grad-compress requires torch 2.0"))
-if not hasattr(torch, "profiler"):
-    WRONG.append((["--profile"], "--profile requires torch 1.8.1"))
-
-
-@pytest.mark.parametrize("flags, word", WRONG, ids=[" ".join(flags) for flags, _ in WRONG])
-def test_wrong_use_is_one_line_and_exit_code_2(tmp_path, capsys, flags, word):
-    if flags == ["--device", "gpu"] and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    device = [] if "--device" in flags else ["--device", "cpu"]
-    try:
-        main.main([*device, *flags, "--output-dir", str(tmp_path)])
-    except SystemExit as exited:
-        code, text = exited.code, capsys.readouterr().err
-    except UserError as error:
-        code, text = error.exit_code, f"{error}\n"
-    assert code == 2 and len(text.splitlines()) == 1 and word in text, text
 
 
 def test_bad_data_and_bad_checkpoints_are_one_line_and_exit_code_2(folder, trained, tmp_path):

@@ -655,3 +655,18 @@ def test_training_and_evaluation_with_the_real_program(clone, tmp_path):
         return [line for line in result.out.splitlines() if "Accuracy" in line]
 
     assert accuracy(trained) == accuracy(evaluated) != []
+
+
+# --- the fault tests --------------------------------------------------------------------------------------------------
+
+
+def test_cluster_without_network_namespaces_is_skipped(tmp_path):
+    """Each part is skipped by name if `ip` refuses; torch is not needed until then."""
+    ip = tmp_path / "ip"
+    ip.write_text("#!/bin/sh\necho refused >&2\nexit 1\n")
+    ip.chmod(0o755)
+    script = os.path.join(REPOSITORY, "test", "faults", "cluster.sh")
+    result = run("bash", script, "nodes", env={"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}, timeout=60)
+    assert result.code == 0, result.err
+    assert "command not found" not in result.err
+    assert result.out.splitlines()[-1].startswith("skipped  nodes: "), result.out

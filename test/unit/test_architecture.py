@@ -144,6 +144,22 @@ def test_no_test_file_imports_another():
         assert not [name for name in names if name.startswith("test_") or name == "conftest"], path
 
 
+@pytest.mark.parametrize("path", [path for path in ENGINE if not path.endswith("__init__.py")])
+def test_every_module_of_the_engine_has_a_test_file_of_its_name(path):
+    name = f"test_{os.path.basename(path)}"
+    assert any(os.path.exists(os.path.join(REPOSITORY, "test", kind, name)) for kind in ("unit", "run"))
+
+
+STARTING = {"run", "run_main", "run_python", "run_script", "start_main", "train_classifier", "strace", "namespaces"}
+
+
+def test_unit_tests_start_no_program():
+    for path in python_files(os.path.join("test", "unit")):
+        used = [name for module, name in imports(path) if module == "subprocess" or module.startswith("helpers")]
+        assert not STARTING.intersection(used), path
+        assert "subprocess" not in {module for module, _ in imports(path)}, path
+
+
 # --- main.py tells the story ------------------------------------------------------------------------------------------
 
 

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
 import sys
 from typing import Any
 
@@ -16,88 +14,10 @@ from engine.options.flags import parse_args
 from engine.options.resolve import resolve_flags
 from engine.versions import TORCH
 
-from helpers.program import REPOSITORY, run_python
-
 import pytest
 import torch
 
-# Registers an NPU, which lasts as long as the process, and prints what main.py resolves its flags to.
-RESOLVE_ON_NPU = """
-import sys
-from helpers import npu_backend
-npu_backend.register(bf16=sys.argv[1] == "bf16")
-from engine.errors import UserError
-from engine.options import resolve
-from engine.options.flags import parse_args
-from engine.options.resolve import resolve_flags
-try:
-    args, _ = resolve_flags(parse_args(sys.argv[2:]))
-    print(args.device, args.device_list, args.dist_backend, args.precision, args.processes)
-except UserError as error:
-    print(error)
-"""
-
-
 # --- an NPU that computes nothing -------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(TORCH < (1, 10), reason="autocast on an NPU requires torch 1.10")
-@pytest.mark.parametrize(
-    "dtype, flags, expected",
-    [
-        ("fp16", ["--multiprocessing-distributed", "-b", "2048"], "npu [0, 1, 2, 3, 4, 5, 6, 7] hccl fp16 8"),
-        ("bf16", ["--gpu", "1", "--device-list", "4,5"], "npu [5] hccl bf16 1"),
-        ("bf16", ["--gpu", "6", "--amp-dtype", "fp16"], "npu [6] hccl fp16 1"),
-        ("bf16", ["--gpu", "6", "--opt-level", "O0"], "npu [6] hccl fp32 1"),
-        ("fp16", ["--gpu", "0", "--amp-dtype", "bf16"], "--amp-dtype bf16: this npu has no bf16; use --amp-dtype fp16"),
-    ],
-)
-def test_npus_are_chosen_with_the_precision_they_are_good_at(dtype: str, flags: list[str], expected: str) -> None:
-    assert run_python(RESOLVE_ON_NPU, dtype, "--amp", *flags)[-1] == expected
-
-
-def test_all_npus_are_found_on_any_torch() -> None:
-    lines = run_python(RESOLVE_ON_NPU, "fp16", "--multiprocessing-distributed", "-b", "2048")
-    assert lines[-1] == "npu [0, 1, 2, 3, 4, 5, 6, 7] hccl fp32 8"
-
-
-def test_two_processes_share_a_device_only_over_gloo() -> None:
-    shared = ["--multiprocessing-distributed", "-b", "8", "--device-list", "3,3"]
-    assert run_python(RESOLVE_ON_NPU, "fp16", *shared)[-1].endswith("only with --dist-backend gloo")
-    lines = run_python(RESOLVE_ON_NPU, "fp16", *shared, "--dist-backend", "gloo")
-    assert lines[-1] == "npu [3, 3] gloo fp32 2"
-
-
-def test_a_run_on_one_device_says_which_of_several_it_uses() -> None:
-    lines = run_python(RESOLVE_ON_NPU, "fp16")
-    assert lines[0].startswith("=> 8 devices, and this is a one-device run: using number 0;")
-    assert lines[1] == "npu [0] hccl fp32 1"
-
-
-BROKEN_TORCH_NPU = """
-raise ImportError("libascendcl.so: cannot open shared object file")
-"""
-
-
-@pytest.mark.skipif(TORCH < (2, 5), reason="torch before 2.5 loads no backend by itself")
-@pytest.mark.parametrize("script", ["main.py", "predict.py", "export.py"])
-def test_torch_npu_without_cann_does_not_keep_a_script_from_starting(tmp_path: Any, script: str) -> None:
-    (tmp_path / "torch_npu.py").write_text(BROKEN_TORCH_NPU)
-    (tmp_path / "torch_npu-1.0.dist-info").mkdir()
-    (tmp_path / "torch_npu-1.0.dist-info" / "METADATA").write_text("Name: torch_npu\nVersion: 1.0\n")
-    (tmp_path / "torch_npu-1.0.dist-info" / "entry_points.txt").write_text(
-        "[torch.backends]\ntorch_npu = torch_npu:load\n"
-    )
-    # Without the variable, which the tests' own environment has.
-    env = {key: value for key, value in os.environ.items() if key != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
-    env["PYTHONPATH"] = str(tmp_path)
-
-    def imports(code: str) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, "-c", code], env=env, cwd=REPOSITORY, capture_output=True, text=True)
-
-    assert "libascendcl.so" in imports("import torch").stderr
-    result = imports(f"import {script[:-3]}, torch; print(torch.ones(2).sum())")
-    assert result.stdout == "tensor(2.)\n", result.stderr
 
 
 # --- devices ----------------------------------------------------------------------------------------------------------

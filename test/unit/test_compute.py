@@ -4,10 +4,7 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import sys
-import textwrap
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +16,6 @@ from engine.versions import TORCH
 import main
 import vgg
 from helpers.fake_gpu import fake_gpu
-from helpers.program import REPOSITORY, run_python
 
 import pytest
 import torch
@@ -29,28 +25,6 @@ no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no G
 
 
 # --- devices that are not there ---------------------------------------------------------------------------------------
-
-NPU = """
-import sys
-from helpers import npu_backend
-npu = npu_backend.register(bf16=True)
-from engine.device import Amp, ComputeDevice
-import torch
-device = ComputeDevice("npu", 7)
-print(device.device, device.memory_format, npu.calls)
-print(device.name())
-with Amp(device, sys.argv[1]).autocast():
-    print(torch.is_autocast_enabled("npu"), torch.get_autocast_dtype("npu"))
-"""
-
-
-@pytest.mark.skipif(TORCH < (2, 6), reason="torch before 2.6 registers no backend from Python")
-@pytest.mark.parametrize("precision, dtype", [("fp16", "torch.float16"), ("bf16", "torch.bfloat16")])
-def test_an_npu_gets_its_options_and_its_precision(precision: str, dtype: str) -> None:
-    device, name, autocast = run_python(NPU, precision)
-    assert device == "npu:7 torch.contiguous_format ['set_device 7', 'jit_compile False']"
-    assert name == "no NPU, a recorder"
-    assert autocast == f"True {dtype}"
 
 
 @pytest.mark.skipif(TORCH < (2, 4), reason="torch before 2.4 has no fused SGD that skips on the device")
@@ -121,63 +95,6 @@ def test_an_npu_without_fused_sgd_says_so(monkeypatch: Any, capsys: Any) -> None
 
 class FusedSGD(torch.optim.SGD):
     """A stand-in for torch_npu.optim.NpuFusedSGD, which raises TypeError for bf16."""
-
-
-# Stands in for Ascend's apex.amp, and scales for real.
-APEX_AMP = """
-import contextlib
-calls = []
-
-def initialize(model, optimizer, **options):
-    calls.append(options)
-    return model, optimizer
-
-def master_params(optimizer):
-    return (parameter for group in optimizer.param_groups for parameter in group["params"])
-
-@contextlib.contextmanager
-def scale_loss(loss, optimizer):
-    yield loss * 8
-    for parameter in master_params(optimizer):
-        parameter.grad.div_(8)
-"""
-STEP_WITH_APEX = """
-import json
-import sys
-from engine.device import ComputeDevice, amp
-from apex import amp as apex_amp
-import torch
-amp.needs_apex = lambda device: True
-precision = amp.Amp(ComputeDevice("cpu"), "fp16", "O2")
-network = torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.Linear(1, 1))
-weights = precision.convert(network)
-groups = [{"params": weights}]
-if sys.argv[1] == "True":
-    groups = [{"params": weights[::2]}, {"params": weights[1::2]}]
-sgd = torch.optim.SGD(groups, lr=0.5, momentum=0.9)
-optimizer = precision.optimizer(network, sgd, weights, loss_scale=8.0)
-network[1].weight.data.fill_(1)
-before = [parameter.detach().clone() for parameter in network.parameters()]
-with precision.autocast():
-    loss = network(torch.tensor([[1.0, 3.0]])).sum()
-optimizer.backward(loss)
-optimizer.step()
-change = [(old - new.detach()).flatten().tolist() for old, new in zip(before, network.parameters())]
-masters = [id(master) == id(parameter) for master, parameter in zip(optimizer.master_weights, network.parameters())]
-print(json.dumps([apex_amp.calls, change[0], masters]))
-"""
-
-
-@pytest.mark.parametrize("no_bias_decay", [False, True])
-def test_apex_is_called_as_it_documents_and_leaves_unscaled_gradients(tmp_path: Any, no_bias_decay: bool) -> None:
-    (tmp_path / "apex").mkdir()
-    (tmp_path / "apex" / "__init__.py").write_text("")
-    (tmp_path / "apex" / "amp.py").write_text(textwrap.dedent(APEX_AMP))
-    path = os.pathsep.join([REPOSITORY, str(tmp_path)])
-    calls, change, masters = json.loads(run_python(STEP_WITH_APEX, str(no_bias_decay), PYTHONPATH=path)[-1])
-    assert calls == [{"opt_level": "O2", "loss_scale": 8.0, "verbosity": 0}]
-    assert change == [pytest.approx(0.5), pytest.approx(1.5)]
-    assert masters == [True] * 4  # in the model's order, though apex lists them by parameter group
 
 
 # --- images -----------------------------------------------------------------------------------------------------------

@@ -7,20 +7,12 @@ import os
 import pickle
 import stat
 import struct
-import subprocess
-import sys
 import tarfile
-import threading
 import zipfile
 from collections import OrderedDict
 
-from engine.checkpoints import file as checkpoint_file
 from engine.checkpoints.file import CheckpointWriter, link, load, lock_folder
 from engine.errors import CheckpointError, UsageError
-from engine.versions import TORCH
-
-from helpers import strace
-from helpers.program import environment, run
 
 import pytest
 import torch
@@ -306,69 +298,10 @@ def test_a_file_system_that_cannot_flush_a_folder_keeps_every_save(tmp_path, mon
     assert [load(path + ending)["epoch"] for ending in ("", ".previous", ".best")] == [3, 2, 3]
 
 
-LOCK = """
-import sys, time
-from engine.checkpoints.file import lock_folder
-lock_folder(sys.argv[1])
-print("locked", flush=True)
-time.sleep(60)
-"""
-
-
-def test_two_runs_do_not_save_in_one_folder(tmp_path, monkeypatch):
-    command = [sys.executable, "-c", LOCK, str(tmp_path)]
-    other = subprocess.Popen(command, stdout=subprocess.PIPE, universal_newlines=True, env=environment())
-    assert other.stdout.readline() == "locked\n"
-    monkeypatch.setattr(checkpoint_file, "LOCK_SECONDS", 1)
-    with pytest.raises(UsageError, match="another run saves its checkpoints there"):
-        lock_folder(str(tmp_path))
-    monkeypatch.setattr(checkpoint_file, "LOCK_SECONDS", 30)
-    threading.Timer(1, other.kill).start()
-    lock_folder(str(tmp_path))  # waits for a run that is just ending
-    other.wait()
-
-
 def test_a_lock_that_cannot_be_opened_is_one_line(tmp_path):
     (tmp_path / ".lock").mkdir()
     with pytest.raises(UsageError, match=r"\.lock: Is a directory"):
         lock_folder(str(tmp_path))
-
-
-SAVE = """
-import sys
-from engine.checkpoints.file import CheckpointWriter
-import torch
-
-writer = CheckpointWriter()
-writer.save({"epoch": 2, "weights": torch.full((1000,), 2.0)}, sys.argv[1], also=sys.argv[1] + ".best")
-assert writer.wait() is None
-"""
-
-
-@pytest.mark.skipif(TORCH < (2, 0), reason="the file is written alike on every torch: tested on torch 2")
-@pytest.mark.skipif(not strace.available(), reason="strace is not installed, or not allowed to trace")
-def test_a_kill_at_any_system_call_of_a_save_leaves_an_intact_checkpoint(tmp_path):
-    """A save over an older checkpoint is killed at its first, second, … write, fsync, link and rename."""
-    found = {}  # (system call, its number) -> epoch of the checkpoint that is there after the kill
-    for call in ("write", "fsync", "link", "rename"):
-        for nth in range(1, 20):
-            folder = tmp_path / f"{call} {nth}"
-            folder.mkdir()
-            path = str(folder / "x")
-            for epoch in (0, 1):
-                save({"epoch": epoch}, path)
-            link(path, f"{path}.best")
-            words = strace.inject(call, strace.checkpoint_paths(path), "signal=KILL", nth)
-            result = run(*words, sys.executable, "-c", SAVE, path)
-            found[call, nth] = load(path)["epoch"]
-            assert load(f"{path}.best")["epoch"] in (found[call, nth], 2)  # the best of a saved epoch is there too
-            assert load(f"{path}.previous")["epoch"] in (0, 1)
-            if result.code == 0:  # there is no nth call
-                assert found[call, nth] == 2 and load(f"{path}.best")["epoch"] == 2
-                break
-        else:
-            raise AssertionError(f"{call}: {result.err}")
-    assert set(found.values()) == {1, 2} and len(found) >= 10, found
 
 
 def test_a_truncated_storage_in_a_foreign_archive_is_refused(tmp_path):

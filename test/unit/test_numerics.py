@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any, Callable, NamedTuple
 
-from engine.checkpoints.file import load
 from engine.data import ImageBatches
 from engine.data.datasets import ArrayDataset, read_digits
 from engine.device import Amp, MixedPrecisionOptimizer
@@ -16,7 +14,6 @@ from engine.records.metrics import cross_entropy
 from engine.versions import TORCH
 
 import vgg
-from helpers.program import TWO, run
 from helpers.step import optimizer_of
 
 import numpy as np
@@ -123,35 +120,3 @@ def test_half_precision_learns_like_fp32_for_60_steps(
         curves.append([sum(losses[first : first + 20]) / 20 for first in range(0, 60, 20)])
     assert curves[0][0] > 1.3 and curves[0][-1] < 0.6, curves
     assert curves[1] == pytest.approx(curves[0], abs=0.25), curves
-
-
-# small.py, whose spawned processes import this file again, without dropout.
-WITHOUT_DROPOUT = """
-import torch
-torch.nn.Dropout = torch.nn.Identity
-from helpers import small
-if __name__ == "__main__":
-    small.run()
-"""
-
-
-def test_accumulated_batches_are_one_large_batch(folder: str, tmp_path: Any) -> None:
-    """12 images per step: at once, in three parts, and in three parts on each of two processes.
-
-    The momentum of two steps, so the sum of their gradients, differs by less than a thousandth.
-    """
-    script = tmp_path / "without_dropout.py"
-    script.write_text(WITHOUT_DROPOUT)
-    flags = [folder, "--device", "cpu", "--arch", "vgg11", "--image-size", 32, "--lr", 0.1, "--stop-step-num", 2]
-    momenta = []
-    for name, more in (
-        ("large", ["-b", 12]),
-        ("accumulated", ["-b", 4, "--accum-steps", 3]),
-        ("distributed", ["-b", 4, "--accum-steps", 3, *TWO]),
-    ):
-        result = run(sys.executable, script, *flags, *more, "--output-dir", tmp_path / name)
-        assert result.code == 0, result.err
-        state = load(str(tmp_path / name / "checkpoint.pth.tar"))["optimizer"]["state"]
-        momenta.append(torch.cat([state[position]["momentum_buffer"].flatten() for position in sorted(state)]))
-    for other in momenta[1:]:
-        assert (other - momenta[0]).norm() < 1e-3 * momenta[0].norm()

@@ -15,8 +15,8 @@ from engine.data import Preprocessing, open_datasets
 from engine.errors import UsageError
 
 import predict
-from helpers.program import REPOSITORY, Result, run
-from helpers.trained import CLASSES, PRETRAINED, RUN_SCRIPT, expected_predictions, run_script, train_classifier
+from helpers.program import REPOSITORY, RUN_SCRIPT, Result, run, run_script
+from helpers.trained import CLASSES, PRETRAINED, expected_predictions, train_classifier
 
 import pytest
 import torch

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a user sees as one line."""
+
+from __future__ import annotations
+
+from engine import errors
+from engine.errors import first_line, printable
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (ValueError("one\ntwo"), "one"),
+        (ValueError("\n  one\ntwo"), "one"),
+        (ValueError(), "ValueError"),
+        (ValueError(" \n"), "ValueError"),
+        (KeyError("x"), "'x'"),
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+    ],
+)
+def test_an_error_is_one_line_and_never_empty(error, line):
+    assert first_line(error) == line
+
+
+@pytest.mark.parametrize(
+    "path, text",
+    [("a b/图.jpg", "a b/图.jpg"), ("a\nb", "a\\nb"), (b"caf\xe9", "caf\\xe9"), ("caf\udce9", "caf\\xe9"), ("", "")],
+)
+def test_any_path_is_one_line_of_valid_text(path, text):
+    assert printable(path) == text
+    printable(path).encode()
+
+
+def test_each_user_error_has_the_exit_code_of_its_kind():
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.UserError)]
+    failures = {kind.__name__ for kind in kinds if kind.exit_code == 1}
+    assert failures == {"DivergedError", "SaveError", "LoaderWorkerError"}
+    assert {kind.exit_code for kind in kinds} == {1, 2} and errors.EXIT_STOPPED == 75

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The files of an evaluation, from predictions that are given."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from typing import Any
+
+from engine.data import Preprocessing
+from engine.data.datasets import DIGITS, ArrayDataset
+from engine.errors import UsageError
+from engine.evaluation.files import write_evaluation, write_predictions
+from engine.records import Predictions, Totals
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture
+def dataset() -> ArrayDataset:
+    return ArrayDataset(np.zeros((3, 2, 2, 3), np.uint8), np.array([2, 0, 1]), ["a", "b,", "图"], DIGITS, 0.0)
+
+
+def predictions_of(dataset: ArrayDataset) -> Predictions:
+    predictions = Predictions(3, 3)
+    predictions.top5[:] = [[2, 1, 0], [1, 0, 2], [1, 2, 0]]
+    predictions.probabilities[:] = [[0.7, 0.2, 0.1], [0.5, 0.4, 0.1], [1, 0, 0]]
+    return predictions
+
+
+def test_predictions_are_a_line_per_image_with_each_class_by_its_name(dataset: Any, tmp_path: Any) -> None:
+    path = str(tmp_path / "x.csv")
+    write_predictions(path, dataset, predictions_of(dataset))
+    with open(path, encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header[:6] == ["path", "target", "prediction", "probability", "prediction2", "probability2"]
+    assert len(header) == 8
+    assert [row[1] for row in rows] == ["图", "a", "b,"] and [row[2] for row in rows] == ["图", "b,", "b,"]
+    assert rows[1][2:] == ["b,", "0.500000", "a", "0.400000", "图", "0.100000"]
+
+
+def test_a_predictions_file_that_cannot_be_written_is_named(dataset: Any, tmp_path: Any) -> None:
+    with pytest.raises(UsageError, match="--predictions .*: Is a directory"):
+        write_predictions(str(tmp_path), dataset, predictions_of(dataset))
+
+
+@pytest.mark.parametrize("loss", [1.5, math.nan, math.inf])
+def test_metrics_are_valid_json_whatever_the_loss(dataset: Any, tmp_path: Any, loss: float) -> None:
+    facts = {"weights": "图.pth", "data": None}
+    files: dict[str, Any] = {"predictions_file": None, "report_folder": None}
+    write_evaluation(str(tmp_path), dataset, Totals(3, 2, 3, 3 * loss), None, facts, Preprocessing(32), **files)
+    text = (tmp_path / "metrics.json").read_text(encoding="utf-8")
+    metrics = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert metrics["loss"] == (1.5 if loss == 1.5 else None)
+    assert (metrics["images"], metrics["weights"], metrics["data"]) == (3, "图.pth", None)
+    assert metrics["acc1"] == pytest.approx(200 / 3)
