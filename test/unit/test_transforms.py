@@ -6,7 +6,7 @@ import re
 import struct
 import zlib
 
-from engine.data import transforms
+from engine.data import decoding, transforms
 from engine.data.datasets import FileList
 from engine.data.loader import ImageBatches
 from engine.data.transforms import Augmentation, Preprocessing
@@ -26,7 +26,7 @@ def generator(seed):
 
 
 def read_rgb(path):
-    return transforms.read_rgb(transforms.read_file(str(path)))
+    return decoding.read_rgb(decoding.read_file(str(path)))
 
 
 def assert_names_the_file(path, match):
@@ -233,8 +233,8 @@ def test_an_image_may_have_as_many_pixels_as_pillow_reads(tmp_path, monkeypatch)
     """And no more, whatever limit a user of Pillow has set."""
     path = str(tmp_path / "x.png")
     Image.fromarray(PHOTO).save(path)
-    monkeypatch.setattr(transforms, "MAX_PIXELS", 40 * 30)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 40 * 30)
     assert read_rgb(path).size == (40, 30)
-    monkeypatch.setattr(transforms, "MAX_PIXELS", 40 * 30 - 1)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 40 * 30 - 1)
     with pytest.raises(ValueError, match="its header claims 40 × 30 pixels"):
         read_rgb(path)
