@@ -85,7 +85,7 @@ class FileList:
         files = FileList(found)
 
         def fail(error: OSError) -> None:
-            files.errors.append(f"{printable(error.filename)}: cannot be read ({reason_of(error)})")
+            files.errors.append(f"{printable(os.path.normpath(error.filename))}: cannot be read ({reason_of(error)})")
 
         for path in paths:
             if not os.path.isdir(path):
