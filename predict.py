@@ -23,7 +23,7 @@ import engine  # noqa: F401  sets variables that torch reads when it is imported
 from engine import console
 from engine.checkpoints import CLASSES_HELP, Model, load_model
 from engine.console import exit_process, run_script
-from engine.data import FileList, ImageBatches, read_batches, worker_options
+from engine.data import FileList, ImageBatches, describe_left_out, read_batches, worker_options
 from engine.device import ComputeDevice, available_cores, resolve_device, resolve_device_list
 from engine.errors import EXIT_USAGE, UsageError
 from engine.options import DEVICE_FLAG, OneLineParser, check_file, nonempty_path, number
@@ -114,6 +114,11 @@ def check_heatmap(path: str, images: int) -> None:
     check_file("--heatmap", path)
 
 
+def as_text(text: str) -> str:
+    """Return what matplotlib draws as this text: it would read what lies between two $ as a formula."""
+    return text.replace("$", r"\$")
+
+
 def draw_heatmaps(rows: list[HeatmapRow], path: str) -> None:
     """Draw image, heatmap and predictions, one row per image. Raises UsageError if the file cannot be written."""
     from matplotlib import cm, font_manager, rc_context
@@ -129,18 +134,18 @@ def draw_heatmaps(rows: list[HeatmapRow], path: str) -> None:
         for (left, middle, right), row in zip(axes, rows):
             size = len(row.image)
             left.imshow(row.image)
-            left.set_title(os.path.basename(row.path)[-32:], loc="left", fontsize=9)
+            left.set_title(as_text(os.path.basename(row.path)[-32:]), loc="left", fontsize=9)
             middle.imshow(row.image)
             smooth = F.interpolate(row.heat[None, None], (size, size), mode="bilinear", align_corners=False)[0, 0]
             overlay = cm.jet(smooth.numpy())  # type: ignore[attr-defined]
             overlay[..., 3] = 0.55 * smooth.numpy() ** 0.5  # parts that do not matter stay as they are
             middle.imshow(overlay)
-            middle.set_title(f"based on: {row.predictions[0].name}"[:40], loc="left", fontsize=9)
+            middle.set_title(as_text(f"based on: {row.predictions[0].name}"[:40]), loc="left", fontsize=9)
             bars = right.barh(
                 range(len(row.predictions)), [p.probability for p in row.predictions], color="#4c78a8", height=0.5
             )
             for bar, (name, probability) in zip(bars, row.predictions):
-                right.text(0, bar.get_y() - 0.08, f"{name[:34]}  {probability:.1%}", fontsize=8, va="bottom")
+                right.text(0, bar.get_y() - 0.08, as_text(f"{name[:34]}  {probability:.1%}"), fontsize=8, va="bottom")
             right.set_xlim(0, 1)
             right.set_ylim(len(row.predictions) - 0.4, -0.9)
             for axis in (left, middle, right):
@@ -184,6 +189,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the predictions for every image. Returns 2 if some could not be read, else 0. Raises UserError."""
     args = parse_args(argv)
     files = FileList.find(args.images)
+    if files.left_out:
+        console.notice(describe_left_out(files.left_out))
     if args.heatmap:
         check_heatmap(args.heatmap, len(files))
     name, count = resolve_device("gpu" if args.device == "cuda" else args.device)
@@ -209,6 +216,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print_result(format_predictions(path, predictions, as_json=args.json, as_csv=args.csv))
                 if heat is not None:  # a copy, because workers use a batch's memory again
                     rows.append(HeatmapRow(path, images[position].numpy().copy(), heat[position].cpu(), predictions))
+    for problem in files.errors:
+        console.error(problem)
+        code = EXIT_USAGE
     if rows:
         draw_heatmaps(rows, args.heatmap)
         console.notice(f"heatmap written to {args.heatmap}")

@@ -24,8 +24,8 @@ from typing import Iterable, Tuple, Union
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from engine.console import run_script
+from engine.data.decoding import open_image, read_file, reason_of, to_rgb
 from engine.data.folder_index import EXTENSIONS
-from engine.data.transforms import open_image, read_file, reason_of, to_rgb
 from engine.errors import UsageError, printable
 from engine.options import OneLineParser, number
 

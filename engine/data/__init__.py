@@ -2,6 +2,7 @@
 """Datasets, what is done to each image, and batches of them. Import from here, not from the modules inside."""
 
 from engine.data.datasets import FileList, ImageDataset, check_same_classes, open_datasets
+from engine.data.folder_index import describe_left_out
 from engine.data.loader import ImageBatches, ResumableBatchSampler
 from engine.data.mixing import BatchMixer
 from engine.data.transforms import Augmentation, Preprocessing
@@ -16,6 +17,7 @@ __all__ = [
     "Preprocessing",
     "ResumableBatchSampler",
     "check_same_classes",
+    "describe_left_out",
     "open_datasets",
     "read_batches",
     "worker_options",

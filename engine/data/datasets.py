@@ -7,19 +7,26 @@ path or the image's number.
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import hashlib
 import os
+import unicodedata
 from dataclasses import dataclass
-from typing import IO, Sequence, Union
+from typing import IO, Counter, Sequence, Union
 
-from engine.data.folder_index import EXTENSIONS, FolderIndex, open_index
-from engine.data.transforms import BILINEAR, Preprocessing, read_file, reason_of
+from engine import console
+from engine.data.decoding import read_file, reason_of
+from engine.data.folder_index import EXTENSIONS, FolderIndex, describe_left_out, walk
+from engine.data.layout import TEST, TRAIN, VAL, advice_of, find_part, open_classes
+from engine.data.transforms import BILINEAR, Preprocessing
 from engine.errors import DataError, ImageError, UsageError, printable
 from engine.safe_pickle import load_arrays
 
 import numpy as np
 from PIL import Image
 
+COMPARED_IMAGES = 20000  # a new list of at most so many is searched for validation images that are training images too
 DATA_FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "data")
 # Mean and standard deviation of the training images.
 CIFAR10 = Preprocessing(32, crop=False, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
@@ -61,25 +68,42 @@ class ImageFolder:
 
 
 class FileList:
-    """Files by name, without labels."""
+    """Files by name, without labels.
+
+    left_out: kinds of other files in the folders that were searched. errors: of what could not be read there.
+    """
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.paths, self.labels = paths, np.zeros(len(paths), np.int64)
+        self.left_out: Counter[str] = collections.Counter()
+        self.errors: list[str] = []
 
     @staticmethod
     def find(paths: Sequence[str]) -> FileList:
         """Return the files among the paths, and the images in the folders among them, in order. Raises UsageError."""
-        found = []
+        found: list[str] = []
+        files = FileList(found)
+
+        def fail(error: OSError) -> None:
+            files.errors.append(f"{printable(os.path.normpath(error.filename))}: cannot be read ({reason_of(error)})")
+
         for path in paths:
             if not os.path.isdir(path):
                 found.append(path)
                 continue
-            files = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
-            images = sorted(file for file in files if file.lower().endswith(EXTENSIONS))
-            if not images:
-                raise UsageError(f"{path}: no images in it ({' '.join(EXTENSIONS)})")
+            left_out: Counter[str] = collections.Counter()
+            errors = len(files.errors)
+            groups = walk(os.fsencode(path), b"", left_out, fail)
+            images = sorted(os.path.join(path, os.fsdecode(image)) for _, _, group in groups for image in group)
+            if not images and len(files.errors) == errors:
+                what = f"; {describe_left_out(left_out)}" if left_out else ""
+                raise UsageError(f"{path}: no images in it ({' '.join(EXTENSIONS)}{what})")
             found += images
-        return FileList(found)
+            files.left_out.update(left_out)
+        if not found:
+            raise UsageError(files.errors[0])
+        files.labels = np.zeros(len(found), np.int64)
+        return files
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -147,23 +171,56 @@ def open_datasets(
     if root is None:
         return None if evaluate else read_digits(training=True), read_digits(training=False)
     name, has_cifar10 = printable(root), find_cifar10(root) is not None
-    train, val = os.path.join(root, "train"), os.path.join(root, "val")
-    if not (has_cifar10 or os.path.isdir(train) or os.path.isdir(val)):
-        share = saved_val_split if val_split is None else val_split
-        if share is None:
-            raise DataError(f"{name}: no train/ and val/ in it; if its folders are the classes, use --val-split 0.1")
-        return split_by_name(open_index(root, skip_unreadable), share, evaluate=evaluate)
-    if val_split is not None:
+    train, val, test = (None, None, None) if has_cifar10 else (find_part(root, names) for names in (TRAIN, VAL, TEST))
+    if val_split is not None and (has_cifar10 or train or val):
         raise UsageError(f"--val-split: {name} is split already (CIFAR-10, train/ or val/): leave it out")
     if has_cifar10:
         return None if evaluate else read_cifar10(root, training=True), read_cifar10(root, training=False)
-    if not os.path.isdir(val):
-        raise DataError(f"{name}: no val/ in it; to split train/, use --data {printable(train)} --val-split 0.1")
-    training = None if evaluate else ImageFolder(open_index(train, skip_unreadable))
-    validation = ImageFolder(open_index(val, skip_unreadable))
-    if training is not None:
-        check_same_classes(training.classes, validation.classes, "train/", "val/")
+    share = saved_val_split if val_split is None else val_split
+    training: ImageFolder | None
+    if val is not None:
+        if train is None and not evaluate:
+            raise DataError(f"{name}: no train/ in it, only {printable(os.path.basename(val))}/")
+        training = None if train is None or evaluate else ImageFolder(open_classes(train, skip_unreadable))
+        validation = ImageFolder(open_classes(val, skip_unreadable))
+        if train is not None and training is not None:
+            names = (f"{os.path.basename(path)}/" for path in (train, val))
+            check_same_classes(training.classes, validation.classes, *names)
+    elif train is not None:
+        rename = f"to validate on {printable(test)}, rename it to val; " if test else ""
+        raise DataError(
+            f"{name}: no val/ in it; {rename}to split train/, use --data {printable(train)} --val-split 0.1"
+        )
+    elif share is None:
+        raise DataError(f"{name}: no train/ and val/ in it{advice_of(root)}")
+    else:
+        training, validation = split_by_name(open_classes(root, skip_unreadable), share, evaluate=evaluate)
+    if training is not None and (training.index.is_new or validation.index.is_new) and not console.is_quiet():
+        log_duplicates(training, validation)
     return training, validation
+
+
+def log_duplicates(training: ImageFolder, validation: ImageFolder) -> None:
+    """Say if validation images are training images too, byte for byte. Reads only files that are of the same size."""
+    if len(training) + len(validation) > COMPARED_IMAGES:
+        return
+    by_size: tuple[dict[int, list[str]], ...] = ({}, {})
+    for dataset, sizes in zip((training, validation), by_size):
+        for index in range(len(dataset)):
+            with contextlib.suppress(OSError):  # it will be named as unreadable
+                sizes.setdefault(os.path.getsize(dataset.name(index)), []).append(dataset.name(index))
+    pairs = []
+    for size in sorted(by_size[0].keys() & by_size[1].keys() - {0}):
+        with contextlib.suppress(OSError):
+            known = {hashlib.sha256(read_file(path)).digest(): path for path in by_size[0][size]}
+            others = [(path, hashlib.sha256(read_file(path)).digest()) for path in by_size[1][size]]
+            pairs += [(path, known[digest]) for path, digest in others if digest in known]
+    if pairs:
+        one, other = (printable(path) for path in min(pairs))
+        console.line(
+            f"=> warning: {len(pairs):,} of {len(validation):,} validation images are training images too, byte for "
+            f"byte, so the accuracy is too high: {one} is {other}; remove one of each"
+        )
 
 
 def split_by_name(index: FolderIndex, share: float, *, evaluate: bool) -> tuple[ImageFolder | None, ImageFolder]:
@@ -187,10 +244,10 @@ def split_by_name(index: FolderIndex, share: float, *, evaluate: bool) -> tuple[
 
 
 def check_same_classes(first: Sequence[str], second: Sequence[str], first_name: str, second_name: str) -> None:
-    """Raise UsageError, naming the first difference, if two lists of class names differ."""
+    """Raise UsageError, naming the first difference, if two lists of class names differ by more than their NFC form."""
     for position in range(max(len(first), len(second))):
         a, b = (names[position] if position < len(names) else None for names in (first, second))
-        if a != b:
+        if a is None or b is None or unicodedata.normalize("NFC", a) != unicodedata.normalize("NFC", b):
             a, b = (repr(name) if name is not None else "missing" for name in (a, b))
             raise UsageError(f"the classes differ: number {position} is {a} in {first_name} and {b} in {second_name}")
 

@@ -8,27 +8,37 @@ does not list the files again.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import tempfile
 import time
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Dict, List
+from typing import Any, Callable, Counter, Dict, Iterator, List
 
 from engine import console
-from engine.data.transforms import read_file, read_rgb, reason_of
+from engine.data.decoding import read_file, read_rgb, reason_of
 from engine.errors import DataError, printable
 
 import numpy as np
 
-FORMAT = 2  # part of the cache file's name: raise it if other files are listed, or if the layout changes
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's ImageFolder
+FORMAT = 3  # part of the cache file's name: raise it if other files are listed, or if the layout changes
+# Those of torchvision's ImageFolder, and the other names of JPEGs.
+EXTENSIONS: tuple[str, ...] = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+EXTENSIONS += (".jfif", ".jpe")
+if importlib.util.find_spec("PIL._avif"):
+    EXTENSIONS += (".avif",)
+# What storage boxes, macOS, Windows and Linux put beside images, in lower case: thumbnails, removed files.
+SYSTEM_NAMES = ("@eadir", "#recycle", "@recycle", "__macosx", "$recycle.bin", "system volume information", "lost+found")
 SETTLING_SECONDS = 2  # a folder changed this shortly before it was listed may change again with the same time stamp
 CHUNK = 64  # images that a thread checks at a time
+KINDS = 5  # of what is left out, that are named
 
-Folders = List[List[Any]]  # [name below the root, modification time in ns]
+Folders = List[List[Any]]  # [name below the root, *its stamp]
 
 # labels: (N,) int64. names: the paths below the root, one after the other: uint8. ends: (N + 1,) int64, where they end.
 # header: JSON, with the rest and with what tells whether the index is out of date.
@@ -45,6 +55,9 @@ class FolderIndex:
         self.classes: list[str] = header["classes"]
         self.fingerprint: str = header["fingerprint"]
         self.unreadable = [(printable(os.path.join(root, name)), reason) for name, reason in header["bad"]]
+        self.left_out = collections.Counter(header["left_out"])
+        self.folders = [folder[0] for folder in header["folders"]]  # names below the root; the first is the root
+        self.is_new = False  # whether the files were listed now
 
     def name(self, index: int) -> bytes:
         """Return the path of an image relative to the folder."""
@@ -54,11 +67,18 @@ class FolderIndex:
         return os.fsdecode(os.path.join(self.root, self.name(index)))
 
     def is_current(self) -> bool:
-        """Whether the folder is still as it was listed. Raises KeyError if this is no index."""
-        settled = (self.header["scanned"] - SETTLING_SECONDS) * 1e9
+        """Whether the folder is still as it was listed. Raises KeyError if this is no index.
+
+        Unpacking an archive sets modification times, but nobody can set a change time. An object store has no times of
+        folders: it shows 0, or one time for all.
+        """
+        folders = self.header["folders"]
+        times = [time for _, modified, changed, *_ in folders for time in (modified, changed)]
         return (
             self.header["root"] == os.path.realpath(os.fsdecode(self.root))
-            and all(_stamp(self.root, name)[0] == time and time <= settled for name, time in self.header["folders"])
+            and min(changed for _, _, changed, *_ in folders) > 0
+            and min(times) < max(times) <= (self.header["scanned"] - SETTLING_SECONDS) * 1e9
+            and all(_stamp(self.root, name) == old for name, *old in folders)
             and all(_stamp(self.root, name) == old for (name, _), old in zip(self.header["bad"], self.header["stamps"]))
         )
 
@@ -69,33 +89,60 @@ def open_index(root: str, skip_unreadable: bool = False) -> FolderIndex:
     skip_unreadable: leaves unreadable images out. Raises DataError if the folder is missing or has no classes, or if a
     class is empty.
     """
-    path = _cache_path(root, checked=skip_unreadable)
-    with contextlib.suppress(OSError, EOFError, ValueError, KeyError, TypeError):  # not there, or damaged
-        index = _load(path, root)
-        if index.is_current():
-            return index
-    begin = time.time()
     try:
-        folders, classes, images = _list_folder(root)
+        path = _cache_path(root, checked=skip_unreadable)
+        index = _open_cached(path, root) or _list_again(path, root, skip_unreadable)
     except OSError as error:
         raise DataError(f"{printable(error.filename or root)}: {error.strerror}") from error
+    if not index.is_new:
+        count = f"{len(index.labels):,} images in {printable(root)}"
+        console.line(f"=> {count}, by the list of an earlier start; to list them again, delete {path}")
+    if index.left_out:
+        console.line(f"=> {printable(root)}: {describe_left_out(index.left_out)}")
+    return index
+
+
+def _open_cached(path: str | None, root: str) -> FolderIndex | None:
+    """Return the cached index if there is one that is current."""
+    if path is not None:
+        with contextlib.suppress(OSError, EOFError, ValueError, KeyError, TypeError):  # not there, or damaged
+            index = _load(path, root)
+            if index.is_current():
+                return index
+    return None
+
+
+def _list_again(path: str | None, root: str, skip_unreadable: bool) -> FolderIndex:
+    """Return a new index, and keep it in a file if there is a place for one."""
+    begin = time.time()
+    folders, classes, images, left_out = _list_folder(root)
     unreadable = _find_unreadable(root, images) if skip_unreadable else {}
-    parts = _build(root, begin, folders, classes, images, unreadable)
+    parts = _build(root, begin, folders, classes, images, unreadable, left_out)
     del images
-    # If there is no place for the cache, the next start lists the files again. NumPy's records end at 2 GiB.
-    with contextlib.suppress(OSError, ValueError):
-        _save(path, parts)
-        return _load(path, root)
-    return FolderIndex(root, parts)
+    index = None
+    if path is not None:
+        # If there is no place, the next start lists the files again. NumPy's records end at 2 GiB.
+        with contextlib.suppress(OSError, ValueError):
+            _save(path, parts)
+            index = _load(path, root)
+    index = index or FolderIndex(root, parts)
+    index.is_new = True
+    return index
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
 
 
-def _cache_path(root: str, checked: bool) -> str:
-    """The cache file of a folder: in the user's cache folder, never among the data."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:24]
+def _cache_path(root: str, checked: bool) -> str | None:
+    """The cache file of a folder: in the user's cache folder, never among the data. None if the user has no home.
+
+    Nodes that share a home folder may give a shared disk different numbers: each has a list of its own then.
+    """
+    cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"))
+    if cache.startswith("~"):
+        return None
+    what = f"{os.stat(root).st_dev} {EXTENSIONS} {os.path.realpath(root)}"
+    name = hashlib.sha256(os.fsencode(what)).hexdigest()[:24]
     return os.path.join(cache, "vgg16", f"{name}{'-checked' if checked else ''}.index{FORMAT}.npy")
 
 
@@ -122,47 +169,113 @@ def _save(path: str, parts: Parts) -> None:
 
 
 def _stamp(root: bytes, name: str) -> list[int]:
-    """[modification time in ns, size], or [0, 0] if there is nothing."""
+    """Return what changes with a file or folder, or nothing if it is not there."""
     try:
-        status = os.stat(os.path.join(root, os.fsencode(name)))
+        return _stamp_of(os.stat(os.path.join(root, os.fsencode(name))))
     except OSError:
-        return [0, 0]
-    return [status.st_mtime_ns, status.st_size]
+        return []
+
+
+def _stamp_of(status: os.stat_result) -> list[int]:
+    return [status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev, status.st_size]
 
 
 # --- a new index ------------------------------------------------------------------------------------------------------
 
 
-def _list_folder(root: str) -> tuple[Folders, list[str], list[list[bytes]]]:
-    """Return (folders, classes, the images of each class relative to root)."""
-    folders: Folders = [["", _stamp(os.fsencode(root), "")[0]]]
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+def _list_folder(root: str) -> tuple[Folders, dict[str, str], list[list[bytes]], Counter[str]]:
+    """Return (folders, {class: its folder}, the images of each class relative to root, what is left out by kind).
+
+    Classes are normalized (NFC) and in that order, because macOS spells the same names in other characters.
+    """
+    folders: Folders = [["", *_stamp(os.fsencode(root), "")]]
+    classes: dict[str, str] = {}
+    left_out: Counter[str] = collections.Counter()
+    names = {entry.name: entry.is_dir() for entry in os.scandir(root)}
+    for normal, name in sorted((unicodedata.normalize("NFC", name), name) for name in names):
+        kind = kind_left_out(name, names[name]) or (None if names[name] else "not in a class")
+        if kind is not None:
+            left_out[kind] += 1
+        elif normal in classes:
+            two = f"{ascii(classes[normal])} and {ascii(name)}"
+            raise DataError(f"{printable(root)}: two folders have the same name, {two}: move their images into one")
+        else:
+            classes[normal] = name
     if not classes:
-        raise DataError(f"{printable(root)}: no classes in it (expected one folder per class)")
-    return folders, classes, [_walk(os.fsencode(root), os.fsencode(name), folders) for name in classes]
+        found = f"; {describe_left_out(left_out)}" if left_out else ""
+        raise DataError(f"{printable(root)}: no classes in it (expected one folder per class{found})")
+    images = [_list_class(os.fsencode(root), name, folders, left_out) for name in classes.values()]
+    return folders, classes, images, left_out
 
 
-def _walk(root: bytes, name: bytes, folders: Folders) -> list[bytes]:
+def _list_class(root: bytes, name: str, folders: Folders, left_out: Counter[str]) -> list[bytes]:
     """Return the images below root/name relative to root, in the order of torchvision's ImageFolder.
 
-    Follows links, but enters each folder once, so that a loop of links ends. Adds each folder to `folders`.
+    Adds each folder to `folders`. Raises OSError.
     """
-    found, pending, seen = [], [name], set()
-    while pending:
-        folder = pending.pop()
-        status = os.stat(os.path.join(root, folder))
-        if (status.st_dev, status.st_ino) in seen:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders.append([os.fsdecode(folder), status.st_mtime_ns])
-        images = []
-        for entry in sorted(os.scandir(os.path.join(root, folder)), key=lambda entry: entry.name):
-            if entry.is_dir():
-                pending.append(os.path.join(folder, entry.name))
-            elif os.fsdecode(entry.name).lower().endswith(EXTENSIONS):
-                images.append(os.path.join(folder, entry.name))
+    found = []
+    for folder, status, images in walk(root, os.fsencode(name), left_out):
+        folders.append([os.fsdecode(folder), *_stamp_of(status)])
         found.append((os.fsdecode(folder), sorted(images, key=os.fsdecode)))
     return [image for _, images in sorted(found) for image in images]
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def walk(
+    root: bytes, start: bytes, left_out: Counter[str], fail: Callable[[OSError], None] = _raise
+) -> Iterator[tuple[bytes, os.stat_result, list[bytes]]]:
+    """Yield (folder, its status before, its images) for root/start and the folders in it; names are relative to root.
+
+    Follows links, but enters each folder once, so that a loop of links ends. Counts what is left out, by kind. fail:
+    called with the error of a folder that cannot be read.
+    """
+    pending, seen = [start], set()
+    while pending:
+        folder = pending.pop()
+        try:
+            status = os.stat(os.path.join(root, folder))
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            entries = sorted(os.scandir(os.path.join(root, folder)), key=lambda entry: entry.name)
+        except OSError as error:
+            fail(error)
+            continue
+        images = []
+        for entry in entries:
+            name = os.path.join(folder, entry.name)
+            try:
+                is_folder = entry.is_dir()
+            except OSError as error:  # a link to itself
+                fail(error)
+                continue
+            kind = kind_left_out(os.fsdecode(entry.name), is_folder)
+            if kind is not None:
+                left_out[kind] += 1
+            elif is_folder:
+                pending.append(name)
+            else:
+                images.append(name)
+        yield folder, status, images
+
+
+def kind_left_out(name: str, is_folder: bool) -> str | None:
+    """Return the kind of a file or folder that is not read, or None for an image and for a folder of images."""
+    lower = name.lower()
+    if lower[0] != "." and lower not in SYSTEM_NAMES:
+        return None if is_folder or lower.endswith(EXTENSIONS) else os.path.splitext(lower)[1] or "without an ending"
+    return "hidden" if lower[0] == "." else name
+
+
+def describe_left_out(left_out: Counter[str]) -> str:
+    """Return how many files and folders are left out, and of which kinds."""
+    named = left_out.most_common(KINDS)
+    total, others = sum(left_out.values()), sum(left_out.values()) - sum(count for _, count in named)
+    kinds = [f"{count:,} {printable(kind)}" for kind, count in named] + [f"{others:,} others"] * (others > 0)
+    return f"{total:,} files and folders left out: {', '.join(kinds)}"
 
 
 def _find_unreadable(root: str, images: list[list[bytes]]) -> dict[bytes, str]:
@@ -191,16 +304,18 @@ def _build(
     root: str,
     begin: float,
     folders: Folders,
-    classes: list[str],
+    classes: dict[str, str],
     images: list[list[bytes]],
     unreadable: dict[bytes, str],
+    left_out: Counter[str],
 ) -> Parts:
     """Return the index of the images that are readable."""
     images = [[name for name in group if name not in unreadable] for group in images]
-    for name, group in zip(classes, images):
+    for name, group in zip(classes.values(), images):
         if not group:
             what = "no readable image" if unreadable else "no images"
-            raise DataError(f"{printable(os.path.join(root, name))}: {what} in it ({' '.join(EXTENSIONS)})")
+            found = f"; {describe_left_out(left_out)}" if left_out else ""
+            raise DataError(f"{printable(os.path.join(root, name))}: {what} in it ({' '.join(EXTENSIONS)}{found})")
     labels = np.repeat(np.arange(len(classes)), [len(group) for group in images])
     ends = np.cumsum([0] + [len(name) for group in images for name in group], dtype=np.int64)
     names = b"".join(name for group in images for name in group)
@@ -209,7 +324,8 @@ def _build(
         "root": os.path.realpath(root),
         "scanned": begin,
         "folders": folders,
-        "classes": classes,
+        "classes": list(classes),
+        "left_out": left_out,
         "bad": bad,
         # Repairing a file does not change its folder's time stamp, so the stamps of unreadable files are kept too.
         "stamps": [_stamp(os.fsencode(root), name) for name, _ in bad],

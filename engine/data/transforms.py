@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""From a file's bytes, or a small array, to the pixels that the model sees: decoding, validation, training.
+"""From a file's bytes, or a small array, to the pixels that the model sees: validation, training.
 
 Images are (H, W, 3) uint8 arrays. They are normalized on the device.
 """
@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import io
 import math
-import warnings
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator, Union
+from typing import Any, Callable, Iterator
 
+from engine.data.decoding import MAX_PIXELS, MAX_RATIO, Source, open_image, read_rgb, to_rgb
 from engine.versions import TORCH
 
 import numpy as np
@@ -26,58 +25,16 @@ try:
 except ImportError:
     simplejpeg = None
 
-Source = Union[bytes, np.ndarray]  # a file's content, or (H, W, 3) uint8
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RESIZE_TO_CROP = 256 / 224  # validation resizes the short side to 256 for a crop of 224
 CROP_RATIO = (3 / 4, 4 / 3)  # of RandomResizedCrop: width / height
 PADDING = 4  # pixels around CIFAR-10's images and the digits
-MAX_PIXELS = 178956970  # Pillow, too, calls more than this a decompression bomb
 BILINEAR, FLIP_LEFT_RIGHT = 2, 0  # Pillow has renamed the constants, not their values
 
 # Principal components of the RGB values of ImageNet's training images, in [0, 1], and the standard deviation of each;
 # the values of facebookarchive/fb.resnet.torch, datasets/imagenet.lua. Rows: R, G, B.
 COLOR_DEVIATIONS = np.array([0.2175, 0.0188, 0.0045])
 COLOR_COMPONENTS = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
-
-# For the whole process, because a filter around each call would not be safe in threads. open_image refuses instead.
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-
-
-# --- reading files ----------------------------------------------------------------------------------------------------
-
-
-def read_file(path: str | bytes) -> bytes:
-    with open(path, "rb", buffering=0) as file:
-        return file.read()
-
-
-def open_image(content: bytes) -> Image.Image:
-    """Return a Pillow image that is not decoded yet. Raises nearly any type for a corrupt file.
-
-    Raises ValueError if the header claims more than MAX_PIXELS.
-    """
-    image = Image.open(io.BytesIO(content))
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"its header claims {image.width} × {image.height} pixels")
-    return image
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Decode and convert like torchvision's loader; 16-bit images keep their upper byte (Pillow would clip at 255)."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def read_rgb(source: Source) -> Image.Image:
-    """Return an RGB Pillow image. Raises what open_image raises."""
-    return to_rgb(open_image(source)) if isinstance(source, bytes) else Image.fromarray(source)
-
-
-def reason_of(error: Exception) -> str:
-    """Return what went wrong with a file, on one line."""
-    text = str(error).partition("<")[0].replace("\n", " ").strip()
-    return getattr(error, "strerror", None) or text or type(error).__name__
 
 
 # --- validation -------------------------------------------------------------------------------------------------------
@@ -130,12 +87,14 @@ def whole_image(source: Source, scale: int) -> np.ndarray:
 
 
 def resize_short_side(image: Image.Image, short_side: int) -> Image.Image:
-    """Resize an image as torchvision's Resize(short_side)."""
+    """Resize an image as torchvision's Resize(short_side). Raises ValueError for more than MAX_PIXELS."""
     width, height = image.size
     if width <= height:
         resized = short_side, int(short_side * height / width)
     else:
         resized = int(short_side * width / height), short_side
+    if resized[0] * resized[1] > MAX_PIXELS:
+        raise ValueError(f"too thin: resized, it would have {resized[0]} × {resized[1]} pixels")
     return image.resize(resized, BILINEAR) if resized != image.size else image
 
 
@@ -282,7 +241,9 @@ def _jpeg_size(content: bytes) -> tuple[int, int] | None:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(content)
     except ValueError:
         return None
-    return (width, height) if colorspace in ("YCbCr", "Gray") and width * height <= MAX_PIXELS else None
+    if colorspace not in ("YCbCr", "Gray") or width * height > MAX_PIXELS:
+        return None
+    return (width, height) if max(width, height) <= MAX_RATIO * min(width, height) else None  # Pillow says why not
 
 
 def _pillow_resize_crop(image: Any, box: tuple[float, ...], size: int, flip: bool) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from typing import Any
 
 from engine.data.datasets import read_digits
@@ -13,6 +14,7 @@ from engine.errors import UsageError
 import predict
 import vgg
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -44,6 +46,60 @@ def test_digits_are_prepared_as_for_validation(tmp_path: Any, capsys: Any) -> No
     (tmp_path / "names").write_text("zero\none\n")
     with pytest.raises(UsageError, match="names has 2 class names, the network has 10 classes"):
         predict.main([*words, "--classes", str(tmp_path / "names")])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: Any) -> str:
+    """Weights of ten classes, for images of 32 pixels."""
+    path = str(tmp_path_factory.mktemp("weights") / "digits.pth")
+    dataset = read_digits(training=False)
+    values = {"classes": dataset.classes, "preprocessing": dataset.preprocessing.to_dict()}
+    torch.save({"state_dict": vgg.VGG("vgg11", 10).state_dict(), **values}, path)
+    return path
+
+
+def test_a_folder_that_cannot_be_read_is_named_and_the_rest_is_predicted(
+    checkpoint: str, tmp_path: Any, monkeypatch: Any, capsys: Any
+) -> None:
+    for name in ("in/a", "in/locked", "out", "in/@eaDir"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(str(tmp_path / name / "x.png"))
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "out")
+    (tmp_path / "in" / "y.heic").write_bytes(b"")
+    scandir = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if b"locked" in os.fsencode(path):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert predict.main([str(tmp_path / "in"), "--checkpoint", checkpoint, *CPU, "--json"]) == 2
+    out, err = capsys.readouterr()
+    names = [os.path.relpath(json.loads(line)["image"], str(tmp_path)) for line in out.splitlines()]
+    assert names == ["in/a/x.png", "in/link/x.png"]
+    assert f"{tmp_path / 'in' / 'locked'}: cannot be read (Permission denied)" in err
+    assert "2 files and folders left out: " in err and "1 @eaDir" in err and "1 .heic" in err
+
+
+@pytest.mark.parametrize(
+    "name", ["a$b$c.png", "$x$.png", "$\\frac$.png", "$$.png", "5$.png", "a\\$b$$.png", "$_^$ %d.png"]
+)
+def test_a_heatmap_has_the_names_as_they_are(monkeypatch: Any, name: str) -> None:
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn: list[Any] = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    predictions = [predict.Prediction(f"${number}$", 0.5) for number in range(5)]
+    row = predict.HeatmapRow(f"in/{name}", np.zeros((8, 8, 3), np.uint8), torch.ones(1, 1), predictions)
+    predict.draw_heatmaps([row], "map.png")
+    (drawing,) = drawn
+    drawing.canvas.draw()  # a formula that cannot be read is an error here
+    titles = [axis.get_title(loc="left") for axis in drawing.axes]
+    texts = [title for title in titles if title] + [text.get_text() for text in drawing.axes[2].texts]
+    assert len(texts) == 2 + 5
+    for text in texts:
+        shown, is_formula = drawing.axes[0].title._preprocess_math(text)
+        assert not is_formula and (shown == name or "$" in shown)
 
 
 def test_the_heatmap_is_grad_cam() -> None:

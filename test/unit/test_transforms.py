@@ -2,11 +2,12 @@
 """From a file's bytes to pixels: the pixels are torchvision's, whatever the kind of file and the decoder."""
 
 import io
+import mmap
 import re
 import struct
 import zlib
 
-from engine.data import transforms
+from engine.data import decoding, transforms
 from engine.data.datasets import FileList
 from engine.data.loader import ImageBatches
 from engine.data.transforms import Augmentation, Preprocessing
@@ -26,7 +27,7 @@ def generator(seed):
 
 
 def read_rgb(path):
-    return transforms.read_rgb(transforms.read_file(str(path)))
+    return decoding.read_rgb(decoding.read_file(str(path)))
 
 
 def assert_names_the_file(path, match):
@@ -179,6 +180,86 @@ def test_a_16_bit_image_keeps_its_upper_bytes(tmp_path):
     assert np.array_equal(np.asarray(read_rgb(tmp_path / "x.png"))[..., 1], grey)
 
 
+RAMP = np.tile(np.linspace(0, 1, 256), (32, 1))
+FORMATS = ["png", "tif", "pgm"]
+
+
+def write_deep(path, pixels, name):
+    """Write 16-bit pixels."""
+    if name == "pgm":
+        content = b"P5 %d %d 65535\n" % pixels.shape[::-1] + pixels.astype(">u2").tobytes()
+        with open(path, "wb") as file:
+            file.write(content)
+    else:
+        Image.fromarray(pixels.astype(np.uint16)).save(path)
+
+
+def every_way(path):
+    """The pixels of a file in training, in validation at two sizes, and as a whole image."""
+    content = decoding.read_file(path)
+    yield Augmentation(64)(content, generator(0))
+    for size in (32, 64):
+        yield Preprocessing(size)(content)
+    yield Preprocessing(32, crop=False)(content)
+    yield transforms.whole_image(content, 48)
+
+
+@pytest.fixture
+def unwarned(monkeypatch):
+    monkeypatch.setattr(decoding, "_warned_of_dark", bytearray(1))
+
+
+@pytest.mark.usefixtures("unwarned")
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_16_bit_ramp_has_the_mean_of_an_8_bit_ramp(tmp_path, capsys, name):
+    path = str(tmp_path / f"x.{name}")
+    write_deep(path, RAMP * 65535, name)
+    assert np.asarray(read_rgb(path)).mean() == pytest.approx(127.5, abs=0.6)
+    list(every_way(path))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("unwarned")
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("top", [0, 1, 255, 1023, 4095, 4096, 16383])
+def test_16_bit_values_below_4096_are_said_once(tmp_path, capsys, top, name):
+    paths = [str(tmp_path / f"{number}.{name}") for number in range(3)]
+    for path in paths:
+        write_deep(path, (RAMP * top).round(), name)
+    for path in paths:
+        list(every_way(path))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == (top < 4096) and all(paths[0] in line and "4096" in line for line in lines)
+
+
+@pytest.mark.usefixtures("unwarned")
+def test_workers_say_once_that_16_bit_images_are_dark(tmp_path, capfd):
+    from engine.data.workers import worker_options
+
+    from torch.utils.data import DataLoader
+
+    paths = [str(tmp_path / f"{number}.png") for number in range(40)]
+    for path in paths:
+        write_deep(path, (RAMP * 4095).round(), "png")
+    decoding._warned_of_dark = mmap.mmap(-1, 1)
+    requests = [(0, part) for part in np.split(np.arange(40), 20)]
+    batches = ImageBatches(FileList(paths), Preprocessing(32))
+    assert len(list(DataLoader(batches, batch_size=None, sampler=requests, **worker_options(4)))) == 20
+    assert 1 <= capfd.readouterr().err.count("4096") <= 2  # two of them may find out at the same moment
+
+
+@pytest.mark.parametrize(
+    "dtype, mode",
+    [(np.int32, "I"), (np.float32, "F"), (np.float32, "F"), (np.int32, "I")],
+    ids=["int32", "float", "unit", "small"],
+)
+def test_32_bit_pixels_are_refused_everywhere(tmp_path, dtype, mode):
+    path = tmp_path / "x.tif"
+    for top in (1, 255, 65535):
+        Image.fromarray((RAMP * top).astype(dtype), mode=mode).save(str(path))
+        assert_names_the_file(path, "x.tif.*convert it to 8 bits")
+
+
 def test_a_png_named_jpeg_is_read(tmp_path):
     path = tmp_path / "x.JPEG"
     Image.fromarray(PHOTO).save(str(path), format="PNG")
@@ -229,12 +310,53 @@ def test_a_header_that_claims_gigapixels_is_refused_before_memory_is_allocated(t
     assert_names_the_file(tmp_path / "x.jpg", "x.jpg: .* pixels")
 
 
+@pytest.mark.parametrize("size", [(5000, 1), (1, 5000), (20000, 1), (1, 20000), (20000, 7), (60000, 20)], ids=str)
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.usefixtures("decoder")
+def test_a_thin_image_is_refused_before_it_is_resized(tmp_path, monkeypatch, size, kind):
+    path = tmp_path / "x.png"
+    Image.new("RGB", size).save(str(path), format=kind)
+    monkeypatch.setattr(Image.Image, "resize", None)
+    assert_names_the_file(path, "x.png.*too thin: .* pixels")
+    with pytest.raises(ValueError, match="too thin"):
+        transforms.whole_image(decoding.read_file(str(path)), 512)
+
+
+def test_an_image_is_resized_to_as_many_pixels_as_may_be_read(monkeypatch):
+    content = jpeg(200, 10, 1)
+    for limit, works in ((320 * 16, True), (320 * 16 - 1, False)):
+        monkeypatch.setattr(transforms, "MAX_PIXELS", limit)
+        if works:
+            assert transforms.whole_image(content, 16).shape == (16, 320, 3)
+        else:
+            with pytest.raises(ValueError, match="320 × 16"):
+                transforms.whole_image(content, 16)
+    monkeypatch.undo()
+    assert transforms.whole_image(jpeg(2700, 1, 1), 16).shape == (16, 43200, 3)  # as thin as can be
+
+
+@pytest.mark.parametrize("megabytes", [1, 3, 20])
+@pytest.mark.parametrize("what", ["text", "zTXt", "iTXt", "ICC profile"])
+def test_a_png_with_much_text_is_read(tmp_path, what, megabytes):
+    from PIL import PngImagePlugin
+
+    text, options = PngImagePlugin.PngInfo(), {}
+    if what == "ICC profile":
+        options["icc_profile"] = bytes(megabytes * 2**20 + 5)
+    elif what == "iTXt":
+        text.add_itxt("k", "x" * (megabytes * 2**20 + 5), zip=True)
+    else:
+        text.add_text("k", "x" * (megabytes * 2**20 + 5), zip=what == "zTXt")
+    Image.fromarray(PHOTO).save(str(tmp_path / "x.png"), pnginfo=text, **options)
+    assert np.array_equal(np.asarray(read_rgb(tmp_path / "x.png")), PHOTO)
+
+
 def test_an_image_may_have_as_many_pixels_as_pillow_reads(tmp_path, monkeypatch):
     """And no more, whatever limit a user of Pillow has set."""
     path = str(tmp_path / "x.png")
     Image.fromarray(PHOTO).save(path)
-    monkeypatch.setattr(transforms, "MAX_PIXELS", 40 * 30)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 40 * 30)
     assert read_rgb(path).size == (40, 30)
-    monkeypatch.setattr(transforms, "MAX_PIXELS", 40 * 30 - 1)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 40 * 30 - 1)
     with pytest.raises(ValueError, match="its header claims 40 × 30 pixels"):
         read_rgb(path)

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""From a file to an RGB image: which files are images, and which are refused."""
+
+from __future__ import annotations
+
+import io
+import mmap
+import warnings
+from typing import Any, Union
+
+from engine import console
+from engine.errors import printable
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+Source = Union[bytes, np.ndarray]  # a file's content, or (H, W, 3) uint8
+MAX_PIXELS = 178956970  # Pillow, too, calls more than this a decompression bomb
+MAX_RATIO = MAX_PIXELS / 256**2  # width to height: resized to a short side of 256, such an image has MAX_PIXELS
+
+# For the whole process, because a filter around each call would not be safe in threads. open_image refuses instead.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+# Comments and color profiles of a PNG: 64 MiB each, as together, not 1 MiB.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+_warned_of_dark = mmap.mmap(-1, 1)  # shared with DataLoader workers, so that one of them says it
+
+
+class FileContent(bytes):
+    """The bytes of a file, with its path for messages."""
+
+    path = ""
+
+
+def read_file(path: str | bytes) -> FileContent:
+    with open(path, "rb", buffering=0) as file:
+        content = FileContent(file.read())
+    content.path = printable(path)
+    return content
+
+
+def open_image(content: bytes) -> Image.Image:
+    """Return a Pillow image that is not decoded yet. Raises nearly any type for a corrupt file.
+
+    Raises ValueError if the header claims more than MAX_PIXELS, or that many once the short side is resized to 256, or
+    if pixels are of 32 bits: nobody knows which value is white.
+    """
+    image: Any = Image.open(io.BytesIO(content))
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"its header claims {image.width} × {image.height} pixels")
+    if max(image.size) > MAX_RATIO * min(image.size):
+        raise ValueError(f"too thin: {image.width} × {image.height} pixels")
+    # Pillow's mode for 16 bits is I;16, but in some versions I for these two formats.
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        raise ValueError("its pixels are 32-bit or signed integers, or floats: convert it to 8 bits")
+    image.filename = getattr(content, "path", "")
+    return image
+
+
+def to_rgb(image: Any) -> Image.Image:
+    """Decode and convert like torchvision's loader; 16-bit images keep their upper byte (Pillow would clip at 255)."""
+    has_16_bits, path = image.mode.startswith("I") or ";16" in str(image.tile), image.filename
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+    image = image.convert("RGB")
+    if has_16_bits and not _warned_of_dark[0] and max(high for _, high in image.getextrema()) < 4096 // 256:
+        _warned_of_dark[0] = 1
+        if not console.is_quiet():
+            console.warning(
+                f"{path}: a 16-bit image whose values stay below 4096, so it is read as black; if there are more like "
+                "it, scale their values to 16 bits, or convert them to 8 bits"
+            )
+    return image
+
+
+def read_rgb(source: Source) -> Image.Image:
+    """Return an RGB Pillow image. Raises what open_image raises."""
+    return to_rgb(open_image(source)) if isinstance(source, bytes) else Image.fromarray(source)
+
+
+def reason_of(error: Exception) -> str:
+    """Return what went wrong with a file, on one line."""
+    text = str(error).partition("<")[0].replace("\n", " ").strip()
+    return getattr(error, "strerror", None) or text or type(error).__name__

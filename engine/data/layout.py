@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Where the classes are: in train/ and val/, in the folder itself, or one level too high or too low."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Sequence
+
+from engine.data.folder_index import FolderIndex, open_index
+from engine.errors import DataError, printable
+
+TRAIN, VAL, TEST = ("train", "training"), ("val", "valid", "validation"), ("test", "testing")  # in any case
+
+
+def _folders(path: str) -> list[str]:
+    """Return the names of the folders in a folder, in order; none if it cannot be read."""
+    with contextlib.suppress(OSError):
+        return sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
+    return []
+
+
+def find_part(root: str, names: Sequence[str]) -> str | None:
+    """Return the path of the folder in `root` that has one of the names, in any case; of several, the first name's."""
+    found = [
+        (names.index(name.lower()), name != name.lower(), name) for name in _folders(root) if name.lower() in names
+    ]
+    return os.path.join(root, min(found)[-1]) if found else None
+
+
+def _is_split(names: Sequence[str], *, alone: bool) -> bool:
+    """Whether folders of these names are the parts of a dataset. alone: nothing lies beside the folder they are in."""
+    lower = {name.lower() for name in names}
+    return bool(lower & {*TRAIN}) and (alone or bool(lower & {*VAL, *TEST}))
+
+
+def advice_of(root: str) -> str:
+    """Return what to do about a folder without train/ and val/, as the end of a sentence."""
+    names = _folders(root)
+    parent, own = os.path.split(os.path.abspath(root))
+    if own.lower() in TRAIN + VAL + TEST and find_part(parent, TRAIN) and find_part(parent, VAL):
+        return f", but beside it: use --data {printable(parent)}"
+    for name in names:
+        if _is_split(_folders(os.path.join(root, name)), alone=len(names) == 1):
+            return f", but in {printable(name)}/: use --data {printable(os.path.join(root, name))}"
+    if len(names) == 1 or any(name.lower() in TEST for name in names):
+        return (
+            f", only {', '.join(printable(name) + '/' for name in names[:5])}: use --data with the folder that has them"
+        )
+    return "; if its folders are the classes, use --val-split 0.1"
+
+
+def open_classes(root: str, skip_unreadable: bool) -> FolderIndex:
+    """Return the index of a folder. Raises DataError if there is a single class, or if the classes lie deeper."""
+    index = open_index(root, skip_unreadable)
+    inside: dict[str, list[str]] = {}  # the folders in each class
+    for folder in index.folders:
+        name, _, sub = folder.partition(os.sep)
+        if sub and os.sep not in sub:
+            inside.setdefault(name, []).append(sub)
+    single = len(index.classes) == 1
+    for name, names in inside.items():
+        if _is_split(names, alone=single):
+            path = printable(os.path.join(root, name))
+            raise DataError(f"{path} is no class: {', '.join(sorted(names)[:5])} in it; use --data {path}")
+    if single:
+        name = index.classes[0]
+        found = f"a single class, {printable(name)}"
+        if inside:
+            found += (
+                f", with the folders {', '.join(sorted(*inside.values())[:5])}; if these are the classes, they must "
+            )
+            found += f"lie directly in {printable(root)}, or use --data {printable(os.path.join(root, *inside))}"
+        raise DataError(f"{printable(root)}: expected at least two folders, one per class; found {found}")
+    return index
