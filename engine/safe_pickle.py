@@ -68,7 +68,7 @@ class SafeUnpickler(pickle._Unpickler):
         target = self.stack[-1]
         if isinstance(target, _PickledArray):
             target.set_state(state)
-        elif not isinstance(target, OrderedDict):  # the metadata that torch attaches to a state_dict is dropped
+        elif not isinstance(target, (OrderedDict, _Namespace)):  # torch attaches metadata to a state_dict: dropped
             raise CarriesCodeError(f"it sets the state of a {type(target).__name__}")
 
     dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}  # type: ignore[dict-item]
@@ -101,6 +101,10 @@ def load_arrays(file: IO[bytes]) -> Any:
     }
     record = SafeUnpickler(file, names, encoding="bytes").load()
     return {key: value.array if isinstance(value, _PickledArray) else value for key, value in record.items()}
+
+
+class _Namespace:
+    """Stands for argparse.Namespace, which torchvision's references save beside the weights. Its flags are dropped."""
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
@@ -150,6 +154,7 @@ def load_tensors(file: IO[bytes], storages: Storages) -> Any:
     names: dict[tuple[str, str], Any] = {
         ("collections", "OrderedDict"): OrderedDict,
         ("torch", "Size"): tuple,
+        ("argparse", "Namespace"): _Namespace,
         ("torch._utils", "_rebuild_tensor"): rebuild_tensor,
         ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
         ("torch._utils", "_rebuild_parameter"): lambda data, requires_grad, hooks: data,

@@ -140,6 +140,8 @@ METADATA: dict[str, Callable[[Any], bool]] = {
     "identity": lambda value: isinstance(value, dict),
     "batch": _is_batch,
 }
+# Where the weights are: ours, Lightning's and most others'; torchvision's references; tutorials; kuangliu; DeepSpeed.
+CONTAINERS = ("state_dict", "model", "model_state_dict", "net", "module")
 PROGRESS = ["epoch", "best_acc1", "optimizer", "amp", "step", "step_in_epoch", "images_in_epoch", "counts"]
 PROGRESS += ["world_size", "decoder"]
 
@@ -152,9 +154,7 @@ def load_checkpoint(path: str) -> Checkpoint:
     content = _load_safetensors(path) if path.endswith(".safetensors") else load(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
-    # ours, Lightning's and most others'; torchvision's references; what tutorials use; a plain state dict
-    containers = [content[key] for key in ("state_dict", "model", "model_state_dict") if key in content]
-    weights = _checked_weights(containers[0] if containers else content, path)
+    weights = _checked_weights(next((content[key] for key in CONTAINERS if key in content), content), path)
     ema_weights = _checked_weights(content["state_dict_ema"], path) if "state_dict_ema" in content else None
     metadata = {key: content[key] for key, is_ours in METADATA.items() if key in content and is_ours(content[key])}
     progress = {key: content[key] for key in PROGRESS if key in content}
@@ -214,6 +214,7 @@ def load_weights(network: vgg.VGG, weights: dict[str, torch.Tensor], path: str) 
     problem = vgg.describe_mismatch(weights, network)
     if problem:
         found, wanted = vgg.architecture_of(weights), vgg.architecture_of(network.state_dict())
-        advice = "check --arch and the number of classes" if found == wanted else f"it holds {found}, not {wanted}"
+        holds = found or vgg.describe_weights(weights)
+        advice = "check --arch and the number of classes" if found == wanted else f"it holds {holds}, not {wanted}"
         raise UsageError(f"{path}: {problem}; {advice}")
     network.load_state_dict(weights, strict=False)

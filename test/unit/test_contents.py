@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
-from engine.checkpoints.contents import load_checkpoint, load_weights
+from engine.checkpoints.contents import CONTAINERS, load_checkpoint, load_weights
 from engine.errors import CheckpointError, UsageError
 
 import vgg
@@ -73,8 +74,9 @@ def test_weights_are_found_in_a_checkpoint_and_in_a_plain_state_dict(tmp_path: A
     for name, tensor in own.items():
         layer, _, kind = name.rpartition(".")
         of_the_reference[f"module.{theirs.get(layer, layer)}.{kind}"] = tensor
-    for container in ("state_dict", "model", "model_state_dict"):
-        path = save({container: of_the_reference, "epoch": 3}, tmp_path / container)
+    for container in CONTAINERS:
+        beside = {"epoch": 3, "args": argparse.Namespace(lr=0.1, data="/imagenet")}  # as torchvision's references write
+        path = save({container: of_the_reference, **beside}, tmp_path / container)
         assert_same_weights(load_checkpoint(path).weights, own)
 
 
