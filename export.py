@@ -28,8 +28,6 @@ from engine.console import run_script
 from engine.errors import EXIT_FAILURE, UsageError, UserError
 from engine.options import OneLineParser, nonempty_path
 
-import vgg
-
 import torch
 
 TOLERANCE = 1e-4  # of probabilities, and of logits relative to the largest: in fp32, large logits differ by more
@@ -108,7 +106,7 @@ def export_safetensors(args: argparse.Namespace) -> None:
     weights = model.network.state_dict()
     with new_file(args.output) as temporary:
         info = {"classes": model.classes, "preprocessing": model.preprocessing.to_dict(), "val_split": model.val_split}
-        save_safetensors(weights, temporary, arch=vgg.architecture_of(weights), **info)
+        save_safetensors(weights, temporary, arch=model.network.arch, **info)
     console.line(f"{args.output}: {len(weights)} tensors, {len(model.classes)} classes")
 
 

@@ -17,7 +17,7 @@ import io
 import json
 import os
 import sys
-from typing import NamedTuple, Sequence
+from typing import Any, NamedTuple, Sequence
 
 import engine  # noqa: F401  sets variables that torch reads when it is imported
 from engine import console
@@ -27,8 +27,6 @@ from engine.data import FileList, ImageBatches, describe_left_out, read_batches,
 from engine.device import ComputeDevice, available_cores, resolve_device, resolve_device_list
 from engine.errors import EXIT_USAGE, UsageError
 from engine.options import DEVICE_FLAG, OneLineParser, check_file, nonempty_path, number
-
-import vgg
 
 import numpy as np
 import torch
@@ -81,10 +79,10 @@ def load_images(files: FileList, model: Model, batch_size: int, device: ComputeD
     )
 
 
-def grad_cam(network: vgg.VGG, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def grad_cam(network: Any, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (heatmaps (N, h, w) in [0, 1], logits (N, classes)); a heatmap shows what the top prediction is based on.
 
-    images: (N, 3, S, S), normalized. h and w are those of the last convolution's maps. Selvaraju et al.,
+    network: a VGG. images: (N, 3, S, S), normalized. h and w: of the last convolution's maps. Selvaraju et al.,
     arXiv:1610.02391, section 3.
     """
     with torch.no_grad():

@@ -33,6 +33,7 @@ class VGG(nn.Module):
         self, arch: str = "vgg16", num_classes: int = 1000, widths: Sequence[int] = WIDTHS, hidden: int = HIDDEN
     ) -> None:
         super().__init__()
+        self.arch = arch
         self.features = _features(DEPTHS[arch.replace("_bn", "")], widths, batch_norm=arch.endswith("_bn"))
         self.classifier = nn.Sequential(
             nn.Linear(widths[-1] * 7 * 7, hidden),

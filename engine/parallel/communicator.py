@@ -13,7 +13,6 @@ from engine.errors import DivergedError, RendezvousError, UsageError, first_line
 from engine.parallel.heartbeat import Heartbeat
 from engine.parallel.rendezvous import meet
 from engine.parallel.topology import Ranks
-from engine.versions import TORCH
 
 import torch
 import torch.distributed as dist
@@ -214,15 +213,16 @@ class StopVote:
 
 
 def parameter_checksum(model: nn.Module) -> float:
-    """Return a number that tells two sets of parameters apart by a single bit (before torch 1.7: nearly always).
+    """Return a number that tells two sets of parameters apart by a single bit (before torch 1.7 nearly always).
 
     One synchronization.
     """
     total: Any = 0
     for position, parameter in enumerate(model.parameters()):
-        if TORCH >= (1, 7):
+        try:
             bits = parameter.detach().view({2: torch.int16, 4: torch.int32}[parameter.element_size()])
-            total = total + bits.sum(dtype=torch.int64) * (2 * position + 1)
-        else:  # tensors cannot be viewed as their bits
-            total = total + parameter.detach().double().sum() * (2 * position + 1)
+            value = bits.sum(dtype=torch.int64)
+        except TypeError:  # torch before 1.7: tensors cannot be viewed as their bits
+            value = parameter.detach().double().sum()
+        total = total + value * (2 * position + 1)
     return total.item()
