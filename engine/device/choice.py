@@ -14,7 +14,7 @@ import re
 import shutil
 import sysconfig
 from pathlib import PurePath
-from typing import Any, Iterator
+from typing import Any, Iterator, Sequence
 
 from engine import console
 from engine.errors import DeviceUnavailableError, first_line
@@ -103,15 +103,28 @@ def resolve_backend(given: str | None, device: str) -> str:
 
 
 def check_torch_options(
-    device: str, *, deterministic: bool, profile: bool, compile_model: bool, grad_compress: str
+    device: str,
+    *,
+    deterministic: bool,
+    profile: bool,
+    compile_model: bool,
+    grad_compress: str,
+    transforms: Sequence[str] = (),
 ) -> None:
-    """Refuse flags that need a newer torch, and --compile without what it builds with."""
+    """Refuse flags that need a newer torch, --compile without what it builds with, and flags without torchvision.
+
+    transforms: the flags that are set of those that use torchvision.transforms.v2.
+    """
     if deterministic:
         _require_torch("1.8", "--deterministic")
     if profile:
         _require_torch("1.8.1", "--profile")
     if grad_compress != "none":
         _require_torch("2.0", "--grad-compress")
+    for flag in transforms:
+        _require_torch("2.1", flag)
+        if importlib.util.find_spec("torchvision") is None:
+            raise DeviceUnavailableError(f"{flag} requires torchvision: pip install torchvision")
     if not compile_model:
         return
     _require_torch("2.0", "--compile")

@@ -26,7 +26,6 @@ from engine.errors import UsageError
 from engine.options.flags import AUGMENTATION, parse_args
 from engine.options.parser import check_file, check_folder
 from engine.parallel import Topology, resolve_topology, under_torchrun
-from engine.versions import require_torchvision
 
 import vgg
 
@@ -58,9 +57,6 @@ def resolve_flags(args: argparse.Namespace) -> tuple[argparse.Namespace, Topolog
     _check_processes(args)
     if args.workers is None:
         args.workers = default_workers(args.device, args.processes)
-    for name in ("auto_augment", "random_erasing", "mixup", "cutmix"):
-        if getattr(args, name):
-            require_torchvision(f"--{name.replace('_', '-')}")
     missing = [name for name in ("matplotlib", "jinja2") if args.report and importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"--report requires {' and '.join(missing)}: pip install {' '.join(missing)}")
@@ -90,12 +86,14 @@ def _resolve_device(args: argparse.Namespace) -> None:
         raise UsageError("--loss-scale-value dynamic is not supported with apex: give a number")
     if args.loss_scale_value is not None and args.precision == "bf16":
         console.line("=> --loss-scale-value is ignored: bf16 has the range of fp32 and needs no scale")
+    transforms = ("auto_augment", "random_erasing", "mixup", "cutmix")
     check_torch_options(
         args.device,
         deterministic=args.deterministic,
         profile=args.profile,
         compile_model=args.compile,
         grad_compress=args.grad_compress,
+        transforms=[f"--{name.replace('_', '-')}" for name in transforms if getattr(args, name)],
     )
 
 

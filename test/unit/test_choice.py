@@ -179,6 +179,18 @@ def test_a_flag_that_needs_a_newer_torch_is_refused(flags: list[str], version: t
         assert "requires torch" not in str(refusal)
 
 
+@pytest.mark.parametrize("flag", ["--auto-augment=ra", "--random-erasing=0.1", "--mixup=0.2", "--cutmix=1"])
+def test_flags_that_use_torchvision_name_what_is_missing(monkeypatch: Any, flag: str) -> None:
+    args = parse_args(["--device", "cpu", flag])
+    monkeypatch.setattr(device, "TORCH", (2, 1))
+    monkeypatch.setattr(device.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(DeviceUnavailableError, match=f"{flag.partition('=')[0]} requires torchvision"):
+        resolve_flags(args)
+    monkeypatch.setattr(device, "TORCH", (1, 8))
+    with pytest.raises(DeviceUnavailableError, match=f"{flag.partition('=')[0]} requires torch 2.1 or later"):
+        resolve_flags(args)
+
+
 @pytest.mark.skipif(TORCH < (2, 0), reason="--compile requires torch 2.0")
 @pytest.mark.parametrize("name, compiler", [("cpu", "g++"), ("gpu", "gcc")])
 def test_compile_names_the_compiler_that_is_missing(monkeypatch: Any, tmp_path: Any, name: str, compiler: str) -> None:

@@ -1,17 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What an older torch lacks is refused by name."""
+"""The version of torch as numbers."""
 
 from __future__ import annotations
 
-from typing import Any
+from engine.versions import TORCH
 
-from engine import versions
-from engine.errors import UsageError
-
-import pytest
+import torch
 
 
-def test_an_older_torch_is_refused_by_name(monkeypatch: Any) -> None:
-    monkeypatch.setattr(versions, "TORCH", (1, 8))
-    with pytest.raises(UsageError, match="--mixup requires torch 2.1 or later"):
-        versions.require_torchvision("--mixup")
+def test_the_version_is_major_and_minor() -> None:
+    assert len(TORCH) == 2 and torch.__version__.startswith("{}.{}.".format(*TORCH))
