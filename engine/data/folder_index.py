@@ -32,8 +32,10 @@ EXTENSIONS: tuple[str, ...] = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", 
 EXTENSIONS += (".jfif", ".jpe")
 if importlib.util.find_spec("PIL._avif"):
     EXTENSIONS += (".avif",)
+_ENDINGS = tuple(ending.encode() for ending in EXTENSIONS)
 # What storage boxes, macOS, Windows and Linux put beside images, in lower case: thumbnails, removed files.
-SYSTEM_NAMES = ("@eadir", "#recycle", "@recycle", "__macosx", "$recycle.bin", "system volume information", "lost+found")
+_SYSTEM_NAMES = {b"@eadir", b"#recycle", b"@recycle", b"__macosx", b"lost+found", b"$recycle.bin"}
+_SYSTEM_NAMES.add(b"system volume information")
 SETTLING_SECONDS = 2  # a folder changed this shortly before it was listed may change again with the same time stamp
 CHUNK = 64  # images that a thread checks at a time
 KINDS = 5  # of what is left out, that are named
@@ -193,7 +195,7 @@ def _list_folder(root: str) -> tuple[Folders, dict[str, str], list[list[bytes]],
     left_out: Counter[str] = collections.Counter()
     names = {entry.name: entry.is_dir() for entry in os.scandir(root)}
     for normal, name in sorted((unicodedata.normalize("NFC", name), name) for name in names):
-        kind = kind_left_out(name, names[name]) or (None if names[name] else "not in a class")
+        kind = kind_left_out(os.fsencode(name), names[name]) or (None if names[name] else "not in a class")
         if kind is not None:
             left_out[kind] += 1
         elif normal in classes:
@@ -246,28 +248,31 @@ def walk(
             continue
         images = []
         for entry in entries:
-            name = os.path.join(folder, entry.name)
             try:
                 is_folder = entry.is_dir()
             except OSError as error:  # a link to itself
                 fail(error)
                 continue
-            kind = kind_left_out(os.fsdecode(entry.name), is_folder)
+            kind = kind_left_out(entry.name, is_folder)
             if kind is not None:
                 left_out[kind] += 1
             elif is_folder:
-                pending.append(name)
+                pending.append(os.path.join(folder, entry.name))
             else:
-                images.append(name)
+                images.append(os.path.join(folder, entry.name))
         yield folder, status, images
 
 
-def kind_left_out(name: str, is_folder: bool) -> str | None:
+def kind_left_out(name: bytes, is_folder: bool) -> str | None:
     """Return the kind of a file or folder that is not read, or None for an image and for a folder of images."""
     lower = name.lower()
-    if lower[0] != "." and lower not in SYSTEM_NAMES:
-        return None if is_folder or lower.endswith(EXTENSIONS) else os.path.splitext(lower)[1] or "without an ending"
-    return "hidden" if lower[0] == "." else name
+    if lower.startswith(b"."):
+        return "hidden"
+    if lower.endswith(_ENDINGS) and not is_folder:
+        return None
+    if lower in _SYSTEM_NAMES:
+        return os.fsdecode(name)
+    return None if is_folder else os.path.splitext(os.fsdecode(lower))[1] or "without an ending"
 
 
 def describe_left_out(left_out: Counter[str]) -> str:
