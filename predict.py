@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 MAX_HEATMAPS = 24
+NOTES = {".txt", ".csv", ".json", ".md"}  # beside images; that they are left out surprises nobody
 CJK_FONTS = [
     "Noto Sans CJK SC",
     "Source Han Sans SC",
@@ -187,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the predictions for every image. Returns 2 if some could not be read, else 0. Raises UserError."""
     args = parse_args(argv)
     files = FileList.find(args.images)
-    if files.left_out:
+    if files.left_out.keys() - NOTES:
         console.notice(describe_left_out(files.left_out))
     if args.heatmap:
         check_heatmap(args.heatmap, len(files))

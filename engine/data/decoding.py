@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import mmap
 import warnings
@@ -15,6 +16,9 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 Source = Union[bytes, np.ndarray]  # a file's content, or (H, W, 3) uint8
+EXIF_ORIENTATION = 0x0112
+# From the camera's orientation to Pillow's transposition, by number as in Pillow's ImageOps.exif_transpose.
+TRANSPOSITIONS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 MAX_PIXELS = 178956970  # Pillow, too, calls more than this a decompression bomb
 MAX_RATIO = MAX_PIXELS / 256**2  # width to height: resized to a short side of 256, such an image has MAX_PIXELS
 
@@ -72,9 +76,20 @@ def to_rgb(image: Any) -> Image.Image:
     return image
 
 
-def read_rgb(source: Source) -> Image.Image:
-    """Return an RGB Pillow image. Raises what open_image raises."""
-    return to_rgb(open_image(source)) if isinstance(source, bytes) else Image.fromarray(source)
+def turn_of(image: Any) -> Any:
+    """Return the transposition that turns an image upright, as its EXIF data says, or None."""
+    with contextlib.suppress(Exception):  # a tag that cannot be read is no reason to refuse an image
+        return TRANSPOSITIONS.get(image.getexif().get(EXIF_ORIENTATION))
+    return None
+
+
+def read_rgb(source: Source, exif_rotate: bool = False) -> Image.Image:
+    """Return an RGB Pillow image; exif_rotate: upright, as the EXIF data says. Raises what open_image raises."""
+    if not isinstance(source, bytes):
+        return Image.fromarray(source)
+    image = open_image(source)
+    turn = turn_of(image) if exif_rotate else None
+    return to_rgb(image) if turn is None else to_rgb(image).transpose(turn)
 
 
 def reason_of(error: Exception) -> str:

@@ -6,6 +6,7 @@ The order depends only on (seed, epoch), so a run can resume anywhere, on any nu
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Iterator, List, Sequence, Tuple
 
@@ -136,9 +137,10 @@ class ImageBatches:
     def _whole_images(self, indices: np.ndarray) -> SizeGroups:
         """Return each image at each scale, those of one size together."""
         groups: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
+        whole = functools.partial(whole_image, exif_rotate=self.transform.exif_rotate)
         for position, index in enumerate(indices):
             for scale in self.scales:
-                image = self._read(index, whole_image, scale)
+                image = self._read(index, whole, scale)
                 groups.setdefault(image.shape, []).append((position, image))
         parts = [zip(*group) for group in groups.values()]
         return [

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Callable, Iterator
 
-from engine.data.decoding import MAX_PIXELS, MAX_RATIO, Source, open_image, read_rgb, to_rgb
+from engine.data.decoding import MAX_PIXELS, MAX_RATIO, Source, open_image, read_rgb, to_rgb, turn_of
 from engine.versions import TORCH
 
 import numpy as np
@@ -50,21 +50,25 @@ class Preprocessing:
         image_size: pixels per side.
         crop: False resizes the whole image instead.
         mean, std: of each channel, for pixels in [0, 1], for the normalization on the device.
+        exif_rotate: turn images upright, as their EXIF data says.
     """
 
     image_size: int = 224
     crop: bool = True
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    exif_rotate: bool = False
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Preprocessing:
         """Return that of a checkpoint; what it does not say is as for ImageNet."""
         size, crop, *colors = ({**Preprocessing().to_dict(), **values}[name] for name in Preprocessing().to_dict())
-        return Preprocessing(int(size), bool(crop), tuple(colors[0]), tuple(colors[1]))
+        rotate = bool(values.get("exif_rotate", False))
+        return Preprocessing(int(size), bool(crop), tuple(colors[0]), tuple(colors[1]), rotate)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"image_size": self.image_size, "crop": self.crop, "mean": list(self.mean), "std": list(self.std)}
+        values = {"image_size": self.image_size, "crop": self.crop, "mean": list(self.mean), "std": list(self.std)}
+        return {**values, **({"exif_rotate": True} if self.exif_rotate else {})}
 
     @property
     def short_side(self) -> int:
@@ -75,15 +79,15 @@ class Preprocessing:
         """Return (S, S, 3) uint8. rng: unused; the transform of training images has it."""
         size = self.image_size
         if not self.crop:
-            return resize(np.asarray(read_rgb(source)), size)
-        image = resize_short_side(read_rgb(source), self.short_side)
+            return resize(np.asarray(read_rgb(source, self.exif_rotate)), size)
+        image = resize_short_side(read_rgb(source, self.exif_rotate), self.short_side)
         left, top = int(round((image.width - size) / 2.0)), int(round((image.height - size) / 2.0))
         return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def whole_image(source: Source, scale: int) -> np.ndarray:
+def whole_image(source: Source, scale: int, exif_rotate: bool = False) -> np.ndarray:
     """Return the uncropped image, its short side `scale` pixels: (H, W, 3) uint8."""
-    return np.asarray(resize_short_side(read_rgb(source), scale))
+    return np.asarray(resize_short_side(read_rgb(source, exif_rotate), scale))
 
 
 def resize_short_side(image: Image.Image, short_side: int) -> Image.Image:
@@ -122,6 +126,7 @@ class Augmentation:
         color_shift: add a random color.
         auto_augment: a key of POLICIES.
         random_erasing, fill: probability, and RGB of erased pixels.
+        exif_rotate: turn images upright first, as their EXIF data says.
     """
 
     CROP_SCALE = (0.08, 1.0)
@@ -139,8 +144,9 @@ class Augmentation:
         auto_augment: str | None = None,
         random_erasing: float = 0.0,
         fill: tuple[int, ...] = (0, 0, 0),
+        exif_rotate: bool = False,
     ) -> None:
-        self.image_size, self.hflip = image_size, hflip
+        self.image_size, self.hflip, self.exif_rotate = image_size, hflip, exif_rotate
         self.crop_scale, self.train_scale = crop_scale or self.CROP_SCALE, train_scale
         self.steps: list[Callable[[Any, np.random.RandomState], np.ndarray]] = [self._crop]
         if color_shift:
@@ -167,13 +173,17 @@ class Augmentation:
         """Decode a file and return a random crop of it, resized and perhaps mirrored; of a small array, see below."""
         if not isinstance(source, bytes):
             return random_padded_crop(source, self.image_size, self.hflip, rng)
-        jpeg_size = _jpeg_size(source)
-        width, height = jpeg_size or open_image(source).size
+        turned = self.exif_rotate and turn_of(open_image(source)) is not None
+        upright = read_rgb(source, exif_rotate=True) if turned else None
+        jpeg_size = None if upright else _jpeg_size(source)
+        width, height = upright.size if upright else jpeg_size or open_image(source).size
         if self.train_scale:
             box = random_scale_box(width, height, self.image_size, self.train_scale, rng)
         else:
             box = random_crop_box(width, height, self.crop_scale, rng)
         flip = rng.random_sample() < self.hflip
+        if upright:
+            return _pillow_resize_crop(upright, box, self.image_size, flip)
         return decode_crop(source, jpeg_size, box, self.image_size, flip)
 
 

@@ -116,6 +116,7 @@ def _add_data(add: Add) -> None:
     add("--val-split", type=number(float, above=0, below=1), metavar="SHARE", help=split)
     bad_images = f"unreadable images: stop at the first, or check all once and leave them out {DEFAULT}"
     add("--bad-images", default="error", choices=["error", "skip"], help=bad_images)
+    add("--exif-rotate", **SWITCH, help="turn images upright, as their EXIF data says (default: as they are stored)")
     add("--dummy", **COUNT, nargs="?", const=1281167, help="N synthetic images, to measure (default N: %(const)s)")
 
 

@@ -164,13 +164,17 @@ def resolve_preprocessing(
 ) -> Preprocessing:
     """Return how validation images become the model's input.
 
-    An evaluation takes mean and standard deviation from the checkpoint. Synthetic images (no dataset) are treated like
-    a folder's.
+    An evaluation takes mean, standard deviation and --exif-rotate from the checkpoint. Synthetic images (no dataset)
+    are treated like a folder's. Raises UsageError.
     """
     preprocessing = Preprocessing() if dataset is None else dataset.preprocessing
     values = {**preprocessing.to_dict(), "image_size": args.image_size or preprocessing.image_size}
+    if args.exif_rotate and not preprocessing.crop:
+        raise UsageError("--exif-rotate is for folders of images: leave it out")
+    values["exif_rotate"] = args.exif_rotate
     if args.evaluate and start is not None:
         values.update({key: start.preprocessing[key] for key in ("mean", "std") if key in start.preprocessing})
+        values["exif_rotate"] = args.exif_rotate or start.preprocessing.get("exif_rotate", False)
     return Preprocessing.from_dict(values)
 
 
@@ -189,6 +193,7 @@ def resolve_augmentation(args: argparse.Namespace, dataset: ImageDataset, size: 
         auto_augment=args.auto_augment,
         random_erasing=args.random_erasing,
         fill=tuple(round(255 * mean) for mean in dataset.preprocessing.mean),
+        exif_rotate=args.exif_rotate,
     )
 
 
@@ -232,6 +237,8 @@ def describe_run(
     given = [f"{name} {value}" for name, value in changed.items() if value is not False]
     if given:
         identity["augmentation"] = ", ".join(given)
+    if preprocessing.exif_rotate:
+        identity["--exif-rotate"] = True
     return RunInfo(
         args.arch,
         val_set.classes if val_set is not None else [str(number) for number in range(1000)],

@@ -8,7 +8,10 @@ import re
 import sys
 from typing import Any
 
+from engine.checkpoints import Checkpoint
 from engine.data import Preprocessing
+from engine.data.datasets import read_digits
+from engine.errors import UsageError
 from engine.options.flags import (
     AUGMENTATION,
     AUGMENTATION_FLAGS,
@@ -18,7 +21,7 @@ from engine.options.flags import (
     complete_defaults,
     parse_args,
 )
-from engine.options.resolve import describe_run
+from engine.options.resolve import describe_run, resolve_preprocessing
 
 from helpers.program import REPOSITORY
 
@@ -178,3 +181,21 @@ def test_wrong_use_is_one_line(words: list[str], message: str, capsys: Any) -> N
         parse_args(words)
     err = capsys.readouterr().err
     assert leaving.value.code == 2 and message in err and len(err.splitlines()) == 1, err
+
+
+# --- --exif-rotate ----------------------------------------------------------------------------------------------------
+
+
+def test_exif_rotate_is_part_of_the_identity_and_an_evaluation_takes_it_from_the_checkpoint() -> None:
+    plain, turned = (parse_args([*flags, "--image-size", "32"]) for flags in ([], ["--exif-rotate"]))
+    assert [resolve_preprocessing(args, None, None).exif_rotate for args in (plain, turned)] == [False, True]
+    for args in (plain, turned):
+        args.nodes = args.processes = 1
+        preprocessing = resolve_preprocessing(args, None, None)
+        assert ("--exif-rotate" in describe_run(args, {}, preprocessing, None, None).identity) == args.exif_rotate
+    saved = Checkpoint("x.pth", {}, preprocessing=Preprocessing(32, exif_rotate=True).to_dict())
+    assert not resolve_preprocessing(plain, None, saved).exif_rotate  # a training has the flag of its own
+    plain.evaluate = True
+    assert resolve_preprocessing(plain, None, saved).exif_rotate
+    with pytest.raises(UsageError, match="--exif-rotate is for folders"):
+        resolve_preprocessing(turned, read_digits(training=False), None)

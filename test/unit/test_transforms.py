@@ -274,6 +274,45 @@ def test_exif_rotation_is_ignored_as_torchvision_ignores_it(tmp_path):
     assert read_rgb(tmp_path / "x.jpg").size == (40, 30)
 
 
+@pytest.mark.usefixtures("decoder")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", [None, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
+def test_with_exif_rotate_images_are_upright_in_every_way(orientation, kind):
+    from PIL import ImageOps
+
+    exif, content = Image.Exif(), io.BytesIO()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    Image.fromarray(photo(90, 60, 2)).save(content, kind, exif=exif.tobytes())
+    stored = content.getvalue()
+    if orientation is not None and Image.open(io.BytesIO(stored)).getexif().get(0x0112) != orientation:
+        pytest.skip("this Pillow keeps no EXIF data there")
+    turned = ImageOps.exif_transpose(Image.open(io.BytesIO(stored)))
+    upright = np.asarray((turned or Image.open(io.BytesIO(stored))).convert("RGB"))
+    same = orientation in (None, 0, 1, 9)
+    for crop in (True, False):
+        plain, rotated = (Preprocessing(48, crop, exif_rotate=rotate)(stored) for rotate in (False, True))
+        assert np.array_equal(rotated, Preprocessing(48, crop)(upright)) and np.array_equal(rotated, plain) == same
+    whole = transforms.whole_image(stored, 48, exif_rotate=True)
+    assert np.array_equal(whole, transforms.whole_image(upright, 48))
+    assert np.array_equal(whole, transforms.whole_image(stored, 48)) == same
+    for seed in range(5):
+        pixels = Augmentation(32, exif_rotate=True)(stored, generator(seed)).astype(int)
+        if same:
+            assert np.array_equal(pixels, Augmentation(32)(stored, generator(seed)))
+        else:
+            rng = generator(seed)
+            box = transforms.random_crop_box(upright.shape[1], upright.shape[0], Augmentation.CROP_SCALE, rng)
+            expected = transforms._pillow_resize_crop(upright, box, 32, rng.random_sample() < 0.5)
+            assert np.array_equal(pixels, expected)
+
+
+def test_exif_rotate_is_in_a_checkpoint_only_if_it_is_on():
+    for rotate in (False, True):
+        values = Preprocessing(64, exif_rotate=rotate).to_dict()
+        assert ("exif_rotate" in values) == rotate and Preprocessing.from_dict(values).exif_rotate is rotate
+
+
 # --- files that cannot be read ----------------------------------------------------------------------------------------
 
 
