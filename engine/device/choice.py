@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import sysconfig
-from typing import Any
+from typing import Any, Iterator
 
 from engine import console
 from engine.errors import DeviceUnavailableError, first_line
@@ -23,7 +23,7 @@ import torch
 
 BACKENDS = {"npu": "hccl", "gpu": "nccl", "mps": "gloo", "cpu": "gloo"}
 TORCH_DEVICES = {"npu": "npu", "gpu": "cuda", "mps": "mps", "cpu": "cpu"}
-CGROUPS, OWN_CGROUP = "/sys/fs/cgroup", "/proc/self/cgroup"
+CGROUPS, OWN_CGROUP, MEMORY = "/sys/fs/cgroup", "/proc/self/cgroup", "/proc/meminfo"
 SOURCE_CANN = "run `source /usr/local/Ascend/ascend-toolkit/set_env.sh`"
 
 
@@ -173,19 +173,25 @@ def available_cores() -> int:
 
 def _cgroup_quota() -> float:
     """Return the CPU quota of this process's control group (docker run --cpus), in cores; infinite if it has none."""
-    quotas = [math.inf]
+    quotas = [quota for folder in _cgroup_folders("cpu", "cpu,cpuacct") for quota in _read_quota(folder)]
+    return min([math.inf, *quotas])
+
+
+def _cgroup_folders(*controllers: str) -> Iterator[str]:
+    """Yield the folders of this process's control group and of those around it, whose limits it has too.
+
+    controllers: their names in cgroup v1.
+    """
     with contextlib.suppress(OSError, ValueError):
         with open(OWN_CGROUP) as file:
             groups = [line.rstrip("\n").split(":", 2) for line in file]
-        for _, controllers, path in groups:
-            if controllers not in ("", "cpu", "cpu,cpuacct"):
+        for _, names, path in groups:
+            if names not in ("", *controllers):
                 continue
-            root = os.path.join(CGROUPS, controllers)
-            while path:  # a group has the quotas of those around it too
-                for folder in (root + path, root):  # inside a container, its own group is the root
-                    quotas += _read_quota(folder)
+            root = os.path.join(CGROUPS, names)
+            while path:
+                yield from (root + path, root)  # inside a container, its own group is the root
                 path = path.rpartition("/")[0]
-    return min(quotas)
 
 
 def _read_quota(folder: str) -> list[float]:
@@ -199,6 +205,18 @@ def _read_quota(folder: str) -> list[float]:
             quota, period = words
             return [int(quota) / int(period)] if quota not in ("max", "-1") else []
     return []
+
+
+def available_memory() -> float:
+    """Return the bytes that processes can take: what is free, or the limit of a container if that is less."""
+    limits = [math.inf]
+    with contextlib.suppress(OSError), open(MEMORY) as file:
+        limits += [1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable:")]
+    for folder in _cgroup_folders("memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):  # cgroup v2 and v1
+            with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, name)) as file:  # or "max"
+                limits.append(int(file.read()))
+    return min(limits)
 
 
 def _omp_num_threads() -> float:
