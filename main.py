@@ -79,6 +79,7 @@ class Data:
     train: ImageDataset | None
     val: ImageDataset | None
     preprocessing: Preprocessing  # of validation images: size, crop, mean and standard deviation
+    count: int  # training images, synthetic ones too
 
 
 @dataclass
@@ -117,7 +118,7 @@ def build_data(job: Job, start: Any) -> Data:
                 saved_val_split=None if start is None else start.val_split,
             )
     job.comm.check_same({"the fingerprint of --data": [part.fingerprint for part in (train, val) if part is not None]})
-    return Data(train, val, options.resolve_preprocessing(args, val, start))
+    return Data(train, val, options.resolve_preprocessing(args, val, start), len(train) if train else args.dummy or 0)
 
 
 def build_sampler(job: Job, count: int, *, training: bool, start: tuple[int, int] = (0, 0)) -> ResumableBatchSampler:
@@ -395,15 +396,16 @@ def run_job(job: Job, build_network: BuildNetwork) -> int:
     comm.check_same({**options.shared_flags(args), "the program's SHA-256": run_info.program_checksum()})
     checkpointer = Checkpointer(args.output_dir, comm, evaluate=args.evaluate)
     checkpointer.find(args.resume, args.auto_resume, args.pretrained, args.arch)
-    args, batch = options.with_checkpoint(args, checkpointer.continued)
-    job = dataclasses.replace(job, args=args)
     data = build_data(job, checkpointer.continued)
+    size, memory = data.preprocessing.image_size, comm.min(job.device.free_memory())
+    args, batch = options.with_checkpoint(args, checkpointer.continued, data.count, size, memory)
+    job = dataclasses.replace(job, args=args)
     info = options.describe_run(args, batch, data.preprocessing, data.train, data.val)
     checkpointer.check(info)
     device = f"{comm.world_size} × {args.device} ({job.device.name()})"
     console.line(f"=> {args.arch} on {device}, {args.precision}, torch {torch.__version__}")
     source = f"{args.dummy:,} synthetic images" if args.dummy else args.data or f"{EMBEDDED} (no --data given)"
-    run_info.log_data(source, data.preprocessing.image_size, data.train, data.val)
+    run_info.log_data(source, size, data.count, info.images_per_step, data.train, data.val)
     if comm.rank == 0:
         run_info.write_bad_images(args.output_dir, data.train, data.val)
 
@@ -423,9 +425,8 @@ def fit(job: Job, training: Training, data: Data) -> int:
     args, state, checkpointer, size = job.args, training.state, training.checkpointer, data.preprocessing.image_size
     job.comm.before_exit(checkpointer.finish)
     checkpointer.restore(state, training.counter, training.optimizer, training.ema)
-    count = args.dummy if data.train is None else len(data.train)
-    sampler = build_sampler(job, count, training=True, start=(state.epoch, state.images_in_epoch))
-    checkpointer.log_changes(state, training.ema, count)
+    sampler = build_sampler(job, data.count, training=True, start=(state.epoch, state.images_in_epoch))
+    checkpointer.log_changes(state, training.ema, data.count)
     checkpointer.let_go()
     if data.train is None:
         batches = synthetic_batches(job, sampler, size)

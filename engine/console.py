@@ -7,6 +7,7 @@ pipe may be gone (`| tee` at Ctrl-C), a stream may be closed.
 
 from __future__ import annotations
 
+import atexit
 import codecs
 import contextlib
 import io
@@ -117,7 +118,8 @@ _temporary_folders: list[tuple[int, str]] = []  # (the process that made it, pat
 
 
 def remove_at_exit(folder: str) -> None:
-    """Have exit_process remove a folder when this process ends; not a forked child of it."""
+    """Have a folder removed when this process ends, by exit_process or not; not when a forked child of it does."""
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     _temporary_folders.append((os.getpid(), folder))
 
 

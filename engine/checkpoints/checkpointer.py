@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import Any, Iterator
 
@@ -205,17 +206,24 @@ class Checkpointer:
         error = self._writer.wait() if final else None
         if error is not None:
             intact = "; the one before it is intact" if os.path.exists(self.path) else ""
-            raise SaveError(f"{self.path}: could not write the last checkpoint ({error}){intact}")
+            raise SaveError(f"{self.path}: could not write the last checkpoint ({error}){intact}{_advice(error)}")
 
     def wait(self) -> None:
         """Wait until the last save is on the disk; warn if it failed."""
         error = self._writer.wait()
         if error is not None:
-            console.warning(f"{self.path}: checkpoint not saved ({error})")
+            console.warning(f"{self.path}: checkpoint not saved ({error}){_advice(error)}")
 
     def finish(self) -> None:
         """Give the last save some seconds to reach the disk, before this process ends."""
         self._writer.finish()
+
+
+def _advice(error: BaseException) -> str:
+    """Return what to do about a save that failed, if it is known."""
+    if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
+        return ""
+    return "; free some space, and if the run ends, continue it with --auto-resume"
 
 
 def _changed_identity(start: Checkpoint, info: RunInfo) -> dict[str, tuple[Any, Any]]:

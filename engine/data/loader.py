@@ -7,12 +7,13 @@ The order depends only on (seed, epoch), so a run can resume anywhere, on any nu
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
-from typing import Any, Iterator, List, Sequence, Tuple
+from typing import Any, Iterator, Sequence, Tuple
 
 from engine.data.datasets import FileList, ImageDataset, image_error
 from engine.data.transforms import Augmentation, Preprocessing, whole_image
-from engine.data.workers import in_worker, share
+from engine.data.workers import NO_DESCRIPTOR, WholeImages, in_worker, share, worker_error
 from engine.errors import ImageError, UsageError, UserError
 
 import numpy as np
@@ -79,10 +80,8 @@ class ResumableBatchSampler:
 
 # --- batches ----------------------------------------------------------------------------------------------------------
 
-# Of a batch, each image once per scale: [((n,) int64 positions in the batch, (n, H, W, 3) uint8)]
-SizeGroups = List[Tuple[torch.Tensor, torch.Tensor]]
-
-# (N, S, S, 3) uint8 images, or whole images by size; (N,) int64 targets, (N,) int64 indices into the dataset
+# (N, S, S, 3) uint8 images, or WholeImages, which read_batches groups by size; (N,) int64 targets, (N,) int64 indices
+# into the dataset
 Batch = Tuple[Any, torch.Tensor, torch.Tensor]
 KEPT_BUFFERS = 3  # DataLoader asks a worker for batch n as it hands out n - 2, and n - 3 is on the device by then
 
@@ -134,7 +133,7 @@ class ImageBatches:
                 kept.append(index)
         return images[: len(kept)], np.array(kept, np.int64)
 
-    def _whole_images(self, indices: np.ndarray) -> SizeGroups:
+    def _whole_images(self, indices: np.ndarray) -> WholeImages:
         """Return each image at each scale, those of one size together."""
         groups: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
         whole = functools.partial(whole_image, exif_rotate=self.transform.exif_rotate)
@@ -142,16 +141,18 @@ class ImageBatches:
             for scale in self.scales:
                 image = self._read(index, whole, scale)
                 groups.setdefault(image.shape, []).append((position, image))
-        parts = [zip(*group) for group in groups.values()]
-        return [
-            (share(torch.tensor(positions)), share(torch.from_numpy(np.stack(images)))) for positions, images in parts
-        ]
+        images = list(itertools.chain.from_iterable(groups.values()))
+        pixels = np.concatenate([np.empty(0, np.uint8), *(image.ravel() for _, image in images)])
+        layout = np.array([(position, *image.shape[:2]) for position, image in images], np.int64)
+        return WholeImages(share(torch.from_numpy(pixels)), share(torch.from_numpy(layout)))
 
     def _read(self, index: int, transform: Any, option: Any) -> np.ndarray:
         """Read an image and transform it. Raises ImageError, which names it."""
         try:
             return transform(self.dataset.read(index), option)
         except Exception as error:  # Pillow raises nearly any type for a corrupt file
+            if getattr(error, "errno", None) in NO_DESCRIPTOR:
+                raise worker_error(error) from error
             raise image_error(self.dataset, index, error) from error
 
     def _allocate(self, count: int) -> torch.Tensor:

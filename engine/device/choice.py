@@ -30,7 +30,7 @@ REQUIREMENTS = {  # of the devices that auto looks for, the first that works fir
     "gpu": "check `nvidia-smi`, and that this torch has CUDA",
     "mps": "it requires an Apple GPU and torch 1.12 or later",
 }
-CGROUPS, OWN_CGROUP = "/sys/fs/cgroup", "/proc/self/cgroup"
+CGROUPS, OWN_CGROUP, MEMORY = "/sys/fs/cgroup", "/proc/self/cgroup", "/proc/meminfo"
 
 
 def _require_torch(version: str, flag: str) -> None:
@@ -154,20 +154,39 @@ def available_cores() -> int:
     return max(1, math.ceil(min([cores, *_cgroup_quotas()])))
 
 
-def _cgroup_quotas() -> Iterator[float]:
-    """Yield the CPU quotas, in cores, of this process's control group and those around it (docker run --cpus)."""
+def _cgroup_folders(*controllers: str) -> Iterator[str]:
+    """Yield the folders of this process's control group and of those around it, whose limits it has too.
+
+    controllers: their names in cgroup v1.
+    """
     with contextlib.suppress(OSError), open(OWN_CGROUP) as file:
         for line in file:
-            _, controllers, path = line.rstrip("\n").split(":", 2)
-            if controllers not in ("", "cpu", "cpu,cpuacct"):
-                continue
-            for group in (PurePath(path), *PurePath(path).parents):  # inside a container, its own group is the root
-                for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):  # cgroup v2, v1
-                    with contextlib.suppress(OSError, ValueError):  # no such file, or its quota is "max"
-                        words = [_read(f"{CGROUPS}/{controllers}{group}/{name}") for name in names]
-                        quota, period = map(int, " ".join(words).split())
-                        if quota > 0:  # v1 has -1 for none
-                            yield quota / period
+            _, names, path = line.rstrip("\n").split(":", 2)
+            if names in ("", *controllers):
+                for group in (PurePath(path), *PurePath(path).parents):  # inside a container, its own group is the root
+                    yield f"{CGROUPS}/{names}{group}"
+
+
+def _cgroup_quotas() -> Iterator[float]:
+    """Yield the CPU quotas of this process, in cores (docker run --cpus)."""
+    for folder in _cgroup_folders("cpu", "cpu,cpuacct"):
+        for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):  # cgroup v2, v1
+            with contextlib.suppress(OSError, ValueError):  # no such file, or its quota is "max"
+                quota, period = map(int, " ".join(_read(f"{folder}/{name}") for name in names).split())
+                if quota > 0:  # v1 has -1 for none
+                    yield quota / period
+
+
+def available_memory() -> float:
+    """Return the bytes that processes can take: what is free, or the limit of a container if that is less."""
+    limits = [math.inf]
+    with contextlib.suppress(OSError), open(MEMORY) as file:
+        limits += [1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable:")]
+    for folder in _cgroup_folders("memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):  # cgroup v2 and v1
+            with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, name)) as file:  # or "max"
+                limits.append(int(file.read()))
+    return min(limits)
 
 
 def _omp_num_threads() -> float:

@@ -10,12 +10,13 @@ import contextlib
 import ctypes
 import importlib
 import inspect
+import math
 import os
 import sys
 from typing import Any, Callable, Iterator, cast
 
 from engine import console
-from engine.device.choice import TORCH_DEVICES, cpu_info, default_threads
+from engine.device.choice import TORCH_DEVICES, available_memory, cpu_info, default_threads
 from engine.errors import DeviceUnavailableError, first_line
 from engine.versions import TORCH
 
@@ -125,6 +126,10 @@ class ComputeDevice:
         if self.type == "npu" and "pin_memory_device" in inspect.signature(DataLoader.__init__).parameters:
             options["pin_memory_device"] = "npu"
         return options
+
+    def free_memory(self) -> float:
+        """Return the bytes that the processes of this node can take if they run on its CPU, else infinity."""
+        return available_memory() if self.type == "cpu" else math.inf
 
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         """Copy a tensor of a batch to the device. On a GPU this overlaps with the steps still being computed."""

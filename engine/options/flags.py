@@ -72,6 +72,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.data = args.data or args.dir
     del args.dir
     args.device = "gpu" if args.device == "cuda" else args.device
+    args.default_batch_size = args.batch_size is None  # completed again by with_checkpoint
     complete_defaults(args, DEFAULTS if args.data or args.dummy else DIGITS)
     for conflict in _conflicts(args):
         parser.error(conflict)

@@ -14,6 +14,7 @@ from engine.parallel.heartbeat import Heartbeat
 from engine.parallel.rendezvous import meet
 from engine.parallel.topology import Ranks
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -83,6 +84,12 @@ class Communicator:
         """Replace each element of a NumPy array by its maximum over all processes."""
         if self.world_size > 1:
             dist.all_reduce(torch.from_numpy(array), op=dist.ReduceOp.MAX, group=self.control)
+
+    def min(self, value: float) -> float:
+        """Return the smallest value of all processes."""
+        values = np.array([-value])
+        self.max_(values)
+        return -values.item()
 
     def broadcast(self, state: Any) -> Any:
         """Return rank 0's nested dicts, lists and CPU tensors on every process; others get float32 or int64 tensors.

@@ -10,7 +10,6 @@ import contextlib
 import math
 import multiprocessing
 import multiprocessing.connection
-import multiprocessing.util
 import os
 import signal
 import time
@@ -18,7 +17,7 @@ import traceback
 from typing import Any, Callable, NamedTuple, Sequence
 
 from engine import console
-from engine.console import escape_unprintable, exit_process, remove_at_exit
+from engine.console import escape_unprintable, exit_process
 from engine.errors import EXIT_FAILURE, EXIT_STOPPED, RendezvousError, UserError
 from engine.parallel.topology import Ranks, Topology, under_torchrun
 from engine.signals import STOP_SIGNALS, die_with_parent
@@ -34,8 +33,6 @@ def launch(worker: Worker, topology: Topology) -> int:
 
     report(text, rank): how the worker says in one line that another rank is unreachable.
     """
-    # DataLoader workers put sockets in this folder. They inherit it; otherwise each would make one that stays behind.
-    remove_at_exit(multiprocessing.util.get_temp_dir())
     if topology.spawn:
         return _spawn(worker, topology)
     if under_torchrun():

@@ -40,11 +40,22 @@ def describe_balance(classes: Sequence[str], labels: np.ndarray) -> str:
     )
 
 
-def log_data(source: str, size: int, train_set: Any, val_set: Any) -> None:
-    """Log what a run trains and validates on: its name, pixels per side, and the datasets, None if there is none."""
+def log_data(source: str, size: int, count: int, images_per_step: int, train_set: Any, val_set: Any) -> None:
+    """Log what a run trains and validates on: its name, pixels per side, and the datasets, None if there is none.
+
+    count: of training images, 0 for an evaluation.
+    """
     datasets = {"training": train_set, "validation": val_set}
-    counts = [f", {len(dataset):,} {kind} images" for kind, dataset in datasets.items() if dataset is not None]
-    console.line(f"=> data: {source}{''.join(counts)}, {size} pixels per side")
+    parts = [source, *(f"{len(images):,} {kind} images" for kind, images in datasets.items() if images is not None)]
+    steps, left = divmod(count, images_per_step)
+    if count:
+        parts.append(f"{steps:,} steps per epoch, {left:,} images left over")
+    console.line(f"=> data: {', '.join(parts)}, {size} pixels per side")
+    if steps and 10 * left > count and not console.is_quiet():
+        console.warning(
+            f"each epoch leaves out {left:,} of {count:,} training images, which do not fill a step of "
+            f"{images_per_step:,}: use a smaller --batch-size"
+        )
     if train_set is not None:
         console.line(f"=> {describe_balance(train_set.classes, train_set.labels)}")
 

@@ -13,7 +13,9 @@ from engine.data.datasets import ImageFolder
 from engine.data.folder_index import open_index
 from engine.errors import EXIT_FAILURE, ImageError
 
-from helpers.program import environment, is_alive, run
+from helpers.images import jpeg
+from helpers.program import SMALL_MAIN, environment, is_alive, run
+from helpers.small import small_vgg
 
 import numpy as np
 import pytest
@@ -200,10 +202,57 @@ def test_a_worker_that_is_killed_is_an_error_of_one_line(dataset):
 
 
 @on_linux
-def test_a_worker_that_cannot_send_a_batch_does_not_hang_the_run(dataset, tmp_path):
-    """A thread of multiprocessing sends it, by a socket below TMPDIR; its errors would be lost."""
-    folder = tmp_path / ("x" * 100)  # too long for the path of a socket
-    folder.mkdir()
-    command = [sys.executable, "-c", START + READ, root_of(dataset), -1]
-    result = run(*command, env={"TMPDIR": str(folder)}, timeout=30)
+def test_a_worker_that_cannot_send_a_batch_does_not_hang_the_run(dataset):
+    """A thread of multiprocessing sends it, by a socket; its errors would be lost."""
+    remove = "import shutil\nshutil.rmtree(multiprocessing.util.get_temp_dir())\n"
+    code = START.replace("batches = read", f"{remove}batches = read") + READ
+    result = run(sys.executable, "-c", code, root_of(dataset), -1, timeout=60)
     assert result.code == EXIT_FAILURE and "error: a DataLoader worker exited unexpectedly" in result.err, result.err
+
+
+@pytest.mark.parametrize("length", [40, 76, 100, 200, "missing"])
+def test_workers_send_batches_whatever_tmpdir_is(dataset, tmp_path, length):
+    """The path of a socket has at most 107 bytes."""
+    folder = tmp_path / "".ljust(length - len(str(tmp_path)) - 1 if length != "missing" else 9, "x")[:200]
+    if length != "missing":
+        folder.mkdir(exist_ok=True)
+    result = run(sys.executable, "-c", START + READ, root_of(dataset), -1, env={"TMPDIR": str(folder)}, timeout=120)
+    assert result.code == 0, result.err
+    if folder.exists():
+        assert not [name for name in os.listdir(folder) if name.startswith("pymp-")]
+
+
+def run_with_descriptors(limit, *flags):
+    """Run main.py under `ulimit -n`, on the digits if no data is given."""
+    command = ["bash", "-c", f'ulimit -{limit} && exec "$@"', "bash", sys.executable, SMALL_MAIN, "--device", "cpu"]
+    return run(*command, "--arch", "vgg11", "--stop-step-num", "3", *flags, timeout=60)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize("descriptors", [20, 24, 28, 32])
+def test_too_few_descriptors_are_one_line_that_names_ulimit(tmp_path, workers, descriptors):
+    result = run_with_descriptors(f"n {descriptors}", "-j", workers, "--output-dir", tmp_path)
+    assert result.code in (0, 1) and "Traceback" not in result.err, result.err
+    assert result.code == 0 or "ulimit -n" in result.err.splitlines()[-1], result.err
+    assert result.code == 1 or descriptors > 24 or workers == 1
+
+
+def test_the_soft_limit_of_descriptors_is_raised(tmp_path):
+    result = run_with_descriptors("Sn 24", "-j", 4, "--output-dir", tmp_path)
+    assert result.code == 0, result.err
+
+
+def test_an_evaluation_of_many_sizes_needs_few_descriptors(tmp_path):
+    """Of 60 images, each of another size, at three scales: a tensor per size would need 180 descriptors per batch."""
+    for number in range(60):
+        folder = tmp_path / "val" / f"{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.jpg").write_bytes(jpeg(40 + number, 40, number))
+    torch.save(small_vgg("vgg11", 2).state_dict(), str(tmp_path / "weights.pth"))
+    flags = ["--resume", tmp_path / "weights.pth", "--image-size", 32, "--eval-scales", 32, 40, 48, "-b", 30]
+    found = {}
+    for workers in (0, 3):
+        result = run_with_descriptors("n 64", tmp_path, "-e", *flags, "-j", workers, "--output-dir", tmp_path)
+        assert result.code == 0, result.err
+        found[workers] = (tmp_path / "metrics.json").read_text()
+    assert found[0] == found[3]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from typing import Any
 
@@ -142,6 +143,23 @@ def test_the_older_kind_of_quota_counts_too(machine: Any, quota: int, cores: int
         write(machine / "cgroup" / mounted / folder / "cpu.cfs_quota_us", f"{quota}\n")
         write(machine / "cgroup" / mounted / folder / "cpu.cfs_period_us", "100000\n")
     assert device.available_cores() == cores
+
+
+@pytest.mark.parametrize("version, mounted", [("memory.max", ""), ("memory.limit_in_bytes", "memory")])
+@pytest.mark.parametrize(
+    "limit, free, expected", [("4096", 9, 4096), ("max", 9, 9216), ("99999", 9, 9216), (None, 9, 9216)]
+)
+@pytest.mark.parametrize("folder", ["docker/ab", ""])  # as on the host, or as in the container
+def test_the_memory_is_what_is_free_or_the_containers(
+    machine: Any, monkeypatch: Any, version: str, mounted: str, limit: Any, expected: int, folder: str
+) -> None:
+    monkeypatch.setattr(device, "MEMORY", str(machine / "meminfo"))
+    assert device.available_memory() == math.inf
+    (machine / "meminfo").write_text("MemTotal: 99 kB\nMemAvailable:   9 kB\n")
+    (machine / "own").write_text(f"3:{mounted}:/docker/ab\n")
+    if limit is not None:
+        write(machine / "cgroup" / mounted / folder / version, f"{limit}\n")
+    assert device.available_memory() == expected
 
 
 def test_threads_and_workers_follow_the_users_own_limit(machine: Any, monkeypatch: Any) -> None:

@@ -5,6 +5,7 @@ from engine.data import loader
 from engine.data.datasets import FileList, read_digits
 from engine.data.loader import ImageBatches
 from engine.data.transforms import Augmentation, Preprocessing, whole_image
+from engine.data.workers import WholeImages
 from engine.errors import ImageError, LoaderWorkerError
 
 from helpers.images import jpeg
@@ -48,11 +49,35 @@ def test_an_empty_batch_has_the_shapes_of_a_full_one():
 
 
 def test_whole_images_are_grouped_by_size(files):
-    groups, target, indices = ImageBatches(files, Preprocessing(48), scales=(32, 64))[0, np.array([0, 2, 0])]
+    whole, target, indices = ImageBatches(files, Preprocessing(48), scales=(32, 64))[0, np.array([0, 2, 0])]
+    groups = whole.by_size()
     assert indices.tolist() == [0, 2, 0] and len(target) == 3 and len(groups) == 4
     for positions, images in groups:
         for position, image in zip(positions.tolist(), images.numpy()):
             assert np.array_equal(image, whole_image(files.read([0, 2, 0][position]), min(image.shape[:2])))
+
+
+@pytest.mark.parametrize("sizes", [0, 1, 2, 30])
+def test_a_batch_has_as_many_tensors_with_many_sizes_as_with_one(tmp_path, sizes):
+    """Each tensor takes a file descriptor, and a process has 1,024."""
+    for number in range(sizes):
+        (tmp_path / f"{number:02d}.jpg").write_bytes(jpeg(40 + 2 * number, 40, number))
+    files = FileList.find([str(tmp_path)]) if sizes else FileList([])
+    (pixels, layout), target, indices = ImageBatches(files, Preprocessing(48), scales=(32, 48))[0, np.arange(sizes)]
+    assert all(isinstance(part, torch.Tensor) for part in (pixels, layout, target, indices))
+    assert len(layout) == 2 * sizes and len(WholeImages(pixels, layout).by_size()) == 2 * sizes
+    seen = sorted(position for positions, _ in WholeImages(pixels, layout).by_size() for position in positions.tolist())
+    assert seen == sorted([*range(sizes)] * 2)
+
+
+def test_no_descriptor_left_is_not_an_unreadable_image(files, monkeypatch):
+    def fail(_):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(files, "read", fail)
+    for options in ({}, {"leave_out": True}, {"scales": (32,)}):
+        error = ImageBatches(files, Preprocessing(32), **options)[0, np.array([0])]
+        assert isinstance(error, LoaderWorkerError) and "ulimit -n" in str(error), options
 
 
 def test_a_lack_of_shared_memory_is_returned_in_place_of_the_batch(files, monkeypatch):

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import errno
+import sys
 from types import SimpleNamespace
 from typing import Any, Iterator
 
@@ -38,3 +40,36 @@ def test_other_errors_stay_what_they_are(monkeypatch: Any) -> None:
     monkeypatch.setattr(workers, "_started", [SimpleNamespace(exitcode=0), SimpleNamespace(exitcode=None)])
     with pytest.raises(RuntimeError, match="out of memory"):
         next(read_batches(failing(RuntimeError("out of memory"))))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(24, "Too many open files"),  # a pipe, a lock
+        OSError(23, "Too many open files in system"),
+        RuntimeError("received 0 items of ancdata"),  # a message without its descriptors
+        RuntimeError("unable to open shared memory object </torch_1> in read-write mode: Too many open files (24)"),
+    ],
+    ids=lambda error: str(error)[:20],
+)
+@pytest.mark.parametrize("place", ["start", "batch"])
+def test_a_lack_of_descriptors_names_ulimit(error: Exception, place: str) -> None:
+    class Failing:
+        def __iter__(self) -> Iterator[Any]:
+            raise error
+
+    if place == "start" and not isinstance(error, OSError):
+        pytest.skip("only system calls fail at the start")
+    with pytest.raises(LoaderWorkerError, match="ulimit -n"):
+        next(read_batches(Failing() if place == "start" else failing(error)))
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE])
+def test_a_worker_tells_by_its_exit_code_that_it_has_no_descriptor(monkeypatch: Any, code: int) -> None:
+    monkeypatch.setattr(workers, "_started", [SimpleNamespace(exitcode=None), SimpleNamespace(exitcode=code)])
+    with pytest.raises(LoaderWorkerError, match="ulimit -n"):
+        next(read_batches(failing(EOFError())))
+    with pytest.raises(SystemExit) as caught:
+        monkeypatch.setattr(workers, "exit_process", sys.exit)
+        workers._exit_with(OSError(code, "no descriptor"))
+    assert caught.value.code == code
