@@ -16,6 +16,17 @@ sys.path[:0] = [os.path.dirname(TEST), TEST]
 from helpers.images import make_folder  # noqa: E402  sys.path comes first
 
 
+def pytest_addoption(parser: Any) -> None:
+    parser.addoption("--skip-once", action="store_true", help="skip the tests that are marked once")
+
+
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    if config.getoption("--skip-once"):
+        for item in items:
+            if item.get_closest_marker("once"):
+                item.add_marker(pytest.mark.skip(reason="is the same on any torch, and ran on the first"))
+
+
 def pytest_configure(config: Any) -> None:
     """If tests run side by side (pytest -n), give each worker and what it starts their share of the cores."""
     worker = getattr(config, "workerinput", None)

@@ -1,14 +1,24 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: BSD-3-Clause
 # Runs linters and tests, and installs what they need: on this machine's torch, then on torch 1.8 and 1.5 if Python 3.8
-# and 3.7 are found. Ends with a table of the results. Arguments go to pytest: bash test/run_tests.sh -k checkpoint
+# and 3.7 are found. Ends with the names of failed tests and a table of the parts, with their times (min:s). Arguments go
+# to pytest: bash test/run_tests.sh -k checkpoint
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 repository=$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")
 # shellcheck source=test/setup.sh
 source "$repository/test/setup.sh"
 cd "$repository"
-table=() code=0
+table=() failed=() code=0
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+add_row() { # what, since when, result
+    local seconds=$((SECONDS - $2))
+    table+=("$(printf '%-28s %3d:%02d  %s' "$1" $((seconds / 60)) $((seconds % 60)) "$3")")
+}
 
 pip_install() { # python, arguments of pip install
     "$1" -m pip install --quiet --disable-pip-version-check "${@:2}"
@@ -37,8 +47,9 @@ find_version() { # 3.8: prints a Python of that version, on the PATH or pyenv's
 }
 
 lint() { # command
+    local begin=$SECONDS
     echo "=> $*"
-    if "$@"; then table+=("$1 $2: passed"); else table+=("$1 $2: FAILED") code=1; fi
+    if "$@"; then add_row "$1 $2" "$begin" passed; else add_row "$1 $2" "$begin" FAILED && code=1; fi
 }
 
 run_linters() {
@@ -52,28 +63,43 @@ run_linters() {
     lint shellcheck -x "${scripts[@]}"
 }
 
+# Sets `parts` to what pytest runs one after the other: the files that the arguments name, or both folders of tests.
+choose_parts() { # arguments of pytest
+    local word
+    parts=(test/unit test/run)
+    for word; do
+        case $word in test/* | *.py | *.py::*) parts=('') ;; esac
+    done
+}
+
 run_tests() { # python, arguments of pytest
-    local name log
-    name=$("$1" -c 'import platform, torch; print("torch", torch.__version__, " Python", platform.python_version())')
+    local name part begin status
+    name=torch\ $("$1" -c 'import torch; print(torch.__version__.partition("+")[0])')
     echo "=> $name"
-    log=$(mktemp)
-    # Two tests at a time, each on half of the cores (conftest.py): a test is mostly one thread that imports torch.
-    "$1" -m pytest -q -rs -n 2 --dist worksteal "${@:2}" 2>&1 | tee "$log" || code=1
-    table+=("$name: $(tail -n 1 "$log")")
-    rm -f "$log"
+    choose_parts "${@:2}"
+    for part in "${parts[@]}"; do
+        begin=$SECONDS status=0
+        # Two tests at a time, each on half of the cores (conftest.py): a test is mostly one thread that imports torch.
+        "$1" -m pytest -q -rfEs -n 2 --dist worksteal ${part:+"$part"} "${@:2}" 2>&1 | tee "$log" || status=$?
+        if [ "$status" = 5 ]; then status=0; fi # no test was selected
+        if [ "$status" != 0 ]; then code=1; fi
+        mapfile -t -O "${#failed[@]}" failed < <(grep -E '^(FAILED|ERROR) ' "$log" | sed "s/\$/  ($name)/" || true)
+        add_row "$name: ${part:-as given}" "$begin" "$(tail -n 1 "$log")"
+    done
 }
 
 set_up_python 0 ''
 add_dev_tools
 run_linters
 run_tests "$python" "$@"
+set -- --skip-once "$@" # what is the same on any torch has run
 for versions in '1.8 3.8' '1.5 3.7'; do
     read -r torch_version python_version <<<"$versions"
     venv=$repository/.venv-$torch_version
     if [ ! -x "$venv/bin/python" ]; then
         found=$(find_version "$python_version")
         if [ -z "$found" ]; then
-            table+=("torch $torch_version: skipped, no Python $python_version with venv was found")
+            add_row "torch $torch_version" "$SECONDS" "skipped: no Python $python_version with venv was found"
             continue
         fi
         echo "=> installing ${torch_version}_requirements.txt into $venv"
@@ -84,5 +110,7 @@ for versions in '1.8 3.8' '1.5 3.7'; do
 done
 
 echo
+if [ "${#failed[@]}" != 0 ]; then printf '%s\n' "${failed[@]}" ''; fi
+add_row "all" 0 "$([ "$code" = 0 ] && echo passed || echo FAILED)"
 printf '%s\n' "${table[@]}"
 exit "$code"

@@ -19,6 +19,8 @@ from helpers.program import MAIN, REPOSITORY, run, run_python
 
 import pytest
 
+pytestmark = pytest.mark.once
+
 ENGLISH = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "recipes/README.md"]
 ENGLISH += sorted(os.path.relpath(path, REPOSITORY) for path in glob.glob(os.path.join(REPOSITORY, "docs", "*.md")))
 CHINESE = ["README.zh-CN.md"]

@@ -84,6 +84,7 @@ def bash(clone, name, *options, python=sys.executable, cwd=None, **env):
     )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_each_script_prints_and_writes_the_references_metrics(clone, tmp_path, name):
     (clone / "model_best.pth.tar").write_text("x")
@@ -129,6 +130,7 @@ def test_each_script_prints_and_writes_the_references_metrics(clone, tmp_path, n
         assert "'--resume', '{}'".format(clone / "model_best.pth.tar") in flags
 
 
+@pytest.mark.once
 def test_train_best_8p_uses_mindcvs_recipe(clone, tmp_path):
     result = bash(clone, "train_best_8p", "--data_path=.", python=stub(tmp_path))
     assert result.code == 0, result.err
@@ -146,6 +148,7 @@ def test_train_best_8p_uses_mindcvs_recipe(clone, tmp_path):
         assert words in flags, words
 
 
+@pytest.mark.once
 def test_a_failure_shows_the_log_and_keeps_the_exit_code(clone, tmp_path):
     result = bash(clone, "train_full_1p", "--data_path=.", python=stub(tmp_path), STUB_FAILS="75")
     assert result.code == 75 and "something broke" in result.err and "Final" not in result.out
@@ -155,12 +158,14 @@ def test_a_failure_shows_the_log_and_keeps_the_exit_code(clone, tmp_path):
     assert result.code == 75 and "to continue, add --resume=" in result.err
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("option", ["--output-dir=x", "--stop-step-num"])
 def test_the_quick_start_refuses_what_would_have_it_evaluate_an_older_run(clone, tmp_path, option):
     result = bash(clone, "quickstart", option, "3", python=stub(tmp_path))
     assert result.code == 2 and len(result.err.splitlines()) == 1 and option in result.err
 
 
+@pytest.mark.once
 def test_earlier_output_is_moved_aside_and_its_checkpoint_is_found(clone, tmp_path):
     for _ in range(2):
         assert bash(clone, "train_full_1p", "--data_path=.", python=stub(tmp_path)).code == 0
@@ -176,6 +181,7 @@ def test_earlier_output_is_moved_aside_and_its_checkpoint_is_found(clone, tmp_pa
     assert os.path.exists(moved) and moved.startswith(str(clone / "test" / "output" / "0."))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("used", ["repository", "data", "folder"])
 def test_an_output_folder_that_holds_what_is_in_use_is_refused(clone, tmp_path, used):
     data, folder = tmp_path / "data" / "set", tmp_path / "folder" / "below"
@@ -189,6 +195,7 @@ def test_an_output_folder_that_holds_what_is_in_use_is_refused(clone, tmp_path, 
     assert clone.exists() and data.exists() and folder.exists()
 
 
+@pytest.mark.once
 def test_a_run_that_is_refused_leaves_the_earlier_output_where_it_was(clone, tmp_path):
     python, checkpoint = stub(tmp_path), clone / "test" / "output" / "0" / "model_best.pth.tar"
     assert bash(clone, "train_full_1p", "--data_path=.", python=python).code == 0
@@ -199,6 +206,7 @@ def test_a_run_that_is_refused_leaves_the_earlier_output_where_it_was(clone, tmp
     assert bash(clone, "train_full_1p", *options, python=python).code == 0
 
 
+@pytest.mark.once
 def test_a_training_is_no_failure_if_its_checkpoints_cannot_be_copied(clone, tmp_path):
     (clone / "model_best.pth.tar").write_text("of an earlier training")
     (tmp_path / "bin").mkdir()
@@ -211,6 +219,7 @@ def test_a_training_is_no_failure_if_its_checkpoints_cannot_be_copied(clone, tmp
     assert (clone / "model_best.pth.tar").read_text() == "of an earlier training"
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "options",
     [
@@ -227,6 +236,7 @@ def test_wrong_options_are_one_line_and_exit_code_2(clone, tmp_path, options):
     assert result.code == 2 and len(result.err.splitlines()) == 1 and "error" in result.err
 
 
+@pytest.mark.once
 def test_the_evaluation_ignores_unknown_options_as_the_references_does(clone, tmp_path):
     (clone / "model_best.pth.tar").write_text("x")
     options = ["--data_path=.", "--world_size=8", "--no_such=1", "--nnodes=2"]
@@ -246,6 +256,7 @@ def commands(tmp_path, **scripts):
     return os.pathsep.join([str(folder), os.environ["PATH"]])
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("addresses, master", [("10.0.0.7 172.17.0.1", "10.0.0.7"), ("", "127.0.0.1")])
 def test_node_0_is_the_master_at_its_first_address_and_other_nodes_must_name_it(clone, tmp_path, addresses, master):
     path = commands(tmp_path, hostname=f'[ "$1" = -I ] && echo "{addresses}"')
@@ -259,6 +270,7 @@ def test_node_0_is_the_master_at_its_first_address_and_other_nodes_must_name_it(
     assert refused.code == 2 and len(refused.err.splitlines()) == 1 and "--master_addr=" in refused.err
 
 
+@pytest.mark.once
 def test_options_reach_main_py(clone, tmp_path):
     result = bash(
         clone,
@@ -290,6 +302,7 @@ def test_options_reach_main_py(clone, tmp_path):
         assert part in flags, flags
 
 
+@pytest.mark.once
 def test_torchrun_is_started_and_continues_an_unfinished_output(clone, tmp_path):
     """The stub stands in for torchrun, so what it ends with says how the script reads torchrun's report."""
     options = [
@@ -330,6 +343,7 @@ def test_torchrun_is_started_and_continues_an_unfinished_output(clone, tmp_path)
     assert refused.code == 2 and len(refused.err.splitlines()) == 1
 
 
+@pytest.mark.once
 def test_ascend_device_id_picks_the_card(clone, tmp_path):
     """Of a run on one card; it beats --device_id. A run on several writes to output/0, as the reference does."""
     python = stub(tmp_path)
@@ -402,6 +416,7 @@ def has_default_signal():
     return run("env", "--default-signal=INT", "true").code == 0
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 @pytest.mark.parametrize("surroundings", SURROUNDINGS)
 def test_a_signal_to_the_script_reaches_main_py(clone, tmp_path, surroundings, number):
@@ -423,6 +438,7 @@ def test_a_signal_to_the_script_reaches_main_py(clone, tmp_path, surroundings, n
         assert process.wait(60) == 75, said
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("shell", ["sh", "dash", "bash --posix"])
 @pytest.mark.parametrize("linked", [False, True])
 def test_scripts_run_under_sh_and_through_a_link(clone, tmp_path, shell, linked):
@@ -437,6 +453,7 @@ def test_scripts_run_under_sh_and_through_a_link(clone, tmp_path, shell, linked)
     assert (clone / "test" / "output" / "0").is_dir()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", sorted(os.listdir(os.path.join(REPOSITORY, "test"))))
 def test_every_script_starts_under_sh(name):
     """The line comes before anything that only bash knows."""
@@ -447,6 +464,7 @@ def test_every_script_starts_under_sh(name):
     assert lines[0] == '[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"\n'
 
 
+@pytest.mark.once
 def test_git_checks_scripts_out_with_unix_line_ends(tmp_path):
     """Also where Git is set to convert them, as on Windows."""
     if shutil.which("git") is None:
@@ -507,6 +525,7 @@ def install_cann(folder, name):
     (folder / name / "set_env.sh").write_text(f'export CANN="{name}$no_such_variable"\n')
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("options", ["-euo pipefail", "+eu"])
 def test_the_npu_environment_is_the_references_and_keeps_what_the_user_set(npu, options):
     found = npu(options)
@@ -516,6 +535,7 @@ def test_the_npu_environment_is_the_references_and_keeps_what_the_user_set(npu, 
     assert "HCCL_IF_IP" not in npu(HCCL_SOCKET_IFNAME="eth1")  # it would win over the interface
 
 
+@pytest.mark.once
 def test_cann_is_found_where_its_installer_says_and_nnae_without_a_toolkit(npu, tmp_path):
     assert "CANN" not in npu()
     (tmp_path / "etc" / "Ascend").mkdir(parents=True)
@@ -531,6 +551,7 @@ def test_cann_is_found_where_its_installer_says_and_nnae_without_a_toolkit(npu, 
     assert npu()["CANN"] == "ascend-toolkit"
 
 
+@pytest.mark.once
 def test_each_device_logs_errors_only(npu, tmp_path):
     npu()
     assert not (tmp_path / "reported").exists()
@@ -581,6 +602,7 @@ def quick_start(clone, tmp_path, surroundings, *flags, free_gb=(100.0, 100.0), p
     return code, said, log.read_text() if log.exists() else None
 
 
+@pytest.mark.once
 def test_the_quick_start_shows_the_progress_bar_on_a_terminal_and_keeps_the_lines(clone, tmp_path):
     code, said, log = quick_start(clone, tmp_path, "terminal")
     assert code == 0 and "Validation accuracy: 98.89%" in said, said
@@ -588,6 +610,7 @@ def test_the_quick_start_shows_the_progress_bar_on_a_terminal_and_keeps_the_line
     assert log.splitlines()[:2] == ["line 0", "line 1"] and "BAR" not in log
 
 
+@pytest.mark.once
 def test_the_quick_start_without_a_terminal_writes_plain_lines_and_all_of_them_to_the_log(clone, tmp_path):
     code, said, log = quick_start(clone, tmp_path, "nohup")
     assert code == 0 and "BAR" not in said + log and "\x1b" not in said + log
@@ -595,11 +618,13 @@ def test_the_quick_start_without_a_terminal_writes_plain_lines_and_all_of_them_t
     assert "1.07 GB" in said and "100.0 GB are free" in said  # what it takes, before it starts
 
 
+@pytest.mark.once
 def test_the_quick_start_does_not_start_on_a_disk_that_is_too_small(clone, tmp_path):
     code, said, log = quick_start(clone, tmp_path, "nohup", free_gb=(4.5, 4.5))
     assert code == 2 and log is None and "4.5 GB are free, 5 GB are needed" in said, said
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("surroundings, later", [("terminal", 0.3), ("nohup", 100.0)])
 def test_a_quick_start_that_filled_the_disk_says_how_to_continue(clone, tmp_path, surroundings, later):
     """On a terminal stderr is not in the log, but the free space tells; with a quota the log tells."""
@@ -608,6 +633,7 @@ def test_a_quick_start_that_filled_the_disk_says_how_to_continue(clone, tmp_path
     assert code == 1 and full in said and "quickstart.sh --auto-resume" in said and "1.07 GB" in said, said
 
 
+@pytest.mark.once
 def test_a_quick_start_that_failed_otherwise_does_not_blame_the_disk(clone, tmp_path):
     code, said, _ = quick_start(clone, tmp_path, "nohup", STUB_SAYS="something broke")
     assert code == 1 and "something broke" in said and "--auto-resume" not in said
@@ -630,11 +656,13 @@ if sys.argv[1] == '-c' and 'torch' in sys.argv[2] and not os.path.exists(pip):
 )
 
 
+@pytest.mark.once
 def test_the_quick_start_says_what_installing_takes_and_shows_pips_progress(clone, tmp_path):
     code, said, _ = quick_start(clone, tmp_path, "nohup", python=BARE)
     assert code == 0 and said.index("up to 11 GB of disk") < said.index("Downloading torch"), said
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("free, failure, expected", [(10.0, "", 2), (100.0, "no connection", 1)])
 def test_the_quick_start_that_cannot_install_ends_with_one_line(clone, tmp_path, free, failure, expected):
     code, said, log = quick_start(clone, tmp_path, "nohup", python=BARE, free_gb=(free, free), PIP_FAILS=failure)
@@ -660,6 +688,7 @@ def test_training_and_evaluation_with_the_real_program(clone, tmp_path):
 # --- the fault tests --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.once
 def test_cluster_without_network_namespaces_is_skipped(tmp_path):
     """Each part is skipped by name if `ip` refuses; torch is not needed until then."""
     ip = tmp_path / "ip"
@@ -670,3 +699,72 @@ def test_cluster_without_network_namespaces_is_skipped(tmp_path):
     assert result.code == 0, result.err
     assert "command not found" not in result.err
     assert result.out.splitlines()[-1].startswith("skipped  nodes: "), result.out
+
+
+# --- run_tests.sh -----------------------------------------------------------------------------------------------------
+
+
+# A Python of three versions of torch, whose pytest prints what it was asked for, and fails where it is told to.
+TESTED = (
+    SHEBANG
+    + """
+import os, shutil, sys
+version = next((v for v in ('1.8', '1.5') if v in sys.argv[0]), '2.9')
+if sys.argv[1] == '-c':
+    print(version)
+if sys.argv[1:3] == ['-m', 'venv']:
+    os.makedirs(sys.argv[-1] + '/bin'); shutil.copy(sys.argv[0], sys.argv[-1] + '/bin/python')
+if sys.argv[1:3] == ['-m', 'pytest']:
+    print('PYTEST', version, *sys.argv[3:])
+    fails = any(word in sys.argv for word in os.environ.get('STUB_FAILS', '').split())
+    print('FAILED test/x.py::test_y - boom' if fails else '', '1 of 9 tests', sep='\\n')
+    sys.exit(1 if fails else 5 if version == '1.8' else 0)
+"""
+)
+
+
+def run_the_tests(clone, tmp_path, surroundings, *words, **env):
+    """(exit code, what run_tests.sh says) with stubs of Python and of the linters."""
+    python = TESTED.format(python=sys.executable).replace("#!/bin/sh\n", "", 1)
+    linters = {"ruff": 'echo "$@"', "mypy": 'exit "${MYPY_FAILS:-0}"', "shellcheck": ""}
+    path = commands(tmp_path, python3=python, **linters)
+    for version in ("1.8", "1.5"):
+        (clone / f".venv-{version}" / "bin").mkdir(parents=True)
+        shutil.copy(str(tmp_path / "commands" / "python3"), str(clone / f".venv-{version}" / "bin" / "python"))
+    command = ["bash", clone / "test" / "run_tests.sh", *words]
+    with started(surroundings, *command, cwd=tmp_path, **{"PATH": path, **env}) as (process, reader):
+        said = read_all(reader).replace("\r\n", "\n")
+        return process.wait(60), said
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("surroundings", SURROUNDINGS)
+def test_the_tests_end_with_a_table_of_their_parts_however_they_were_started(clone, tmp_path, surroundings):
+    code, said = run_the_tests(clone, tmp_path, surroundings, "-k", "x y")
+    assert code == 0, said
+    runs = [line.split() for line in said.splitlines() if line.startswith("PYTEST")]
+    expected = [(version, part) for version in ("2.9", "1.8", "1.5") for part in ("test/unit", "test/run")]
+    assert [(words[1], next(word for word in words if word.startswith("test/"))) for words in runs] == expected
+    assert ["--skip-once" in words for words in runs] == [False, False, True, True, True, True]
+    assert all(line.endswith("-k x y") for line in said.splitlines() if line.startswith("PYTEST"))
+    rows = [re.fullmatch(r"(.*?) +\d+:\d\d  (.*)", line) for line in said.splitlines()[-11:]]
+    parts = [f"torch {version}: test/{part}" for version in ("2.9", "1.8", "1.5") for part in ("unit", "run")]
+    linters = ["ruff check", "ruff format", "mypy --no-error-summary", "shellcheck -x"]
+    assert [row and row[1] for row in rows] == [*linters, *parts, "all"], said
+    assert [row[2] for row in rows] == ["passed"] * 4 + ["1 of 9 tests"] * 6 + ["passed"]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("env, parts", [({"STUB_FAILS": "test/unit"}, 3), ({"MYPY_FAILS": "1"}, 0)])
+def test_a_failure_of_one_part_is_named_at_the_end_and_the_others_run(clone, tmp_path, env, parts):
+    code, said = run_the_tests(clone, tmp_path, "nohup", **env)
+    end = said[said.rindex("1 of 9 tests\n\n") :]  # after the last part
+    assert code == 1 and said.count("PYTEST") == 6
+    assert len(re.findall(r"^FAILED test/x.py::test_y .*\(torch [\d.]+\)$", said, re.MULTILINE)) == parts, said
+    assert re.search(r"^all +\d+:\d\d  FAILED$", end, re.MULTILINE), said
+
+
+@pytest.mark.once
+def test_files_that_are_named_are_the_only_part(clone, tmp_path):
+    code, said = run_the_tests(clone, tmp_path, "nohup", "test/run/test_main.py::test_x")
+    assert code == 0 and said.count("PYTEST") == 3 and "torch 2.9: as given" in said, said

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.once
+
 SHRINK = os.path.join(REPOSITORY, "tools", "shrink.py")
 SORT = os.path.join(REPOSITORY, "tools", "sort_imagenet_val.py")
 

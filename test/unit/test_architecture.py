@@ -14,7 +14,7 @@ from helpers.program import REPOSITORY
 
 import pytest
 
-pytestmark = pytest.mark.skipif(sys.version_info < (3, 9), reason="ast.unparse requires Python 3.9")
+pytestmark = [pytest.mark.once, pytest.mark.skipif(sys.version_info < (3, 9), reason="ast.unparse requires Python 3.9")]
 
 SCRIPTS = ["main", "predict", "export", "vgg"]
 GROUND = ["errors", "versions", "console", "signals", "safe_pickle"]
