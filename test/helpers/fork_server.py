@@ -8,6 +8,8 @@ PYTHONHASHSEED; processes that it spawns have their own.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import random
@@ -17,6 +19,11 @@ import sys
 from helpers import small  # noqa: F401  imports main.py and torch, with one thread
 
 import numpy as np
+
+# What torch and a run import later, when they need it.
+for _name in ("torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(_name)
 
 
 def become(argv: list[str], cwd: str | None, env: dict[str, str], out: str, err: str) -> None:
