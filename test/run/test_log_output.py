@@ -11,9 +11,9 @@ import sys
 import tempfile
 from typing import Any
 
+import vgg
 from helpers.images import jpeg
 from helpers.program import REPOSITORY, SMALL_MAIN, environment
-from helpers.small import small_vgg
 
 import pytest
 import torch
@@ -76,7 +76,7 @@ def test_a_run_whose_reader_is_gone_saves_its_checkpoint(tmp_path: Any, stderr: 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: Any) -> str:
     path = str(tmp_path_factory.mktemp("weights") / "m.pth")
-    torch.save(small_vgg("vgg11", 10).state_dict(), path)
+    torch.save(vgg.VGG("vgg11", 10, (8, 8, 16, 16, 16), 32).state_dict(), path)
     return path
 
 
