@@ -16,7 +16,6 @@ import importlib.util
 import io
 import json
 import os
-import sys
 from typing import Any, NamedTuple, Sequence
 
 import engine  # noqa: F401  sets variables that torch reads when it is imported
@@ -225,5 +224,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # paths are bytes, perhaps not UTF-8
     run_script(main)

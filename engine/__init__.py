@@ -10,3 +10,5 @@ import os
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 # When a peer dies, torch's store logs a C++ stack trace; heartbeat.py says it in one line.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+if os.path.expanduser("~") == "~":  # no HOME, no entry in passwd: caches would go to a folder named ~
+    os.environ["HOME"] = os.environ.get("TMPDIR", "/tmp")

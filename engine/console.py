@@ -93,7 +93,7 @@ def warn_once() -> Iterator[None]:
 def progress(total: int, done: int, label: str) -> Iterator[None]:
     """Show a bar with ETA and images/s on a terminal if tqdm is installed. total, done: images of all processes."""
     global _bar
-    if _prints and sys.stderr is not None and sys.stderr.isatty():
+    if _prints and sys.stderr.isatty():
         with contextlib.suppress(ImportError):
             from tqdm import tqdm
 
@@ -133,9 +133,8 @@ def exit_process(code: int) -> NoReturn:
         if process == os.getpid():
             shutil.rmtree(folder, ignore_errors=True)
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # it was closed when the program started
-            with contextlib.suppress(OSError):
-                stream.flush()
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(code)
 
 
@@ -147,8 +146,14 @@ def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def escape_unprintable() -> None:
-    """Print what the terminal's encoding lacks as \\x…, not as an error that ends the run."""
+    """Print what the terminal's encoding lacks as \\x…, not as an error that ends the run; nothing on a closed stream.
+
+    The next file to be opened would be the closed stream, and C libraries would print into it.
+    """
     codecs.register_error("escape", _escape)
+    for name in ("stdin", "stdout", "stderr"):  # closed when the program started
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="escape")  # type: ignore[attr-defined]

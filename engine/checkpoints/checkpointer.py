@@ -106,7 +106,12 @@ class Checkpointer:
         if start.arch not in (None, info.arch) and not self.evaluate:
             raise UsageError(f"the checkpoint holds {start.arch}, this run uses {info.arch}: use --arch {start.arch}")
         if start.classes:
-            check_same_classes(start.classes, info.classes, "the checkpoint", "the data")
+            try:
+                check_same_classes(start.classes, info.classes, "the checkpoint", "the data")
+            except UsageError as error:
+                raise (
+                    error if self.evaluate else UsageError(f"{error}; --pretrained starts from these weights")
+                ) from None
         if None not in (start.val_split, info.val_split) and start.val_split != info.val_split:
             raise UsageError(
                 f"the checkpoint was trained with --val-split {start.val_split}, this run has {info.val_split}, so it "

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
+import os
+import tempfile
 from typing import Any, Sequence
 
 from engine import console
@@ -62,6 +64,10 @@ def resolve_flags(args: argparse.Namespace) -> tuple[argparse.Namespace, Topolog
     if missing:
         raise UsageError(f"--report requires {' and '.join(missing)}: pip install {' '.join(missing)}")
     check_folder("--output-dir", args.output_dir)
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:  # TMPDIR, /tmp, /var/tmp and this folder are read-only, and torch wants one
+        os.environ["TMPDIR"] = os.path.abspath(args.output_dir)
     if args.report:
         check_folder("--report", args.report)
     if args.predictions:

@@ -13,9 +13,9 @@ from engine.data.datasets import ImageFolder
 from engine.data.folder_index import open_index
 from engine.errors import EXIT_FAILURE, ImageError
 
+import vgg
 from helpers.images import jpeg
 from helpers.program import SMALL_MAIN, environment, is_alive, run
-from helpers.small import small_vgg
 
 import numpy as np
 import pytest
@@ -248,7 +248,7 @@ def test_an_evaluation_of_many_sizes_needs_few_descriptors(tmp_path):
         folder = tmp_path / "val" / f"{number % 2}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{number}.jpg").write_bytes(jpeg(40 + number, 40, number))
-    torch.save(small_vgg("vgg11", 2).state_dict(), str(tmp_path / "weights.pth"))
+    torch.save(vgg.VGG("vgg11", 2, (8, 8, 16, 16, 16), 32).state_dict(), str(tmp_path / "weights.pth"))
     flags = ["--resume", tmp_path / "weights.pth", "--image-size", 32, "--eval-scales", 32, 40, 48, "-b", 30]
     found = {}
     for workers in (0, 3):

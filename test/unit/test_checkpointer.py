@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 from typing import Any
 
-from engine.checkpoints import Checkpointer, TrainState, checkpointer
+from engine.checkpoints import Checkpoint, Checkpointer, RunInfo, TrainState, checkpointer
 from engine.checkpoints.checkpointer import LATEST
 from engine.checkpoints.contents import load_checkpoint
 from engine.errors import CheckpointError, UsageError
@@ -205,3 +205,19 @@ def test_pretrained_weights_of_other_classes_keep_a_new_last_layer(tmp_path: Any
     out = capsys.readouterr().out
     assert f"=> classifier.6.weight: 4 classes in {path}, 2 here" in out
     assert f"=> loaded the EMA weights of '{path}'" in out
+
+
+@pytest.mark.parametrize("evaluate", [False, True])
+@pytest.mark.parametrize("classes", [["a"], ["a", "c"], ["a", "b", "c"], ["b", "a"]])
+def test_other_classes_name_the_flag_that_starts_from_the_weights(evaluate: bool, classes: list[str]) -> None:
+    found = Checkpointer(".", comm(), evaluate=evaluate)
+    found.continued = Checkpoint("x", {}, classes=["a", "b"])
+    with pytest.raises(UsageError, match="the classes differ") as caught:
+        found.check(RunInfo("vgg11", classes, {}, 1, 1))
+    assert ("--pretrained" in str(caught.value)) != evaluate
+
+
+@pytest.mark.parametrize("number", ["ENOSPC", "EDQUOT", "EIO"])
+def test_a_full_disk_is_told_what_to_do(number: str) -> None:
+    advice = checkpointer._advice(OSError(getattr(errno, number), "x"))
+    assert ("--auto-resume" in advice) == (number != "EIO")
