@@ -189,7 +189,8 @@ def default_batch_size(args: argparse.Namespace, images: int, size: int, memory:
 
     Each process has the same power of two. An epoch has 20 steps or more, unless they would have fewer than 8 images.
     A batch takes half of the memory at most; VGG16's weights, gradients and momentum, and a checkpoint being written
-    take 3 GB. Measured per image of 224 pixels on a CPU: 145 MB in fp32 (VGG16-BN: 195), 57 in bf16, 40 to evaluate.
+    take 3 GB. Measured per image of 224 pixels on a CPU: 145 MB in fp32 (VGG16-BN: 195), 57 in bf16; 40 to evaluate
+    are an estimate.
     """
     per_image = 40e6 if args.evaluate else 200e6 if args.precision == "fp32" else 100e6
     limits = {
