@@ -325,13 +325,13 @@ def validate(
             if vote.vote(job.stop):
                 vote.result()
                 return None
+        next(batches, None)  # the end: workers exit now; torch 1.5 hangs if garbage collection ends them
     if vote.result():
         return None
     totals = counter.read(job.comm.sum)
     console.line(f"[npu id: 0 ] [AVG-ACC] * Acc@1 {totals.acc1:.3f} Acc@5 {totals.acc5:.3f}")
-    seconds = time.perf_counter() - start
-    position = {} if state is None else state.position()
-    job.logger.event("validate", samples=int(totals.images), seconds=seconds, **totals.metrics(), **position)
+    timing = {"seconds": time.perf_counter() - start, **({} if state is None else state.position())}
+    job.logger.event("validate", samples=int(totals.images), **totals.metrics(), **timing)
     return totals
 
 
