@@ -54,3 +54,15 @@ def folder37(tmp_path_factory: Any) -> str:
     make_folder(root, classes=2, train=8, val=19)
     os.remove(os.path.join(str(root), "val", "class 1", "图 018.JPEG"))
     return str(root)
+
+
+@pytest.fixture(params=["Pillow", "simplejpeg"])
+def decoder(request: Any, monkeypatch: Any) -> str:
+    """The decoder of JPEGs."""
+    from engine.data import transforms
+
+    if request.param == "Pillow":
+        monkeypatch.setattr(transforms, "simplejpeg", None)
+    else:
+        pytest.importorskip("simplejpeg")
+    return request.param

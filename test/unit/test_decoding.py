@@ -3,7 +3,6 @@
 
 import io
 import mmap
-import re
 import struct
 import zlib
 
@@ -11,41 +10,13 @@ from engine.data import decoding, transforms
 from engine.data.datasets import FileList
 from engine.data.loader import ImageBatches
 from engine.data.transforms import Augmentation, Preprocessing
-from engine.errors import ImageError
 
+from helpers.decoded import PHOTO, assert_names_the_file, generator, read_rgb
 from helpers.images import jpeg, photo
 
 import numpy as np
 import pytest
 from PIL import Image
-
-PHOTO = photo(40, 30, 5)
-
-
-def generator(seed):
-    return np.random.RandomState([seed, 0, 0])
-
-
-def read_rgb(path):
-    return decoding.read_rgb(decoding.read_file(str(path)))
-
-
-def assert_names_the_file(path, match):
-    """In training and in validation."""
-    for transform in (Augmentation(64), Preprocessing(64)):
-        error = ImageBatches(FileList([str(path)]), transform)[0, np.array([0])]
-        assert isinstance(error, ImageError) and re.search(match, str(error)), error
-
-
-@pytest.fixture(params=["Pillow", "simplejpeg"])
-def decoder(request, monkeypatch):
-    """The decoder of JPEGs."""
-    if request.param == "Pillow":
-        monkeypatch.setattr(transforms, "simplejpeg", None)
-    else:
-        pytest.importorskip("simplejpeg")
-    return request.param
-
 
 # --- files of every kind ----------------------------------------------------------------------------------------------
 
