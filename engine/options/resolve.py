@@ -129,7 +129,9 @@ PER_NODE = {"data", "workers", "output_dir", "resume", "pretrained", "gpu", "dev
 
 def shared_flags(args: argparse.Namespace) -> dict[str, Any]:
     """Return {flag: value} of the flags that must be the same on every node."""
-    return {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in PER_NODE}
+    names = {name: f"--{name.replace('_', '-')}" for name in vars(args) if name not in PER_NODE}
+    names["default_batch_size"] = "whether --batch-size is left to its default"
+    return {shown: getattr(args, name, None) for name, shown in names.items()}
 
 
 # --- for the checkpoint and the data that were found ------------------------------------------------------------------

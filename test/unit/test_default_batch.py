@@ -10,7 +10,7 @@ from typing import Any
 from engine.checkpoints import Checkpoint
 from engine.errors import UsageError
 from engine.options.flags import parse_args
-from engine.options.resolve import default_batch_size, with_checkpoint
+from engine.options.resolve import default_batch_size, shared_flags, with_checkpoint
 from engine.records import run_info
 
 import vgg
@@ -100,3 +100,9 @@ def test_steps_and_images_left_over_are_said(
     run_info.log_data("x", 32, count, per_step, None, None)
     found = capsys.readouterr()
     assert expected in found.out and (f"{count % per_step:,}" in found.err) == ("warning" in found.err) == warns
+
+
+def test_nodes_that_differ_in_giving_the_batch_size_are_told_of_that_flag(tmp_path: Any) -> None:
+    given, left = (shared_flags(flags(tmp_path, *words)) for words in (["-b", 256], []))
+    different = [name for name in given if given[name] != left[name]]
+    assert different == ["whether --batch-size is left to its default"]
