@@ -16,7 +16,7 @@ import shutil
 import signal
 import sys
 import traceback
-from typing import Any, Callable, Iterator, NoReturn
+from typing import Any, Callable, Iterator, NoReturn, TextIO
 
 from engine.errors import EXIT_FAILURE, UserError
 
@@ -46,9 +46,16 @@ def result(text: str) -> None:
     """Print output that the user asked for. Raises OSError if it is lost."""
     if _bar is not None:
         _bar.clear()
-    print(text, flush=True)
+    _print(text, sys.stdout)
     if _bar is not None:
         _bar.refresh()
+
+
+def _print(text: str, stream: TextIO | None) -> None:
+    """Print a line in one write: print() makes two if PYTHONUNBUFFERED is set, and the lines of two ranks would mix."""
+    if stream is not None:  # closed when the process started
+        stream.write(f"{text}\n")
+        stream.flush()
 
 
 def warning(text: str) -> None:
@@ -62,19 +69,19 @@ def error(text: str) -> None:
 def notice(text: str) -> None:
     """Print a line on stderr, because stdout is for results."""
     with contextlib.suppress(OSError):
-        print(f"=> {text}", file=sys.stderr, flush=True)
+        _print(f"=> {text}", sys.stderr)
 
 
 def _message(kind: str, text: str) -> None:
     """Print `main.py: error: …` on stderr."""
     with contextlib.suppress(OSError):
-        print(f"{os.path.basename(sys.argv[0])}: {kind}: {text}", file=sys.stderr, flush=True)
+        _print(f"{os.path.basename(sys.argv[0])}: {kind}: {text}", sys.stderr)
 
 
 def unexpected(text: str) -> None:
     """Print a traceback."""
     with contextlib.suppress(OSError):
-        print(text.rstrip("\n"), file=sys.stderr, flush=True)
+        _print(text.rstrip("\n"), sys.stderr)
 
 
 @contextlib.contextmanager

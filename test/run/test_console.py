@@ -50,6 +50,21 @@ def test_a_run_whose_log_is_on_a_full_disk_saves_its_checkpoint(tmp_path: Any) -
     assert (tmp_path / "checkpoint.pth.tar").exists()
 
 
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="a pipe that keeps writes apart is Linux's")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("function", ["line", "result", "warning", "error", "notice", "unexpected"])
+def test_a_line_is_one_write(function: str, unbuffered: str) -> None:
+    """So that the lines of processes that share a stream do not mix, in containers with PYTHONUNBUFFERED=1 too."""
+    reader, writer = os.pipe2(os.O_DIRECT)  # a read returns what one write wrote
+    code = f"from engine import console\nfor text in ('one', 'two: 图', 'x' * 1000): console.{function}(text)"
+    env = environment(PYTHONUNBUFFERED=unbuffered, PYTHONIOENCODING="utf-8", LOCAL_RANK="0")
+    subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=writer, env=env, check=True, timeout=60)
+    os.close(writer)
+    writes = list(iter(lambda: os.read(reader, 4096).decode(), ""))
+    os.close(reader)
+    assert len(writes) == 3 and all(text.endswith("\n") for text in writes), writes
+
+
 @pytest.mark.parametrize("stderr", ["kept", "closed too"])
 def test_a_run_whose_reader_is_gone_saves_its_checkpoint(tmp_path: Any, stderr: str) -> None:
     """As `| tee` at Ctrl-C, or a terminal that is closed."""

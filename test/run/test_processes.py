@@ -111,7 +111,7 @@ def test_an_error_longer_than_a_pipe_is_reported(tmp_path):
 
 SUSPENDED = """
 import os, sys, time
-from engine.console import run_script
+from engine import console
 from engine.parallel import Communicator, Topology, launch
 from engine.parallel.heartbeat import Heartbeat
 
@@ -121,13 +121,13 @@ def worker(ranks, report):
     comm = Communicator(ranks, "gloo", sys.argv[1], 60, report)
     assert os.environ["RANK"] == str(comm.rank) and os.environ["LOCAL_WORLD_SIZE"] == "2"
     comm.barrier()
-    print(f"rank {comm.rank} is {os.getpid()}", flush=True)
+    console.result(f"rank {comm.rank} is {os.getpid()}")
     while True:
         comm.barrier()
         time.sleep(0.1)
 
 if __name__ == "__main__":
-    run_script(lambda: launch(worker, Topology(1, 0, 2, sys.argv[1], spawn=True)))
+    console.run_script(lambda: launch(worker, Topology(1, 0, 2, sys.argv[1], spawn=True)))
 """
 
 
