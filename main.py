@@ -57,7 +57,7 @@ from torch.utils.data import DataLoader
 EMBEDDED = "the embedded digits"
 Batch = Any  # (images, target, indices): (N, S, S, 3) uint8; (N,) int64; (N,) int64, their places in the dataset
 Normalize = Callable[[Any], torch.Tensor]  # (N, S, S, 3) uint8 on the host to (N, 3, S, S) on the device
-BuildNetwork = Callable[[str, int], vgg.VGG]  # from the architecture and the number of classes
+BuildNetwork = Callable[..., vgg.VGG]  # from the architecture, the number of classes and the head
 
 
 @dataclass
@@ -199,12 +199,20 @@ def build_training(
     return Training(network, model, normalize, optimizer, ema, mixer, counter, state, checkpointer)
 
 
-def learning_rate(epoch: int, args: argparse.Namespace) -> float:
-    """Linear warm-up, then a cosine from --lr to --min-lr (Loshchilov & Hutter, arXiv:1608.03983), by epoch."""
-    if epoch < args.warmup_epochs:
-        return args.lr * (epoch + 1) / (args.warmup_epochs + 1)
-    progress = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
-    return args.min_lr + (args.lr - args.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+def learning_rate(epoch: int, share: float, args: argparse.Namespace) -> float:
+    """Linear warm-up, then --lr-schedule. share: of the epoch that is done, which the default schedule leaves out.
+
+    The cosine is that of Loshchilov & Hutter, arXiv:1608.03983, onecycle is a triangle as in Smith & Topin,
+    arXiv:1708.07120, step is that of pytorch/examples: a tenth every 30 epochs.
+    """
+    now = epoch + share if args.lr_schedule else epoch
+    if now < args.warmup_epochs:
+        return args.lr * (now + 1) / (args.warmup_epochs + 1)
+    if args.lr_schedule == "step":
+        return max(args.lr * 0.1 ** (now // args.lr_step_size), args.min_lr)
+    progress = (now - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
+    left = 1 - progress if args.lr_schedule == "onecycle" else 0.5 * (1 + math.cos(math.pi * progress))
+    return args.min_lr + (args.lr - args.min_lr) * left
 
 
 # --- the loops --------------------------------------------------------------------------------------------------------
@@ -216,8 +224,6 @@ def train_one_epoch(job: Job, training: Training, batches: Iterator[Batch], step
     training.model.train()
     if args.freeze_features:
         training.network.features.eval()  # batch norm keeps its statistics too
-    lr = learning_rate(state.epoch, args)
-    training.optimizer.set_lr(lr)
     global_batch = args.batch_size * args.nodes * args.accum_steps
     throughput = Throughput(int(min(steps - state.step_in_epoch, (args.stop_step_num or math.inf) - state.step)))
     meter = ProgressMeter(f"Epoch: [{state.epoch}]", steps, state.step_in_epoch, counter.read())
@@ -226,6 +232,8 @@ def train_one_epoch(job: Job, training: Training, batches: Iterator[Batch], step
     left = (steps - state.step_in_epoch) * global_batch
     with console.progress(state.images_in_epoch + left, state.images_in_epoch, f"Epoch {state.epoch}"):
         while state.step_in_epoch < steps and not stopping:
+            lr = learning_rate(state.epoch, state.step_in_epoch / steps, args)
+            training.optimizer.set_lr(lr)
             train_step(job, training, batches, meter)
             state.images_in_epoch += global_batch
             throughput.step(global_batch, job.device.synchronize)
@@ -398,7 +406,9 @@ def run_job(job: Job, build_network: BuildNetwork) -> int:
     checkpointer.find(args.resume, args.auto_resume, args.pretrained, args.arch)
     data = build_data(job, checkpointer.continued)
     size, memory = data.preprocessing.image_size, comm.min(job.device.free_memory())
-    args, batch = options.with_checkpoint(args, checkpointer.continued, data.count, size, memory)
+    args, batch = options.with_checkpoint(
+        args, checkpointer.continued, data.count, size, memory, pretrained=checkpointer.start
+    )
     job = dataclasses.replace(job, args=args)
     info = options.describe_run(args, batch, data.preprocessing, data.train, data.val)
     checkpointer.check(info)
@@ -410,7 +420,7 @@ def run_job(job: Job, build_network: BuildNetwork) -> int:
         run_info.write_bad_images(args.output_dir, data.train, data.val)
 
     job.device.seed(args.seed)
-    network = build_network(args.arch, len(info.classes))
+    network = build_network(args.arch, len(info.classes), head=args.head)
     checkpointer.load_weights(network)
     if args.freeze_features:
         network.features.requires_grad_(False)

@@ -127,8 +127,8 @@ class Checkpointer:
     def load_weights(self, network: vgg.VGG) -> None:
         """Load the weights to continue from, to evaluate or to start from; keep the network's own if there are none.
 
-        A last layer for another number of classes stays as it was initialized if the weights are pretrained. Raises
-        UsageError if they do not fit.
+        If the weights are pretrained, a last layer for another number of classes stays as it was initialized, and so
+        does another head. Raises UsageError if they do not fit.
         """
         start = self.start
         if start is None:
@@ -137,7 +137,12 @@ class Checkpointer:
             load_weights(network, start.best_weights if self.evaluate else start.weights, start.path)
             return
         weights, own = dict(start.best_weights), network.state_dict()
-        for name in (f"{vgg.LAST_LAYER}.weight", f"{vgg.LAST_LAYER}.bias"):
+        heads = vgg.head_of(weights), vgg.head_of(own)
+        if None not in heads and heads[0] != heads[1]:
+            console.line(f"=> the {heads[0]} head in {start.path}, the {heads[1]} head here: re-initialized")
+            weights = {name: weights[name] for name in weights if not name.startswith("classifier.")}
+            weights.update({name: own[name] for name in own if name.startswith("classifier.")})
+        for name in (f"{vgg.last_layer(own)}.weight", f"{vgg.last_layer(own)}.bias"):
             given = weights.get(name)
             if given is not None and given.shape[1:] == own[name].shape[1:] and len(given) != len(own[name]):
                 console.line(f"=> {name}: {len(given)} classes in {start.path}, {len(own[name])} here: re-initialized")

@@ -213,8 +213,11 @@ def load_weights(network: vgg.VGG, weights: dict[str, torch.Tensor], path: str) 
     """Load a state dict. Raises UsageError, naming the first parameter that does not fit."""
     problem = vgg.describe_mismatch(weights, network)
     if problem:
-        found, wanted = vgg.architecture_of(weights), vgg.architecture_of(network.state_dict())
-        holds = found or vgg.describe_weights(weights)
-        advice = "check --arch and the number of classes" if found == wanted else f"it holds {holds}, not {wanted}"
+        found, head = vgg.architecture_of(weights), vgg.head_of(weights)
+        advice = "check --arch and the number of classes"
+        if found != network.arch:
+            advice = f"it holds {found or vgg.describe_weights(weights)}, not {network.arch}"
+        elif head != network.head:
+            advice = f"it has the {head} head: use --head {head}"
         raise UsageError(f"{path}: {problem}; {advice}")
     network.load_state_dict(weights, strict=False)

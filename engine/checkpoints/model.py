@@ -51,7 +51,7 @@ def load_model(path: str, classes_file: str | None = None) -> Model:
     if network is None:
         raise UsageError(f"{path}: holds {vgg.describe_weights(weights)}")
     load_weights(network, weights, path)
-    count = len(weights[f"{vgg.LAST_LAYER}.weight"])
+    count = len(weights[f"{vgg.last_layer(weights)}.weight"])
     classes = read_classes(classes_file) if classes_file else [str(name) for name in checkpoint.classes or range(count)]
     if len(classes) != count:
         raise UsageError(f"{classes_file or path} has {len(classes)} class names, the network has {count} classes")

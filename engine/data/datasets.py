@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The datasets: a folder of images, CIFAR-10, the embedded digits, and files by name.
+"""The datasets: a folder of images, CIFAR, the embedded digits, and files by name.
 
 `read(index)` gives a file's bytes or a small array, which transforms.py makes pixels of; `name(index)` is the file's
 path or the image's number.
@@ -13,25 +13,23 @@ import hashlib
 import os
 import unicodedata
 from dataclasses import dataclass
-from typing import IO, Counter, Sequence, Union
+from typing import Counter, Sequence, Union
 
 from engine import console
+from engine.data.cifar import Cifar, find_cifar, read_cifar
 from engine.data.decoding import read_file, reason_of
 from engine.data.folder_index import EXTENSIONS, FolderIndex, describe_left_out, walk
 from engine.data.layout import TEST, TRAIN, VAL, advice_of, find_part, open_classes
 from engine.data.transforms import BILINEAR, Preprocessing
 from engine.errors import DataError, ImageError, UsageError, printable
-from engine.safe_pickle import load_arrays
 
 import numpy as np
 from PIL import Image
 
 COMPARED_IMAGES = 20000  # a new list of at most so many is searched for validation images that are training images too
 DATA_FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "data")
-# Mean and standard deviation of the training images.
-CIFAR10 = Preprocessing(32, crop=False, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
-CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-DIGITS = Preprocessing(32, crop=False, mean=(0.3053,) * 3, std=(0.3760,) * 3)  # of all 1,797 digits at 8×8
+# Mean and standard deviation of all 1,797 digits at 8×8.
+DIGITS = Preprocessing(32, crop=False, mean=(0.3053,) * 3, std=(0.3760,) * 3)
 
 
 class ImageFolder:
@@ -170,12 +168,13 @@ def open_datasets(
     """
     if root is None:
         return None if evaluate else read_digits(training=True), read_digits(training=False)
-    name, has_cifar10 = printable(root), find_cifar10(root) is not None
-    train, val, test = (None, None, None) if has_cifar10 else (find_part(root, names) for names in (TRAIN, VAL, TEST))
-    if val_split is not None and (has_cifar10 or train or val):
-        raise UsageError(f"--val-split: {name} is split already (CIFAR-10, train/ or val/): leave it out")
-    if has_cifar10:
-        return None if evaluate else read_cifar10(root, training=True), read_cifar10(root, training=False)
+    name, cifar = printable(root), find_cifar(root)
+    train, val, test = (None, None, None) if cifar else (find_part(root, names) for names in (TRAIN, VAL, TEST))
+    if val_split is not None and (cifar or train or val):
+        raise UsageError(f"--val-split: {name} is split already (CIFAR, train/ or val/): leave it out")
+    if cifar:
+        training_part = None if evaluate else _open_cifar(*cifar, training=True)
+        return training_part, _open_cifar(*cifar, training=False)
     share = saved_val_split if val_split is None else val_split
     training: ImageFolder | None
     if val is not None:
@@ -198,6 +197,11 @@ def open_datasets(
     if training is not None and (training.index.is_new or validation.index.is_new) and not console.is_quiet():
         log_duplicates(training, validation)
     return training, validation
+
+
+def _open_cifar(cifar: Cifar, folder: str, binary: bool, *, training: bool) -> ArrayDataset:
+    images, labels, classes = read_cifar(cifar, folder, binary, training=training)
+    return ArrayDataset(images, labels, classes, cifar.preprocessing, default_hflip=0.5)
 
 
 def log_duplicates(training: ImageFolder, validation: ImageFolder) -> None:
@@ -250,60 +254,6 @@ def check_same_classes(first: Sequence[str], second: Sequence[str], first_name: 
         if a is None or b is None or unicodedata.normalize("NFC", a) != unicodedata.normalize("NFC", b):
             a, b = (repr(name) if name is not None else "missing" for name in (a, b))
             raise UsageError(f"the classes differ: number {position} is {a} in {first_name} and {b} in {second_name}")
-
-
-# --- CIFAR-10 ---------------------------------------------------------------------------------------------------------
-
-
-def find_cifar10(root: str) -> tuple[str, bool] | None:
-    """Return (folder, whether it is the binary version) if `root` holds CIFAR-10, itself or as unpacked; else None."""
-    for folder in (root, os.path.join(root, "cifar-10-batches-py"), os.path.join(root, "cifar-10-batches-bin")):
-        for name, binary in (("test_batch", False), ("test_batch.bin", True)):
-            if os.path.isfile(os.path.join(folder, name)):
-                return folder, binary
-    return None
-
-
-def read_cifar10(root: str, *, training: bool) -> ArrayDataset:
-    """Read CIFAR-10 from its own files (Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html).
-
-    Raises DataError if a file is missing or has another format.
-    """
-    found = find_cifar10(root)
-    if found is None:
-        raise DataError(f"{printable(root)}: no CIFAR-10 in it")
-    folder, binary = found
-    images, labels = [], []
-    for name in [f"data_batch_{number}" for number in range(1, 6)] if training else ["test_batch"]:
-        path = os.path.join(folder, f"{name}.bin" if binary else name)
-        try:
-            with open(path, "rb") as file:
-                pixels, numbers = _read_cifar10_binary(file) if binary else _read_cifar10_pickle(file)
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror}") from error
-        except Exception as error:  # a corrupt pickle raises nearly any type
-            raise DataError(f"{path}: not a CIFAR-10 file ({error})") from error
-        images.append(pixels)
-        labels.append(numbers)
-    planes = np.concatenate(images).reshape(-1, 3, 32, 32)
-    pixels = np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
-    return ArrayDataset(pixels, np.concatenate(labels), CIFAR10_CLASSES, CIFAR10, default_hflip=0.5)
-
-
-def _read_cifar10_binary(file: IO[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    records = np.frombuffer(file.read(), np.uint8).reshape(-1, 1 + 3072)
-    return _checked_cifar10(records[:, 1:], records[:, 0])
-
-
-def _read_cifar10_pickle(file: IO[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    record = load_arrays(file)
-    return _checked_cifar10(record[b"data"], np.asarray(record[b"labels"]))
-
-
-def _checked_cifar10(pixels: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    if not len(labels) or pixels.shape != (len(labels), 3072) or labels.min() < 0 or labels.max() > 9:
-        raise ValueError(f"images {pixels.shape}, labels {labels.shape}")
-    return pixels, labels
 
 
 # --- the embedded digits ----------------------------------------------------------------------------------------------

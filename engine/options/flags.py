@@ -83,7 +83,10 @@ def complete_defaults(args: argparse.Namespace, changed: Mapping[str, Any]) -> N
     """Set the flags in DEFAULTS that were not given. changed: those whose default differs from ImageNet's."""
     given = {name: value for name, value in vars(args).items() if value is not None}
     defaults: dict[str, Any] = {**DEFAULTS, **changed}
-    defaults["warmup_epochs"] = min(defaults["warmup_epochs"], given.get("epochs", defaults["epochs"]) - 1)
+    epochs = given.get("epochs", defaults["epochs"])
+    if given.get("lr_schedule") == "onecycle":
+        defaults["warmup_epochs"] = round(0.3 * epochs)
+    defaults["warmup_epochs"] = min(defaults["warmup_epochs"], epochs - 1)
     vars(args).update({**defaults, **given})
 
 
@@ -124,6 +127,8 @@ def _add_data(add: Add) -> None:
 def _add_model(add: Add) -> None:
     arch = "vgg11, vgg13, vgg16 or vgg19, each also with _bn (default: that of the checkpoint, else vgg16)"
     add("-a", "--arch", choices=vgg.ARCHITECTURES, metavar="NAME", help=arch)
+    head = "three linear layers, or a single one for small images (default: that of the checkpoint, else paper)"
+    add("--head", choices=list(vgg.HEADS), help=head)
     weights = (
         "to start from; imagenet downloads torchvision's weights. For other classes the last layer is initialized again"
     )
@@ -136,9 +141,15 @@ def _add_training(add: Add) -> None:
     add("--start-epoch", **FROM_0, default=0, help=DEFAULT)
     add("-b", "--batch-size", **COUNT, help=f"images per step on this node, over all its devices {DEFAULT}")
     add("--accum-steps", **COUNT, default=1, help=f"batches of -b per optimizer step {DEFAULT}")
-    add("--lr", "--learning-rate", type=POSITIVE, metavar="RATE", help=f"peak; cosine to --min-lr, by epoch {DEFAULT}")
+    add("--lr", "--learning-rate", type=POSITIVE, metavar="RATE", help=f"the highest rate {DEFAULT}")
+    schedule = (
+        "of the rate, by step: a cosine to --min-lr, a tenth every --lr-step-size epochs, or a line up for 30% of "
+        "the epochs and down to --min-lr (default: the cosine, by epoch)"
+    )
+    add("--lr-schedule", choices=["cosine", "step", "onecycle"], help=schedule)
+    add("--lr-step-size", **COUNT, default=30, help=f"epochs {DEFAULT}")
     add("--min-lr", type=number(float, 0), metavar="RATE", default=0.0, help=DEFAULT)
-    add("--warmup-epochs", **FROM_0, help=f"epochs of linear warm-up before the cosine {DEFAULT}")
+    add("--warmup-epochs", **FROM_0, help=f"epochs of linear warm-up at the start {DEFAULT}")
     add("--momentum", type=SHARE, metavar="M", default=0.9, help=DEFAULT)
     add("--wd", "--weight-decay", dest="weight_decay", type=number(float, 0), metavar="W", default=1e-4, help=DEFAULT)
     add("--label-smoothing", type=SHARE, metavar="S", default=0.0, help=DEFAULT)

@@ -32,8 +32,6 @@ from engine.parallel import Topology, resolve_topology, under_torchrun
 
 import vgg
 
-DEFAULT_ARCH = "vgg16"
-
 
 def parse_flags(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Topology]:
     """Return the flags of main.py, resolved for this machine, and the topology. Raises UserError, or exits with 2."""
@@ -143,10 +141,12 @@ def with_checkpoint(
     images: int = 0,
     size: int = Preprocessing.image_size,
     memory: float = math.inf,
+    pretrained: Checkpoint | None = None,
 ) -> tuple[argparse.Namespace, dict[str, int]]:
     """Return the flags completed by the checkpoint that a run continues or evaluates, and RunInfo.batch.
 
-    --arch and --batch-size are the checkpoint's as far as they are not given, but see default_batch_size. If only the
+    --arch, --head and --batch-size are the checkpoint's as far as they are not given, but see default_batch_size;
+    --arch and --head are also those of pretrained weights. If only the
     number of nodes has changed, a step keeps its images, by more batches per step; if they do not divide evenly, the
     learning rates are scaled (Goyal et al., arXiv:1706.02677, section 2.1).
     images: of the training set, of `size` pixels per side; 0 for an evaluation. memory: bytes of a node.
@@ -162,12 +162,15 @@ def with_checkpoint(
     batch = {"batch_size": args.batch_size, "accum_steps": args.accum_steps}
     own = args.batch_size * args.nodes
     images = own * args.accum_steps  # per step
+    source = start or pretrained
+    if source is not None:
+        args.arch = args.arch or vgg.architecture_of(source.weights)
+        args.head = args.head or vgg.head_of(source.weights)
+        if args.arch is None:
+            raise UsageError(f"{source.path}: holds {vgg.describe_weights(source.weights)}")
+    args.arch, args.head = args.arch or "vgg16", args.head or "paper"
     if start is None:
-        args.arch = args.arch or DEFAULT_ARCH
         return args, {**batch, "images_per_step": images}
-    args.arch = args.arch or vgg.architecture_of(start.weights)
-    if args.arch is None:
-        raise UsageError(f"{start.path}: holds {vgg.describe_weights(start.weights)}")
     wanted = start.batch["images_per_step"] if start.batch and batch.items() <= start.batch.items() else images
     if wanted != images and not args.evaluate:
         nodes = f"{args.nodes} {'node' if args.nodes == 1 else 'nodes'}"

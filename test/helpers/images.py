@@ -44,20 +44,32 @@ def make_folder(root: Any, classes: int = 3, train: int = 8, val: int = 5, size:
     return str(root)
 
 
-def write_cifar10(root: Any, binary: bool, count: int = 40) -> dict[str, tuple[np.ndarray, list[int]]]:
-    """A folder in CIFAR-10's own format with `count` images per file. Returns {file: (pixels, labels)}."""
+def write_cifar(root: Any, binary: bool, count: int = 40, classes: int = 10) -> dict[str, tuple[np.ndarray, list[int]]]:
+    """A folder in the format of CIFAR-10 or CIFAR-100, `count` images per file. Returns {file: (pixels, labels)}."""
     os.makedirs(str(root), exist_ok=True)
     expected = {}
-    for number, name in enumerate([f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]):
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"] if classes == 10 else ["train", "test"]
+    for number, name in enumerate(names):
         images = [photo(32, 32, 100 * number + i).transpose(2, 0, 1).reshape(-1) for i in range(count)]
-        pixels, labels = np.stack(images), [(i * 7 + number) % 10 for i in range(count)]
+        pixels, labels = np.stack(images), [(i * 7 + number) % classes for i in range(count)]
+        columns = [np.array(labels, np.uint8)[:, None], pixels]
+        record: dict[bytes, Any] = {b"batch_label": b"x", b"data": pixels, b"filenames": [b"a.png"] * count}
+        if classes == 10:
+            record[b"labels"] = labels
+        else:
+            coarse = [label // 5 for label in labels]
+            columns.insert(0, np.array(coarse, np.uint8)[:, None])
+            record.update({b"coarse_labels": coarse, b"fine_labels": labels})
         path = os.path.join(str(root), name)
         if binary:
             with open(f"{path}.bin", "wb") as file:
-                file.write(np.concatenate([np.array(labels, np.uint8)[:, None], pixels], axis=1).tobytes())
+                file.write(np.concatenate(columns, axis=1).tobytes())
         else:
-            record = {b"batch_label": b"x", b"labels": labels, b"data": pixels, b"filenames": [b"a.png"] * count}
             with open(path, "wb") as file:
                 pickle.dump(record, file, protocol=2)
         expected[name] = pixels, labels
+    if classes == 100:
+        fine = [b"class_%d" % label for label in range(100)]
+        with open(os.path.join(str(root), "fine_label_names.txt" if binary else "meta"), "wb") as file:
+            file.write(b"\n".join(fine) + b"\n\n" if binary else pickle.dumps({b"fine_label_names": fine}, protocol=2))
     return expected

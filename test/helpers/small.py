@@ -18,8 +18,8 @@ import vgg
 WIDTHS, HIDDEN = (8, 8, 16, 16, 16), 32
 
 
-def small_vgg(arch: str, num_classes: int) -> vgg.VGG:
-    return vgg.VGG(arch, num_classes, WIDTHS, HIDDEN)
+def small_vgg(arch: str, num_classes: int, head: str = "paper") -> vgg.VGG:
+    return vgg.VGG(arch, num_classes, WIDTHS, HIDDEN, head)
 
 
 def run(argv: list[str] | None = None) -> NoReturn:

@@ -18,7 +18,7 @@ from engine.parallel import free_port
 from engine.versions import TORCH
 
 import vgg
-from helpers.images import make_folder, write_cifar10
+from helpers.images import make_folder, write_cifar
 from helpers.program import MAIN, TWO, assert_same_weights, events, run, run_main, start_main, wait_for_line, weights
 from helpers.trained import TorchvisionVGG
 
@@ -189,7 +189,7 @@ def test_validation_is_exact_for_any_number_of_processes_and_any_batch_size(fold
 
 
 def test_cifar10_trains_and_is_evaluated_on_two_processes(tmp_path):
-    write_cifar10(tmp_path / "cifar", binary=False, count=20)
+    write_cifar(tmp_path / "cifar", binary=False, count=20)
     flags = [tmp_path / "cifar", "--arch", "vgg11", *TWO, "--output-dir", tmp_path / "o"]
     result = run_main(*flags, "-b", 50, "--epochs", 1, "--stop-step-num", 2)
     assert result.code == 0, result.err

@@ -13,7 +13,7 @@ import stat
 import subprocess
 import sys
 
-from helpers.images import write_cifar10
+from helpers.images import write_cifar
 from helpers.program import REPOSITORY, run
 
 import pytest
@@ -672,7 +672,7 @@ def test_the_quick_start_that_cannot_install_ends_with_one_line(clone, tmp_path,
 
 def test_training_and_evaluation_with_the_real_program(clone, tmp_path):
     """train_full_8p.sh and train_eval_8p.sh on two CPU processes: the evaluation repeats the training's accuracy."""
-    write_cifar10(tmp_path / "some data", binary=True, count=2)
+    write_cifar(tmp_path / "some data", binary=True, count=2)
     common = ["--data_path=some data", "--device=cpu", "--device_list=0,1", "--batch_size=2", "--workers=2"]
     trained = bash(clone, "train_full_8p", *common, "--epochs=1", cwd=tmp_path)
     assert trained.code == 0, trained.err

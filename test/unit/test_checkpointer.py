@@ -194,13 +194,13 @@ def test_what_differs_from_the_run_that_saved_is_logged(
 def test_pretrained_weights_of_other_classes_keep_a_new_last_layer(tmp_path: Any, capsys: Any) -> None:
     network: Any = SmallNet(num_classes=2)
     content = Run().train(1).content()
-    before = network.state_dict()[f"{vgg.LAST_LAYER}.weight"].clone()
+    before = network.state_dict()[f"{vgg.HEADS['paper'][-1]}.weight"].clone()
     found = Checkpointer(str(tmp_path), comm(), evaluate=False)
     path = save(content, tmp_path / "x.pth")
     found.find(None, False, path, None)
     found.load_weights(network)
     after = network.state_dict()
-    assert torch.equal(after[f"{vgg.LAST_LAYER}.weight"], before)
+    assert torch.equal(after[f"{vgg.HEADS['paper'][-1]}.weight"], before)
     assert torch.equal(after["classifier.3.weight"], content["state_dict_ema"]["classifier.3.weight"])
     out = capsys.readouterr().out
     assert f"=> classifier.6.weight: 4 classes in {path}, 2 here" in out

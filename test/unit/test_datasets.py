@@ -2,17 +2,16 @@
 """The datasets: a folder of images, CIFAR-10, the embedded digits."""
 
 import os
-import pickle
 import re
 
 from engine.data import datasets
-from engine.data.datasets import FileList, ImageFolder, check_same_classes, open_datasets, read_cifar10, read_digits
+from engine.data.datasets import FileList, ImageFolder, check_same_classes, open_datasets, read_digits
 from engine.data.folder_index import open_index
 from engine.data.loader import ImageBatches
 from engine.data.transforms import Augmentation, Preprocessing
 from engine.errors import DataError, ImageError, UsageError
 
-from helpers.images import make_folder, write_cifar10
+from helpers.images import make_folder
 
 import numpy as np
 import pytest
@@ -61,51 +60,6 @@ def test_training_and_validation_must_have_the_same_classes(tmp_path):
         open_datasets(root, evaluate=False, skip_unreadable=False)
     with pytest.raises(UsageError, match="number 1 is 'b' in the checkpoint and missing in the data"):
         check_same_classes(["a", "b"], ["a"], "the checkpoint", "the data")
-
-
-# --- CIFAR-10 ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("binary", [False, True], ids=["python", "binary"])
-@pytest.mark.parametrize("inside", [False, True], ids=["the folder itself", "as unpacked"])
-def test_cifar10_is_read_in_both_of_its_formats(tmp_path, binary, inside):
-    folder = tmp_path / f"cifar-10-batches-{'bin' if binary else 'py'}" if inside else tmp_path
-    expected = write_cifar10(folder, binary)
-    training = read_cifar10(str(tmp_path), training=True)
-    assert len(training) == 200
-    pixels, labels = expected["data_batch_2"]
-    assert np.array_equal(training.images[40].transpose(2, 0, 1).reshape(-1), pixels[0])
-    assert list(training.labels[40:80]) == labels
-    assert np.array_equal(training.read(40), training.images[40])
-    validation = read_cifar10(str(tmp_path), training=False)
-    assert len(validation) == 40 and list(validation.labels) == expected["test_batch"][1]
-
-
-def test_a_cifar10_pickle_that_carries_code_is_refused_and_runs_nothing(tmp_path):
-    write_cifar10(tmp_path, binary=False)
-    canary = tmp_path / "canary"
-
-    class Hostile:
-        def __reduce__(self):
-            return os.mkdir, (str(canary),)
-
-    with open(str(tmp_path / "test_batch"), "wb") as file:
-        pickle.dump({b"labels": [1], b"data": Hostile()}, file, protocol=2)
-    with pytest.raises(DataError, match="test_batch.*mkdir"):
-        read_cifar10(str(tmp_path), training=False)
-    assert not canary.exists()
-
-
-@pytest.mark.parametrize("binary", [False, True], ids=["python", "binary"])
-def test_a_cifar10_file_that_is_truncated_or_missing_is_named(tmp_path, binary):
-    write_cifar10(tmp_path, binary)
-    path = tmp_path / f"data_batch_3{'.bin' if binary else ''}"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(DataError, match="data_batch_3.*not a CIFAR-10 file"):
-        read_cifar10(str(tmp_path), training=True)
-    path.unlink()
-    with pytest.raises(DataError, match="data_batch_3.*No such file"):
-        read_cifar10(str(tmp_path), training=True)
 
 
 # --- one folder, split by name ----------------------------------------------------------------------------------------

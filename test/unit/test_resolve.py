@@ -23,7 +23,7 @@ import torch
 
 def test_learning_rate_warms_up_linearly_and_follows_a_cosine():
     args = parse_args(["--epochs", "10", "--lr", "0.08", "--min-lr", "0.01", "--warmup-epochs", "3"])
-    rates = [main.learning_rate(epoch, args) for epoch in range(10)]
+    rates = [main.learning_rate(epoch, 0.5, args) for epoch in range(10)]
     assert rates[:4] == pytest.approx([0.02, 0.04, 0.06, 0.08])
     assert rates == rates[:3] + sorted(rates[3:], reverse=True)
     assert rates[9] == pytest.approx(0.01 + 0.07 * 0.5 * (1 + math.cos(math.pi * 6 / 7)))
