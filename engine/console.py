@@ -97,14 +97,15 @@ def warn_once() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress(total: int, done: int, label: str) -> Iterator[None]:
-    """Show a bar with ETA and images/s on a terminal if tqdm is installed. total, done: images of all processes."""
+def progress(total: int, done: int, label: str, unit: str = " images") -> Iterator[None]:
+    """Show a bar with ETA and speed on a terminal if tqdm is installed. total, done: images of all processes."""
     global _bar
     if _prints and sys.stderr.isatty():
         with contextlib.suppress(ImportError):
             from tqdm import tqdm
 
-            _bar = tqdm(total=total, initial=done, desc=label, unit=" images", leave=False, dynamic_ncols=True)
+            look = {"unit": unit, "unit_scale": unit == "B", "leave": False, "dynamic_ncols": True}
+            _bar = tqdm(total=total, initial=done, desc=label, **look)
     try:
         yield
     finally:

@@ -50,6 +50,7 @@ class RunInfo:
     preprocessing: dict[str, Any]  # image_size, crop, mean, std
     world_size: int
     images_per_step: int
+    small_defaults: bool = False  # whether the flags that were not given had the defaults for few images
     val_split: float | None = None
     identity: dict[str, Any] = field(default_factory=dict)
     batch: dict[str, int] = field(default_factory=dict)
@@ -66,6 +67,7 @@ class Checkpoint:
     arch: str | None = None
     classes: list[str] = field(default_factory=list)
     preprocessing: dict[str, Any] = field(default_factory=dict)
+    small_defaults: bool = False
     val_split: float | None = None
     identity: dict[str, Any] = field(default_factory=dict)
     batch: dict[str, int] = field(default_factory=dict)
@@ -105,6 +107,7 @@ def to_file(
         "identity": {**info.identity, "global batch": info.images_per_step},
         "batch": info.batch,
         "val_split": info.val_split,
+        "small_defaults": info.small_defaults,
         "world_size": info.world_size,
         "preprocessing": info.preprocessing,
         "decoder": info.decoder,
@@ -137,6 +140,7 @@ METADATA: dict[str, Callable[[Any], bool]] = {
     "classes": lambda value: isinstance(value, list),
     "preprocessing": _is_preprocessing,
     "val_split": lambda value: isinstance(value, float),
+    "small_defaults": lambda value: isinstance(value, bool),
     "identity": lambda value: isinstance(value, dict),
     "batch": _is_batch,
 }
@@ -213,11 +217,12 @@ def load_weights(network: vgg.VGG, weights: dict[str, torch.Tensor], path: str) 
     """Load a state dict. Raises UsageError, naming the first parameter that does not fit."""
     problem = vgg.describe_mismatch(weights, network)
     if problem:
-        found, head = vgg.architecture_of(weights), vgg.head_of(weights)
+        own = network.state_dict()
+        found, wanted = vgg.architecture_of(weights), vgg.architecture_of(own)
         advice = "check --arch and the number of classes"
-        if found != network.arch:
-            advice = f"it holds {found or vgg.describe_weights(weights)}, not {network.arch}"
-        elif head != network.head:
-            advice = f"it has the {head} head: use --head {head}"
+        if found != wanted:
+            advice = f"it holds {found or vgg.describe_weights(weights)}, not {wanted}"
+        elif vgg.head_of(weights) != vgg.head_of(own):
+            advice = f"it has the {vgg.head_of(weights)} head: use --head {vgg.head_of(weights)}"
         raise UsageError(f"{path}: {problem}; {advice}")
     network.load_state_dict(weights, strict=False)

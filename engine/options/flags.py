@@ -14,9 +14,34 @@ from engine.options.parser import OneLineParser, device_list, loss_scale, nonemp
 import vgg
 
 # Defaults by what is trained on; another set may name only those of ImageNet's that it changes.
-DEFAULTS = {"batch_size": 256, "epochs": 90, "lr": 0.01, "warmup_epochs": 0, "clip_grad_norm": None, "eval_freq": 1}
+DEFAULTS = {
+    "arch": None,  # that of a checkpoint, else vgg16
+    "head": None,  # that of a checkpoint, else the paper's
+    "batch_size": 256,
+    "epochs": 90,
+    "lr": 0.01,
+    "lr_schedule": None,
+    "warmup_epochs": 0,
+    "weight_decay": 1e-4,
+    "label_smoothing": 0.0,
+    "clip_grad_norm": None,
+    "eval_freq": 1,
+}
 # 1,438 images are too few for those.
 DIGITS = {"batch_size": 64, "epochs": 16, "lr": 0.05, "warmup_epochs": 2, "clip_grad_norm": 1.0, "eval_freq": 4}
+# So are the images of CIFAR-10 or a folder of one's own: see with_checkpoint. The learning rate is that for 128 images
+# per step.
+SMALL = {
+    "arch": "vgg16_bn",
+    "head": "linear",
+    "batch_size": 128,
+    "epochs": 30,
+    "lr": 0.1,
+    "lr_schedule": "onecycle",
+    "weight_decay": 5e-4,
+    "label_smoothing": 0.1,
+    "clip_grad_norm": 2.0,
+}
 DEFAULT = "(default: %(default)s)"
 DEVICES = ["auto", "npu", "gpu", "cuda", "mps", "cpu"]
 DEVICE_FLAG: dict[str, Any] = {
@@ -72,22 +97,21 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.data = args.data or args.dir
     del args.dir
     args.device = "gpu" if args.device == "cuda" else args.device
-    args.default_batch_size = args.batch_size is None  # completed again by with_checkpoint
-    complete_defaults(args, DEFAULTS if args.data or args.dummy else DIGITS)
+    args.left_open = [name for name in DEFAULTS if getattr(args, name) is None]  # completed again by with_checkpoint
+    complete_defaults(args, {} if args.data or args.dummy else DIGITS, args.left_open)
+    args.small_defaults = False
     for conflict in _conflicts(args):
         parser.error(conflict)
     return args
 
 
-def complete_defaults(args: argparse.Namespace, changed: Mapping[str, Any]) -> None:
-    """Set the flags in DEFAULTS that were not given. changed: those whose default differs from ImageNet's."""
-    given = {name: value for name, value in vars(args).items() if value is not None}
+def complete_defaults(args: argparse.Namespace, changed: Mapping[str, Any], left_open: Sequence[str]) -> None:
+    """Set the flags named in left_open. changed: those whose default differs from ImageNet's."""
     defaults: dict[str, Any] = {**DEFAULTS, **changed}
-    epochs = given.get("epochs", defaults["epochs"])
-    if given.get("lr_schedule") == "onecycle":
-        defaults["warmup_epochs"] = round(0.3 * epochs)
-    defaults["warmup_epochs"] = min(defaults["warmup_epochs"], epochs - 1)
-    vars(args).update({**defaults, **given})
+    vars(args).update({name: defaults[name] for name in left_open if name != "warmup_epochs"})
+    if "warmup_epochs" in left_open:
+        wanted = round(0.3 * args.epochs) if args.lr_schedule == "onecycle" else defaults["warmup_epochs"]
+        args.warmup_epochs = min(wanted, args.epochs - 1)
 
 
 def build_parser() -> OneLineParser:
@@ -151,8 +175,8 @@ def _add_training(add: Add) -> None:
     add("--min-lr", type=number(float, 0), metavar="RATE", default=0.0, help=DEFAULT)
     add("--warmup-epochs", **FROM_0, help=f"epochs of linear warm-up at the start {DEFAULT}")
     add("--momentum", type=SHARE, metavar="M", default=0.9, help=DEFAULT)
-    add("--wd", "--weight-decay", dest="weight_decay", type=number(float, 0), metavar="W", default=1e-4, help=DEFAULT)
-    add("--label-smoothing", type=SHARE, metavar="S", default=0.0, help=DEFAULT)
+    add("--wd", "--weight-decay", dest="weight_decay", type=number(float, 0), metavar="W", help=DEFAULT)
+    add("--label-smoothing", type=SHARE, metavar="S", help=DEFAULT)
     add("--clip-grad-norm", type=POSITIVE, metavar="NORM", help="of all gradients together (default: no limit)")
     ema = "keep an EMA of the weights, such as 0.9999, and validate it (default: off)"
     add("--ema-decay", type=number(float, 0, below=1), metavar="DECAY", default=0.0, help=ema)

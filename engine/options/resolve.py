@@ -26,11 +26,13 @@ from engine.device import (
     resolve_precision,
 )
 from engine.errors import UsageError
-from engine.options.flags import AUGMENTATION, parse_args
+from engine.options.flags import AUGMENTATION, SMALL, complete_defaults, parse_args
 from engine.options.parser import check_file, check_folder
 from engine.parallel import Topology, resolve_topology, under_torchrun
 
 import vgg
+
+SMALL_LIMIT = 100_000  # training images; CIFAR has 50,000
 
 
 def parse_flags(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Topology]:
@@ -108,7 +110,7 @@ def _check_processes(args: argparse.Namespace) -> None:
         raise UsageError(
             f"torchrun starts {args.processes} processes on {devices} devices: use --nproc-per-node {devices}"
         )
-    if not getattr(args, "default_batch_size", False):  # else with_checkpoint does it
+    if "batch_size" not in getattr(args, "left_open", ()):  # else with_checkpoint does it
         _check_batch_size(args)
 
 
@@ -128,7 +130,7 @@ PER_NODE = {"data", "workers", "output_dir", "resume", "pretrained", "gpu", "dev
 def shared_flags(args: argparse.Namespace) -> dict[str, Any]:
     """Return {flag: value} of the flags that must be the same on every node."""
     names = {name: f"--{name.replace('_', '-')}" for name in vars(args) if name not in PER_NODE}
-    names["default_batch_size"] = "whether --batch-size is left to its default"
+    names["left_open"] = "the flags that are left to their defaults"
     return {shown: getattr(args, name, None) for name, shown in names.items()}
 
 
@@ -146,53 +148,82 @@ def with_checkpoint(
     """Return the flags completed by the checkpoint that a run continues or evaluates, and RunInfo.batch.
 
     --arch, --head and --batch-size are the checkpoint's as far as they are not given, but see default_batch_size;
-    --arch and --head are also those of pretrained weights. If only the
-    number of nodes has changed, a step keeps its images, by more batches per step; if they do not divide evenly, the
-    learning rates are scaled (Goyal et al., arXiv:1706.02677, section 2.1).
+    --arch and --head are also those of pretrained weights. If only the number of nodes has changed, a step keeps its
+    images, by more batches per step; if they do not divide evenly, the learning rates are scaled (Goyal et al.,
+    arXiv:1706.02677, section 2.1).
+    Few images, trained from scratch, get the defaults SMALL in place of ImageNet's, unless --lr or a network without
+    batch norm is given; so does a run that continues such a run.
     images: of the training set, of `size` pixels per side; 0 for an evaluation. memory: bytes of a node.
     Raises UsageError if the checkpoint does not hold the weights of a VGG, or its batch does not fit the processes.
     """
     args = argparse.Namespace(**vars(args))
-    if vars(args).pop("default_batch_size", False):
-        if start is not None and not args.evaluate:
-            args.batch_size = start.batch.get("batch_size", args.batch_size)
-        elif args.data or args.dummy:
-            args.batch_size = default_batch_size(args, images, size, memory)
-        _check_batch_size(args)
-    batch = {"batch_size": args.batch_size, "accum_steps": args.accum_steps}
-    own = args.batch_size * args.nodes
-    images = own * args.accum_steps  # per step
+    left_open = vars(args).pop("left_open", [])
     source = start or pretrained
     if source is not None:
         args.arch = args.arch or vgg.architecture_of(source.weights)
         args.head = args.head or vgg.head_of(source.weights)
         if args.arch is None:
             raise UsageError(f"{source.path}: holds {vgg.describe_weights(source.weights)}")
+        left_open = [name for name in left_open if name not in ("arch", "head")]
+    if start is not None:
+        args.small_defaults = start.small_defaults and not args.evaluate
+    else:
+        args.small_defaults = pretrained is None and _takes_small_defaults(args, left_open, images)
+    if args.small_defaults:
+        complete_defaults(args, SMALL, left_open)
+    if "batch_size" in left_open:
+        if start is not None and not args.evaluate:
+            args.batch_size = start.batch.get("batch_size", args.batch_size)
+        elif args.data or args.dummy:
+            args.batch_size = default_batch_size(args, images, size, memory)
+        _check_batch_size(args)
     args.arch, args.head = args.arch or "vgg16", args.head or "paper"
-    if start is None:
-        return args, {**batch, "images_per_step": images}
-    wanted = start.batch["images_per_step"] if start.batch and batch.items() <= start.batch.items() else images
-    if wanted != images and not args.evaluate:
-        nodes = f"{args.nodes} {'node' if args.nodes == 1 else 'nodes'}"
-        if wanted % own == 0:
-            args.accum_steps = wanted // own
-            console.line(
-                f"=> resized to {nodes}: {args.accum_steps} batches per step, so a step still has {wanted:,} images"
-            )
-        else:
-            factor = images / wanted
-            args.lr, args.min_lr = args.lr * factor, args.min_lr * factor
-            console.line(
-                f"=> resized to {nodes}: {images:,} images per step in place of {wanted:,}, so learning rates are "
-                f"multiplied by {factor:.4g}"
-            )
-    return args, {**batch, "images_per_step": wanted}
+    batch = {"batch_size": args.batch_size, "accum_steps": args.accum_steps}
+    images_per_step = args.batch_size * args.nodes * args.accum_steps
+    if start is not None and batch.items() <= start.batch.items():
+        images_per_step = start.batch["images_per_step"]
+    if args.small_defaults and "lr" in left_open:
+        args.lr *= min(images_per_step, 512) / SMALL["batch_size"]
+    if args.small_defaults and start is None:
+        values = {f"--{name.replace('_', '-')}": getattr(args, name) for name in SMALL if name in left_open}
+        console.line(f"=> few images: {' '.join(f'{flag} {value}' for flag, value in values.items())}, as in recipes/")
+    if not args.evaluate:
+        _resize(args, images_per_step)
+    return args, {**batch, "images_per_step": images_per_step}
+
+
+def _resize(args: argparse.Namespace, wanted: int) -> None:
+    """Make a step have the wanted number of images on this number of nodes, or scale the learning rates."""
+    own = args.batch_size * args.nodes
+    images = own * args.accum_steps
+    if images == wanted:
+        return
+    nodes = f"{args.nodes} {'node' if args.nodes == 1 else 'nodes'}"
+    if wanted % own == 0:
+        args.accum_steps = wanted // own
+        console.line(
+            f"=> resized to {nodes}: {args.accum_steps} batches per step, so a step still has {wanted:,} images"
+        )
+        return
+    factor = images / wanted
+    args.lr, args.min_lr = args.lr * factor, args.min_lr * factor
+    console.line(
+        f"=> resized to {nodes}: {images:,} images per step in place of {wanted:,}, so learning rates are multiplied "
+        f"by {factor:.4g}"
+    )
+
+
+def _takes_small_defaults(args: argparse.Namespace, left_open: Sequence[str], images: int) -> bool:
+    """Whether a new run takes the defaults for few images."""
+    has_batch_norm = args.arch is None or args.arch.endswith("_bn")
+    return bool(args.data and 0 < images < SMALL_LIMIT and "lr" in left_open and has_batch_norm)
 
 
 def default_batch_size(args: argparse.Namespace, images: int, size: int, memory: float) -> int:
     """Return --batch-size for few images or little memory, which ImageNet's default would not fit.
 
-    Each process has the same power of two. An epoch has 20 steps or more, unless they would have fewer than 8 images.
+    Each process has the same power of two. An epoch has 20 steps or more (with the defaults SMALL 90), unless they
+    would have fewer than 8 images.
     A batch takes half of the memory at most; VGG16's weights, gradients and momentum, and a checkpoint being written
     take 3 GB. Measured per image of 224 pixels on a CPU: 145 MB in fp32 (VGG16-BN: 195), 57 in bf16; 40 to evaluate
     are an estimate.
@@ -203,7 +234,8 @@ def default_batch_size(args: argparse.Namespace, images: int, size: int, memory:
         f"{memory / 1e9:.1f} GB of memory": 0.5 * memory / (per_image * (size / 224) ** 2),
     }
     if images:
-        limits[f"{images:,} images"] = max(images // 20, min(images, 8)) / (args.nodes * args.accum_steps)
+        steps = 90 if args.small_defaults else 20
+        limits[f"{images:,} images"] = max(images // steps, min(images, 8)) / (args.nodes * args.accum_steps)
     reason = min(limits, key=lambda name: limits[name])
     batch_size = args.processes
     while 2 * batch_size <= limits[reason]:
@@ -300,6 +332,7 @@ def describe_run(
         preprocessing.to_dict(),
         args.nodes * args.processes,
         images_per_step=args.batch_size * args.nodes * args.accum_steps,
+        small_defaults=args.small_defaults,
         val_split=None if val_set is None else val_set.val_split,
         identity=identity,
         batch=batch,

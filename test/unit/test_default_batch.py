@@ -32,7 +32,7 @@ def flags(*words: Any, nodes: int = 1, processes: int = 1, precision: str = "fp3
 def test_the_default_batch_fits_the_images_and_the_memory(
     tmp_path: Any, images: int, nodes: int, processes: int, size: int, memory: float
 ) -> None:
-    args = flags(tmp_path, nodes=nodes, processes=processes)
+    args = flags(tmp_path, "--lr", 0.01, nodes=nodes, processes=processes)
     chosen = with_checkpoint(args, None, images, size, memory * GB)[0].batch_size
     share = chosen // processes
     assert chosen % processes == 0 and share & (share - 1) == 0 and share >= 1 and chosen <= 256
@@ -46,13 +46,13 @@ def test_the_default_batch_fits_the_images_and_the_memory(
 
 @pytest.mark.parametrize("given", [1, 7, 256, 999])
 def test_a_batch_size_that_is_given_counts(tmp_path: Any, given: int, capsys: Any) -> None:
-    args, batch = with_checkpoint(flags(tmp_path, "-b", given), None, 500, 224, 2 * GB)
+    args, batch = with_checkpoint(flags(tmp_path, "-b", given, "--lr", 1), None, 500, 224, 2 * GB)
     assert args.batch_size == batch["images_per_step"] == given and capsys.readouterr().out == ""
 
 
 def test_the_choice_is_one_line_that_says_why(tmp_path: Any, capsys: Any) -> None:
     for images, memory, reason in ((500, 64, "500 images"), (10**6, 8, "8.0 GB")):
-        chosen = with_checkpoint(flags(tmp_path), None, images, 224, memory * GB)[0].batch_size
+        chosen = with_checkpoint(flags(tmp_path, "--lr", 1), None, images, 224, memory * GB)[0].batch_size
         (line,) = capsys.readouterr().out.splitlines()
         assert f"--batch-size {chosen} " in line and reason in line
     assert with_checkpoint(flags(tmp_path), None, 1281167)[0].batch_size == 256 and capsys.readouterr().out == ""
@@ -102,7 +102,8 @@ def test_steps_and_images_left_over_are_said(
     assert expected in found.out and (f"{count % per_step:,}" in found.err) == ("warning" in found.err) == warns
 
 
-def test_nodes_that_differ_in_giving_the_batch_size_are_told_of_that_flag(tmp_path: Any) -> None:
-    given, left = (shared_flags(flags(tmp_path, *words)) for words in (["-b", 256], []))
+@pytest.mark.parametrize("words", [["-b", 256], ["--lr", 0.01], ["--epochs", 90], ["--label-smoothing", 0]])
+def test_nodes_that_differ_in_giving_a_flag_are_told(tmp_path: Any, words: list[Any]) -> None:
+    given, left = (shared_flags(flags(tmp_path, *words)) for words in (words, []))
     different = [name for name in given if given[name] != left[name]]
-    assert different == ["whether --batch-size is left to its default"]
+    assert different == ["the flags that are left to their defaults"]

@@ -38,9 +38,12 @@ def test_what_is_trained_on_chooses_the_defaults(tmp_path: Any) -> None:
         assert build_parser().get_default(name) == value
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
-@pytest.mark.parametrize("value", [3, 7])
-def test_a_flag_that_is_given_counts(name: str, value: int) -> None:
+CHOICES = {"arch": ["vgg11", "vgg19_bn"], "head": ["linear", "paper"], "lr_schedule": ["step", "cosine"]}
+CHOICES["label_smoothing"] = [0.5, 1]
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name in DEFAULTS for value in CHOICES.get(name, [3, 7])])
+def test_a_flag_that_is_given_counts(name: str, value: Any) -> None:
     given = vars(parse_args(["--epochs", "9", f"--{name.replace('_', '-')}", str(value)]))
     assert given[name] == value and all(
         given[other] == DIGITS[other] for other in DIGITS if other not in (name, "epochs")
@@ -54,8 +57,7 @@ def test_a_flag_that_is_given_as_imagenets_default_counts_too(word: str) -> None
 
 def test_a_further_set_of_defaults_is_a_dict() -> None:
     args = build_parser().parse_args(["--lr", "0.3"])
-    args.epochs = args.batch_size = args.warmup_epochs = None
-    complete_defaults(args, {"epochs": 2, "warmup_epochs": 5, "lr": 0.1})
+    complete_defaults(args, {"epochs": 2, "warmup_epochs": 5, "lr": 0.1}, ["epochs", "batch_size", "warmup_epochs"])
     assert (args.epochs, args.warmup_epochs, args.lr, args.batch_size) == (2, 1, 0.3, DEFAULTS["batch_size"])
 
 
