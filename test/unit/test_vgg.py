@@ -75,6 +75,7 @@ def test_gradients_are_those_of_relu_before_max_pool() -> None:
 
 # --- features ---------------------------------------------------------------------------------------------------------
 
+CFGS = vars(torchvision.models.vgg).get("cfgs") or vars(torchvision.models.vgg)["cfg"]  # cfg: torchvision 0.2.2
 LETTERS = {"vgg11": "A", "vgg13": "B", "vgg16": "D", "vgg19": "E"}
 
 
@@ -82,7 +83,7 @@ def torchvision_values(network: vgg.VGG, images: torch.Tensor) -> dict[str, torc
     """The values of each named layer, by torchvision's layers with the weights of a narrow network."""
     arch = network.arch.replace("_bn", "")
     widths = {64: 8, 128: 8, 256: 16, 512: 16}  # narrow's
-    cfg = [widths.get(width, width) for width in torchvision.models.vgg.cfgs[LETTERS[arch]]]
+    cfg = [widths.get(width, width) for width in CFGS[LETTERS[arch]]]
     layers = torchvision.models.vgg.make_layers(cfg, batch_norm=network.arch.endswith("_bn")).eval()
     layers.load_state_dict(network.features.state_dict())
     values, stage, position = {}, 1, 0
@@ -119,7 +120,7 @@ def test_perceptual_losses_find_their_layers_at_the_indices_of_torchvision() -> 
     """relu1_2, relu2_2, … of Johnson et al. are features.3, features.8, … of vgg16, before the max-pool."""
     torch.manual_seed(1)
     network = vgg.VGG("vgg16", 5, hidden=8).eval()  # torchvision's widths, but for the classifier, whose 123 M are slow
-    theirs = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
+    theirs = torchvision.models.vgg.make_layers(CFGS["D"])
     theirs.load_state_dict(network.features.state_dict())
     images = torch.randn(1, 3, 64, 64)
     indices = {"relu1_2": 3, "relu2_2": 8, "relu3_3": 15, "relu4_3": 22, "relu5_3": 29, "pool5": 30}
