@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Classify images: top-5 predictions for each, with the weights of a checkpoint.
+"""Classify images: top-5 predictions for each, with the weights of a checkpoint. Or write their features to a file.
 
     python predict.py dog.jpg --checkpoint model_best.pth.tar
     python predict.py holiday/ --checkpoint vgg16.pth --classes imagenet_classes.txt --csv > holiday.csv
     python predict.py dog.jpg --checkpoint model_best.pth.tar --heatmap dog_heatmap.png
+    python predict.py holiday/ --checkpoint vgg16.pth --features fc7 --output holiday.npy
 
 Accepts every checkpoint that main.py reads. If it holds EMA weights (--ema-decay), they are used.
 """
@@ -11,6 +12,7 @@ Accepts every checkpoint that main.py reads. If it holds EMA weights (--ema-deca
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import importlib.util
 import io
@@ -26,6 +28,9 @@ from engine.data import FileList, ImageBatches, describe_left_out, read_batches,
 from engine.device import ComputeDevice, available_cores, resolve_device, resolve_device_list
 from engine.errors import EXIT_USAGE, UsageError
 from engine.options import DEVICE_FLAG, OneLineParser, check_file, nonempty_path, number
+from engine.records import feature_file, feature_files
+
+import vgg
 
 import numpy as np
 import torch
@@ -33,6 +38,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 MAX_HEATMAPS = 24
+VECTORS = ("fc6", "fc7", "logits")  # the layers that are not maps
 NOTES = {".txt", ".csv", ".json", ".md"}  # beside images; that they are left out surprises nobody
 CJK_FONTS = [
     "Noto Sans CJK SC",
@@ -58,12 +64,47 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON object per image: image, predictions")
     output.add_argument("--csv", action="store_true", help="print image,rank,class,probability")
+    output.add_argument("--features", metavar="LAYER", help="write the values of a layer: fc7, pool5, relu5_3, …")
+    pools = ("avg", "max", "none")
+    add("--pool", choices=pools, help="of relu and pool layers: one value per channel (default: avg), or whole maps")
+    add("--output", type=path, metavar="FILE.npy", help="a row of features per image; FILE.txt names the images")
     add("--heatmap", type=path, metavar="OUT.png", help="draw what each top prediction is based on (Grad-CAM)")
     add("--top-k", type=count, default=5, metavar="K", help="predictions per image (default: 5)")
     add("-b", "--batch-size", type=count, default=32, metavar="N", help="images at a time (default: 32)")
     add("--device", **DEVICE_FLAG)
     add("--gpu", type=number(int, 0), metavar="N", help="the number of the device (default: 0)")
     return parser.parse_args(argv)
+
+
+def check_features(layer: str | None, pool: str | None, output: str | None, heatmap: str | None) -> None:
+    """Raise UsageError if the flags of --features do not fit together."""
+    if not layer:
+        if output or pool:
+            raise UsageError(f"{'--output' if output else '--pool'} requires --features LAYER")
+        return
+    if output is None or not output.endswith(".npy"):
+        raise UsageError("--features requires --output FILE.npy" + (f", got {output}" if output else ""))
+    if heatmap:
+        raise UsageError("--features makes no predictions to draw: leave --heatmap out")
+    if layer in VECTORS and pool in ("avg", "max"):
+        raise UsageError(f"--pool {pool}: {layer} has no maps to pool: leave it out")
+
+
+def check_layer(layer: str, network: vgg.VGG, output: str) -> None:
+    """Raise UsageError if the network lacks a layer, or its features cannot be written."""
+    known = network.layer_names()
+    if layer not in known:
+        raise UsageError(f"--features {layer}: no such layer in this {network.arch}; its layers: {', '.join(known)}")
+    for file in feature_files(output):
+        check_file("--output", file)
+
+
+def features(network: vgg.VGG, inputs: torch.Tensor, layer: str, pool: str) -> np.ndarray:
+    """Return the values of a layer for each image, float32: (N, C), or (N, C, h, w) of maps that are not pooled."""
+    values = network.forward_features(inputs, [layer])[layer]
+    if layer not in VECTORS and pool != "none":
+        values = values.flatten(2).mean(2) if pool == "avg" else values.flatten(2).max(2)[0]
+    return values.cpu().numpy()
 
 
 def load_images(files: FileList, model: Model, batch_size: int, device: ComputeDevice) -> DataLoader:
@@ -184,8 +225,9 @@ def top_predictions(logits: torch.Tensor, classes: list[str], count: int) -> lis
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the predictions for every image. Returns 2 if some could not be read, else 0. Raises UserError."""
+    """Print predictions or write features. Returns 2 if some images could not be read, else 0. Raises UserError."""
     args = parse_args(argv)
+    check_features(args.features, args.pool, args.output, args.heatmap)
     files = FileList.find(args.images)
     if files.left_out.keys() - NOTES:
         console.notice(describe_left_out(files.left_out))
@@ -194,12 +236,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, count = resolve_device("gpu" if args.device == "cuda" else args.device)
     device = ComputeDevice(name, resolve_device_list(None, args.gpu or 0, name, count, one_device=True)[0])
     model = load_model(args.checkpoint, args.classes)
+    if args.features:
+        check_layer(args.features, model.network, args.output)
     device.place(model.network.requires_grad_(False))
     normalize = device.normalizer(model.preprocessing.mean, model.preprocessing.std)
     code, rows = 0, []
     if args.csv:
         print_result("image,rank,class,probability")
-    with torch.no_grad(), console.progress(len(files), 0, "Images"):
+    output: Any = feature_file(args.output, len(files)) if args.features else contextlib.nullcontext()
+    with torch.no_grad(), console.progress(len(files), 0, "Images"), output as add_features:
         for images, _, indices, errors in read_batches(load_images(files, model, args.batch_size, device)):
             console.advance(len(indices) + len(errors))
             for error in errors:
@@ -208,6 +253,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not len(indices):
                 continue
             inputs = normalize(images)
+            if args.features:
+                names = [files.name(index) for index in indices]
+                add_features(names, features(model.network, inputs, args.features, args.pool or "avg"))
+                continue
             heat, logits = grad_cam(model.network, inputs) if args.heatmap else (None, model.network(inputs))
             for position, predictions in enumerate(top_predictions(logits, model.classes, args.top_k)):
                 path = files.name(indices[position])

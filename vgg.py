@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from itertools import accumulate
-from typing import Match, Sequence
+from typing import Callable, Iterator, Match, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 # Convolutions in each of the five stages: columns A, B, D and E of the paper's table 1.
@@ -74,9 +75,55 @@ class VGG(nn.Module):
         """maps: (N, 512, h, w), the output of `features`. Returns logits (N, num_classes)."""
         if self.head == "linear":
             return self.classifier(maps.mean((2, 3)))
-        maps = _average_pool_7x7(maps)
-        # The weights of classifier.0 expect (C, H, W) order, whatever the memory format.
-        return self.classifier(torch.flatten(maps.contiguous(), 1))
+        return self.classifier(_flatten_7x7(maps))
+
+    def layer_names(self) -> list[str]:
+        """Return the names that forward_features knows, in order: relu1_1, …, pool5, fc6, fc7, logits."""
+        return [name for _, name in self._steps() if name]
+
+    def forward_features(self, images: torch.Tensor, layers: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Return {name: values} of some layers, by the names of layer_names; nothing after the deepest is computed.
+
+        images: as for `forward`. Maps are (N, C, h, w), fc6, fc7 and logits (N, C). No value is changed in place, so a
+        loss may use any of them. Raises ValueError if a layer does not exist.
+        """
+        known = self.layer_names()
+        unknown = [layer for layer in layers if layer not in known]
+        if unknown:
+            raise ValueError(f"{self.arch} has no layer {unknown[0]}; its layers: {', '.join(known)}")
+        values: dict[str, torch.Tensor] = {}
+        steps = self._steps()
+        while len(values) < len(set(layers)):
+            step, name = next(steps)
+            images = step(images)
+            if name in layers:
+                values[name] = images
+        return values
+
+    def _steps(self) -> Iterator[tuple[Callable[[torch.Tensor], torch.Tensor], str]]:
+        """Return the functions that `forward` consists of, and the names of their results, empty for most.
+
+        A stage's last ReLU comes before its max-pool here, so that its result exists, and none works in place.
+        """
+        stage, position = 1, 0
+        for layer in self.features:
+            if isinstance(layer, nn.MaxPool2d):
+                yield F.relu, f"relu{stage}_{position}"
+                yield layer, f"pool{stage}"
+                stage, position = stage + 1, 0
+            elif not isinstance(layer, nn.ReLU):
+                position += isinstance(layer, nn.Conv2d)
+                yield layer, ""
+            elif position:  # not the one after a max-pool
+                yield F.relu, f"relu{stage}_{position}"
+        if not isinstance(self.classifier, nn.Sequential):  # --head linear
+            yield self.classify, "logits"
+            return
+        yield _flatten_7x7, ""
+        names = iter(("fc6", "fc7"))
+        for layer in self.classifier[:-1]:
+            yield (F.relu, next(names)) if isinstance(layer, nn.ReLU) else (layer, "")
+        yield self.classifier[-1], "logits"
 
 
 def _features(depths: tuple[int, ...], widths: Sequence[int], batch_norm: bool) -> nn.Sequential:
@@ -92,6 +139,11 @@ def _features(depths: tuple[int, ...], widths: Sequence[int], batch_norm: bool) 
             layers.append(nn.ReLU(inplace=True))
             channels = width
     return nn.Sequential(*layers)
+
+
+def _flatten_7x7(maps: torch.Tensor) -> torch.Tensor:
+    """Average (N, C, H, W) to 7×7 and flatten it: (N, C·49), in (C, H, W) order whatever the memory format."""
+    return torch.flatten(_average_pool_7x7(maps).contiguous(), 1)
 
 
 def _average_pool_7x7(maps: torch.Tensor) -> torch.Tensor:

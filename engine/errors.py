@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2  # usage error or bad input
@@ -65,4 +66,6 @@ def first_line(error: Exception) -> str:
 
 def printable(path: str | bytes) -> str:
     """Return a path as one line of valid text."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace").replace("\n", "\\n")
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    # Control characters, and what else str.splitlines takes for the end of a line.
+    return re.sub("[\0-\x1f\x7f-\x9f\u2028\u2029]", lambda match: match[0].encode("unicode_escape").decode(), text)

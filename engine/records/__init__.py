@@ -3,6 +3,7 @@
 
 from engine.records import run_info
 from engine.records.curves import svg_curves
+from engine.records.feature_file import feature_file, feature_files
 from engine.records.logger import Logger, ProgressMeter
 from engine.records.metrics import AccuracyCounter, Predictions, Throughput, Totals, cross_entropy
 
@@ -14,6 +15,8 @@ __all__ = [
     "Throughput",
     "Totals",
     "cross_entropy",
+    "feature_file",
+    "feature_files",
     "run_info",
     "svg_curves",
 ]

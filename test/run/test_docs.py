@@ -15,9 +15,11 @@ import sys
 from engine.options.flags import parse_args
 from engine.versions import TORCH
 
-from helpers.program import MAIN, REPOSITORY, run, run_python
+import vgg
+from helpers.program import MAIN, REPOSITORY, run, run_python, run_script
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.once
 
@@ -211,3 +213,20 @@ def test_the_onnx_example_predicts_what_predict_py_predicts(followed):
     lines = result_of(followed, "dog.jpg").out.splitlines()[1:]
     ours = {line.split("  ")[-1]: float(line.split()[1].rstrip("%")) for line in lines}
     assert theirs == pytest.approx(ours, abs=3)  # percent: it crops before it resizes, validation resizes first
+
+
+def test_the_examples_of_features_run_as_they_stand(folder, tmp_path):
+    torch.save(vgg.VGG("vgg16", 5, (8, 8, 16, 16, 16), 32).state_dict(), str(tmp_path / "vgg16-397923af.pth"))
+    shutil.copytree(os.path.join(folder, "val"), str(tmp_path / "photos"))
+    for command in commands("docs/features.md"):
+        result = run_script("predict.py", *shlex.split(command)[2:], "--device", "cpu", cwd=str(tmp_path))
+        assert result.code == 0 and "15 rows of" in result.err, (command, result.err)
+    examples = code_blocks("docs/features.md", "python")
+    assert examples == code_blocks("docs/zh/features.md", "python")
+    for name in ("perceptual_loss", "style_loss"):
+        examples.append(f"print({name}(*torch.rand(2, 1, 3, 64, 48)).item())")
+    shown = run(sys.executable, "-c", "\n".join(examples), cwd=str(tmp_path))
+    assert shown.code == 0, shown.err
+    lines = shown.out.splitlines()
+    assert lines[0] == "photos/class 0/图 000.JPEG" and len(lines) == 6 + 2
+    assert all(float(line.split()[0]) > 0 for line in lines[1:])

@@ -8,16 +8,20 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from typing import Any
 
 from engine.data import Preprocessing, open_datasets
 from engine.errors import UsageError
 
 import predict
-from helpers.program import REPOSITORY, RUN_SCRIPT, Result, run, run_script
+from helpers.program import REPOSITORY, RUN_SCRIPT, Result, environment, run, run_script
 from helpers.trained import CLASSES, PRETRAINED, expected_predictions, train_classifier
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -125,6 +129,37 @@ def test_a_heatmap_has_a_row_for_each_image(root: Any, folder: str, tmp_path: An
         sizes.append(Image.open(str(tmp_path / "map.png")).size)
     assert sizes[0][0] == sizes[1][0] > 500
     assert sizes[1][1] == pytest.approx(2 * sizes[0][1], abs=2)
+
+
+@pytest.mark.parametrize("number, left", [(signal.SIGINT, []), (signal.SIGTERM, ["x.npy.part", "x.txt.part"])])
+def test_features_that_are_interrupted_are_no_file(
+    root: Any, folder: str, tmp_path: Any, number: int, left: list[str]
+) -> None:
+    path, _ = validation_image(folder)
+    words = [os.path.join(REPOSITORY, "predict.py"), *[path] * 10000, "--checkpoint", str(root / "model_best.pth.tar")]
+    words += ["--features", "relu1_1", "--pool", "none", "--output", str(tmp_path / "x.npy"), "-b", "4", *CPU]
+    process = subprocess.Popen([sys.executable, "-c", RUN_SCRIPT, *words], stderr=subprocess.PIPE, env=environment())
+    part = str(tmp_path / "x.npy.part")
+    while process.poll() is None and not (os.path.exists(part) and os.path.getsize(part) > 1 << 20):
+        time.sleep(0.02)
+    process.send_signal(number)
+    assert process.communicate(timeout=60)[1] == b""
+    assert process.returncode == (130 if number == signal.SIGINT else -number)
+    assert sorted(os.listdir(str(tmp_path))) == left
+
+
+def test_features_are_the_same_in_batches_of_any_size(root: Any, folder: str, tmp_path: Any) -> None:
+    """With more than one batch, DataLoader workers read the images. A file of before is replaced."""
+    flags = [os.path.join(folder, "val"), "--checkpoint", root / "model_best.pth.tar", "--features", "fc7", *CPU]
+    features = []
+    for batch_size in (2, 64):
+        result = run_script("predict.py", *flags, "--output", tmp_path / "x.npy", "--batch-size", batch_size)
+        assert result.code == 0 and result.out == "", result.err
+        assert result.err == f"=> features written to {tmp_path}/x.npy: 15 rows of 32; names in {tmp_path}/x.txt\n"
+        features.append(np.load(str(tmp_path / "x.npy")))
+    assert features[0].shape == (15, 32) and np.allclose(*features, rtol=0, atol=1e-5)
+    names = (tmp_path / "x.txt").read_text(encoding="utf-8").splitlines()
+    assert names == sorted(names) and len(set(names)) == 15 and all(os.path.exists(name) for name in names)
 
 
 def test_wrong_use_is_one_line_and_exit_code_2(root: Any, folder: str, tmp_path: Any, capsys: Any) -> None:

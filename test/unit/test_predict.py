@@ -126,3 +126,97 @@ def test_the_heatmap_is_grad_cam() -> None:
                 gradients.append((top_logit(maps + change, index) - top_logit(maps, index)) / 1e-6 / 16)
             expected = torch.relu((torch.stack(gradients).view(-1, 1, 1) * maps[index]).sum(0))
             assert torch.allclose(heat[index], expected / expected.max(), atol=1e-3)
+
+
+# --- features ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: Any) -> Any:
+    """A folder with narrow.pth, a small vgg11 for images of 64 pixels, and images/, one of which is corrupt."""
+    root = tmp_path_factory.mktemp("narrow")
+    dataset = read_digits(training=False)
+    torch.manual_seed(0)
+    network = vgg.VGG("vgg11", 10, (8, 8, 16, 16, 16), 32)
+    preprocessing = dataclasses.replace(dataset.preprocessing, image_size=64)
+    torch.save({"state_dict": network.state_dict(), "preprocessing": preprocessing.to_dict()}, str(root / "narrow.pth"))
+    (root / "images").mkdir()
+    for number in range(4):
+        Image.fromarray(dataset.images[number]).save(str(root / "images" / f"{number}\n.png"))
+    (root / "images" / "2 is not an image.png").write_bytes(b"")
+    return root
+
+
+MAPS = {"relu1_1": (8, 64, 64), "pool1": (8, 32, 32), "relu4_2": (16, 8, 8), "relu5_2": (16, 4, 4), "pool5": (16, 2, 2)}
+VECTORS = {"fc6": 32, "fc7": 32, "logits": 10}
+
+
+@pytest.mark.parametrize("batch_size", [3, 32])
+@pytest.mark.parametrize(
+    "layer, pool",
+    [*((layer, pool) for layer in MAPS for pool in (None, "avg", "max", "none")), *((v, None) for v in VECTORS)],
+)
+def test_features_are_those_of_the_layer_a_row_per_readable_image(
+    narrow: Any, tmp_path: Any, capsys: Any, monkeypatch: Any, layer: str, pool: str | None, batch_size: int
+) -> None:
+    monkeypatch.setattr(predict, "available_cores", lambda: 0)  # no worker processes
+    path = str(tmp_path / "new" / "x.npy")
+    words = [str(narrow / "images"), "--checkpoint", str(narrow / "narrow.pth"), *CPU, "-b", str(batch_size)]
+    words += ["--features", layer, "--output", path, *(["--pool", pool] if pool else [])]
+    assert predict.main(words) == 2  # an image could not be read
+    out, err = capsys.readouterr()
+    assert out == "" and "2 is not an image.png: cannot be read" in err and len(err.splitlines()) == 2
+    features = np.load(path)
+    model = predict.load_model(str(narrow / "narrow.pth"))
+    dataset, mean, std = read_digits(training=False), model.preprocessing.mean[0], model.preprocessing.std[0]
+    pixels = np.stack([model.preprocessing(dataset.images[number]) for number in range(4)])
+    inputs = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - mean) / std
+    with torch.no_grad():
+        expected = model.network.forward_features(inputs, [layer])[layer].numpy()
+    if layer in MAPS and pool != "none":
+        expected = expected.max((2, 3)) if pool == "max" else expected.mean((2, 3))
+    assert features.dtype == np.float32
+    assert features.shape == (
+        4,
+        *([VECTORS[layer]] if layer in VECTORS else MAPS[layer][: None if pool == "none" else 1]),
+    )
+    assert np.allclose(features, expected, rtol=0, atol=1e-5)
+    names = (tmp_path / "new" / "x.txt").read_text(encoding="utf-8").splitlines()
+    assert names == [f"{narrow / 'images'}/{number}\\n.png" for number in range(4)]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (
+            "--features relu1_2 --output new/x.npy",
+            "--features relu1_2: no such layer in this vgg11; its layers: relu1_1, pool1",
+        ),
+        ("--features fc8 --output new/x.npy", "its layers: .* fc6, fc7, logits$"),
+        ("--features fc7", "^--features requires --output FILE.npy$"),
+        ("--features fc7 --output new/x.csv", "^--features requires --output FILE.npy, got new/x.csv$"),
+        ("--features fc7 --output images.npy", "^--output images.npy: expected a file, this is a folder$"),
+        ("--features fc7 --output notes.npy", "^--output notes.txt: expected a file, this is a folder$"),
+        ("--features fc7 --output new/x.npy --pool max", "^--pool max: fc7 has no maps to pool: leave it out$"),
+        ("--features logits --output new/x.npy --pool avg", "^--pool avg: logits has no maps"),
+        ("--features pool5 --output new/x.npy --heatmap x.png", "leave --heatmap out$"),
+        ("--output new/x.npy", "^--output requires --features LAYER$"),
+        ("--pool none", "^--pool requires --features LAYER$"),
+    ],
+)
+def test_flags_of_features_that_do_not_fit_leave_no_file(
+    narrow: Any, tmp_path: Any, monkeypatch: Any, words: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("images.npy", "notes.txt"):
+        (tmp_path / folder).mkdir()
+    flags = [str(narrow / "images"), "--checkpoint", str(narrow / "narrow.pth"), *CPU, *words.split()]
+    with pytest.raises(UsageError, match=message):
+        predict.main(flags)
+    assert sorted(os.listdir(str(tmp_path))) == ["images.npy", "notes.txt"]
+
+
+def test_features_of_no_readable_image_are_no_file(narrow: Any, tmp_path: Any, capsys: Any) -> None:
+    flags = ["--checkpoint", str(narrow / "narrow.pth"), *CPU, "--features", "fc7", "--output", str(tmp_path / "x.npy")]
+    assert predict.main([str(narrow / "images" / "2 is not an image.png"), *flags]) == 2
+    assert os.listdir(str(tmp_path)) == [] and len(capsys.readouterr().err.splitlines()) == 1

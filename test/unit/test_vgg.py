@@ -73,6 +73,107 @@ def test_gradients_are_those_of_relu_before_max_pool() -> None:
         assert torch.allclose(mine.grad, other.grad, rtol=1e-3, atol=1e-4), name
 
 
+# --- features ---------------------------------------------------------------------------------------------------------
+
+CFGS = vars(torchvision.models.vgg).get("cfgs") or vars(torchvision.models.vgg)["cfg"]  # cfg: torchvision 0.2.2
+LETTERS = {"vgg11": "A", "vgg13": "B", "vgg16": "D", "vgg19": "E"}
+
+
+def torchvision_values(network: vgg.VGG, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The values of each named layer, by torchvision's layers with the weights of a narrow network."""
+    arch = network.arch.replace("_bn", "")
+    widths = {64: 8, 128: 8, 256: 16, 512: 16}  # narrow's
+    cfg = [widths.get(width, width) for width in CFGS[LETTERS[arch]]]
+    layers = torchvision.models.vgg.make_layers(cfg, batch_norm=network.arch.endswith("_bn")).eval()
+    layers.load_state_dict(network.features.state_dict())
+    values, stage, position = {}, 1, 0
+    for layer in layers:
+        images = layer(images)
+        if isinstance(layer, torch.nn.ReLU):
+            position += 1
+            values[f"relu{stage}_{position}"] = images
+        elif isinstance(layer, torch.nn.MaxPool2d):
+            values[f"pool{stage}"] = images
+            stage, position = stage + 1, 0
+    flat = torch.nn.functional.adaptive_avg_pool2d(images, 7).flatten(1)
+    values["fc6"] = network.classifier[0](flat).clamp(min=0)
+    values["fc7"] = network.classifier[3](values["fc6"]).clamp(min=0)
+    values["logits"] = network.classifier[6](values["fc7"])
+    return values
+
+
+@pytest.mark.parametrize("arch", vgg.ARCHITECTURES)
+def test_the_values_of_every_layer_are_those_of_torchvision(arch: str) -> None:
+    network, images = narrow(arch), torch.randn(2, 3, 96, 64)
+    layers = network.layer_names()
+    with torch.no_grad():
+        expected = torchvision_values(network, images)
+        together = network.forward_features(images, layers)
+        assert list(expected) == layers == list(together)
+        for layer in layers:
+            assert torch.allclose(together[layer], expected[layer], rtol=0, atol=1e-5), layer
+            assert torch.equal(network.forward_features(images, [layer])[layer], together[layer]), layer
+        assert torch.equal(together["logits"], network(images))
+
+
+def test_perceptual_losses_find_their_layers_at_the_indices_of_torchvision() -> None:
+    """relu1_2, relu2_2, … of Johnson et al. are features.3, features.8, … of vgg16, before the max-pool."""
+    torch.manual_seed(1)
+    network = vgg.VGG("vgg16", 5, hidden=8).eval()  # torchvision's widths, but for the classifier, whose 123 M are slow
+    theirs = torchvision.models.vgg.make_layers(CFGS["D"])
+    theirs.load_state_dict(network.features.state_dict())
+    images = torch.randn(1, 3, 64, 64)
+    indices = {"relu1_2": 3, "relu2_2": 8, "relu3_3": 15, "relu4_3": 22, "relu5_3": 29, "pool5": 30}
+    with torch.no_grad():
+        features = network.forward_features(images, list(indices))
+        for layer, index in indices.items():
+            assert torch.allclose(features[layer], theirs[: index + 1](images), rtol=0, atol=1e-5), layer
+
+
+@pytest.mark.parametrize("arch", ["vgg11", "vgg16_bn"])
+def test_a_loss_may_use_any_layers_together(arch: str) -> None:
+    """Its gradient is that of torchvision's layers, so nothing that it needs was changed in place."""
+    network = narrow(arch)
+    gradients = []
+    for features in (network.forward_features, lambda images, _: torchvision_values(network, images)):
+        torch.manual_seed(2)
+        images = torch.randn(2, 3, 64, 64, requires_grad=True)
+        values = features(images, network.layer_names())
+        sum(value.pow(2).mean() for value in values.values()).backward()
+        gradients.append(images.grad)
+    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-6)
+
+
+def test_nothing_after_the_deepest_layer_is_computed() -> None:
+    images = torch.randn(1, 3, 8, 8)  # too small for pool4
+    features = narrow("vgg16").forward_features(images, ["relu3_1", "relu1_2"])
+    assert {layer: tuple(value.shape) for layer, value in features.items()} == {
+        "relu1_2": (1, 8, 8, 8),
+        "relu3_1": (1, 16, 2, 2),
+    }
+    assert narrow("vgg16").forward_features(images, []) == {}
+
+
+def test_a_layer_that_does_not_exist_is_an_error_with_those_that_do() -> None:
+    network = narrow("vgg11")
+    with pytest.raises(
+        ValueError, match=r"vgg11 has no layer relu1_2; its layers: relu1_1, pool1, .*, pool5, fc6, fc7"
+    ):
+        network.forward_features(torch.randn(1, 3, 32, 32), ["relu1_1", "relu1_2"])
+
+
+def test_a_linear_head_has_no_hidden_layers() -> None:
+    network = vgg.VGG("vgg13", 5, (8, 8, 16, 16, 16), head="linear").eval()
+    assert network.layer_names()[-2:] == ["pool5", "logits"]
+    images = torch.randn(2, 3, 64, 64)
+    features = network.forward_features(images, ["pool5", "logits"])
+    assert torch.equal(features["logits"], network(images))
+    assert torch.equal(features["logits"], network.classifier(features["pool5"].mean((2, 3))))
+
+
+# --- names of weights -------------------------------------------------------------------------------------------------
+
+
 @pytest.fixture(scope="module")
 def network() -> vgg.VGG:
     return vgg.VGG("vgg11", num_classes=10)
