@@ -2,15 +2,13 @@
 """Export the network of a checkpoint: to ONNX, from bytes of images to probabilities, or its weights alone.
 
     python export.py --checkpoint model_best.pth.tar --output vgg16.onnx
-    python export.py --checkpoint model_best.pth.tar --output small.onnx --svd-rank 0.9 0.9 --quantize int8 \\
-        --calibrate /data/imagenet
+    python export.py --checkpoint model_best.pth.tar --output small.onnx --quantize int8 --calibrate /data/imagenet
     python export.py --checkpoint model_best.pth.tar --output vgg16.safetensors
 
 ONNX: input `images`: (N, S, S, 3) uint8, RGB, any N. Outputs `logits` and `probabilities`: (N, classes) float32.
-Normalization is inside; class names and S are in the file's metadata. The file is kept only if onnxruntime computes
-what torch computes, and if the accuracy on --calibrate's validation images drops by at most --max-drop. safetensors and
-pth.tar: torchvision's names; architecture, class names and preprocessing beside them, so that --pretrained, predict.py
-and export.py read the file like a checkpoint.
+Normalization is inside; class names and S are in the metadata. The file is kept only if onnxruntime computes what torch
+computes, and if --calibrate finds no loss. Other files: weights by torchvision's names, and what --pretrained,
+predict.py and export.py need to read them like a checkpoint.
 """
 
 from __future__ import annotations
@@ -44,9 +42,8 @@ OPSET = 11  # the oldest that can express the network; Ascend's atc and every cu
 INT8_OPSET = 13  # the oldest with a scale per channel
 CALIBRATION_IMAGES = 256  # training images, from which the ranges of all activations are taken
 BATCH = 8
-ONNX = ["onnx", "onnxruntime", "onnxruntime.transformers.float16"]
+ONNX = ["onnx", "onnxruntime", "onnxruntime.transformers.onnx_model"]
 PTH = (".pth.tar", ".pth")
-
 Predict = Callable[[torch.Tensor], torch.Tensor]  # (N, S, S, 3) uint8 to logits (N, classes)
 
 
@@ -69,7 +66,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--reference-names", action="store_true", help=names)
     add("--dtype", choices=["fp32", "fp16"], default="fp32", help="of the weights (default: %(default)s)")
     add("--quantize", choices=["int8"], help="8 bits for weights and activations; requires --calibrate")
-    svd = "smaller linear layers: singular values to keep of fc6 and of fc7, or the share of their energy, such as 0.9 0.9"
+    svd = "smaller linear layers: singular values of fc6 and fc7 to keep, or the share of their energy, such as 0.9 0.9"
     add("--svd-rank", nargs=2, type=rank_or_share, metavar="R", help=svd)
     data = "as main.py's --data: its validation images compare the file with the checkpoint, training images calibrate"
     add("--calibrate", type=path, metavar="DATA", help=data)
@@ -97,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the file and verify it. Raises UsageError, CheckpointError, DataError, ExportMismatchError."""
     args = parse_args(argv)
     is_onnx, fp16 = args.output.endswith(".onnx"), args.dtype == "fp16"
-    import_modules(*(ONNX if is_onnx else ["safetensors"] if args.output.endswith(".safetensors") else []))
+    needed = ONNX + ["onnxruntime.quantization"] * bool(args.quantize) if is_onnx else []
+    import_modules(*needed, *["safetensors"] * args.output.endswith(".safetensors"))
     source = load_model(args.checkpoint, args.classes)
     network, preprocessing = source.network.requires_grad_(False), source.preprocessing
     if args.reference_names and network.head != "paper":
@@ -130,9 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             after = classify(val, preprocessing, predict, batch_size)
             size += f", {after.describe(before)}"
             if before.acc1 - after.acc1 > args.max_drop + 1e-9:
-                raise ExportMismatchError(
-                    f"{size}: that is less by more than --max-drop {args.max_drop:g}; no file is written"
-                )
+                raise ExportMismatchError(f"{size}: a loss above --max-drop {args.max_drop:g}, so no file is written")
         elif args.svd_rank or fp16:
             size += "; --calibrate DATA would compare its predictions with the checkpoint's"
         if args.layout == "nchw":
@@ -145,10 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def new_file(path: str) -> Iterator[str]:
-    """Yield a temporary name; the file becomes `path` if the block succeeds, else it is removed.
-
-    Raises UsageError if it cannot be written.
-    """
+    """Yield a temporary name; the file becomes `path` if the block succeeds, else it is removed. Raises UsageError."""
     temporary = f"{path}.tmp"
     try:
         open(temporary, "wb").close()  # fails now, not when all is computed
@@ -179,6 +172,8 @@ class FromBytes(torch.nn.Module):
 
     normalized: images are normalized outside; (N, 3, S, S) to logits, as in ModelZoo's pthtar2onnx.py.
     """
+
+    opset: int | None = None  # OPSET
 
     def __init__(
         self, network: torch.nn.Module, mean: Sequence[float], std: Sequence[float], normalized: bool = False
@@ -228,18 +223,22 @@ def export_onnx(
 
     calibration: batches of (N, S, S, 3) uint8 images for int8, else None.
     """
-    onnx, onnxruntime, float16 = import_modules(*ONNX)
+    onnx, onnxruntime, onnx_model = import_modules(*ONNX)
     rectify_first(source.network)
     size = source.preprocessing.image_size
     images = torch.randint(0, 256, (5, size, size, 3), generator=torch.Generator().manual_seed(0)).byte()
-    trace(model, model.prepare(images[: 1 if model.normalized else 2]), path, INT8_OPSET if calibration else 0)
+    model.opset = INT8_OPSET if calibration else None
+    trace(model, model.prepare(images[: 1 if model.normalized else 2]), path)
     if calibration:
         quantize(path, model, calibration)
     content = onnx.load(path)
     if fp16 and calibration:
         console.line("=> --dtype fp16 changes nothing beside --quantize int8: all weights have 8 bits")
     elif fp16:
-        content = float16.convert_float_to_float16(content, keep_io_types=True)
+        converter = onnx_model.OnnxModel(content)
+        converter.convert_float_to_float16(use_symbolic_shape_infer=False)
+        converter.topological_sort()
+        content = converter.model
     facts = {"classes": source.classes, "exif_rotate": False, **source.preprocessing.to_dict()}
     for key, value in facts.items():
         content.metadata_props.add(key=key, value=json.dumps(int(value) if isinstance(value, bool) else value))
@@ -270,7 +269,7 @@ def aipp_config(preprocessing: Preprocessing) -> str:
     return "\n    ".join(["aipp_op {", *lines]) + "\n}\n"
 
 
-def trace(model: Any, example: torch.Tensor, path: str, opset: int = 0) -> None:
+def trace(model: Any, example: torch.Tensor, path: str) -> None:
     """Trace the model into an ONNX file, whose first dimension is free if the example has several images."""
     # Since torch 2.9 another exporter is the default, which needs the package onnxscript and does not trace.
     options: dict[str, Any] = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
@@ -284,7 +283,7 @@ def trace(model: Any, example: torch.Tensor, path: str, opset: int = 0) -> None:
             path,
             input_names=model.names[:1],
             output_names=model.names[1:],
-            opset_version=opset or OPSET,
+            opset_version=model.opset or OPSET,
             **options,
         )
 
@@ -332,10 +331,7 @@ def largest_difference(session: Any, model: Any, images: torch.Tensor) -> float:
 def export_weights(
     source: Model, model: FromBytes, path: str, name: str, fp16: bool, reference_names: bool
 ) -> tuple[Predict, str]:
-    """Write the weights to a safetensors or pth.tar file. Returns what they predict, and a description of the file.
-
-    name: that the file will have.
-    """
+    """Write the weights to a file that will have a `name`. Returns what they predict, and a description of the file."""
     network = source.network
     weights = (network.half() if fp16 else network).state_dict()
     info: dict[str, Any] = {"arch": network.arch, "classes": source.classes, "val_split": source.val_split}
