@@ -6,7 +6,7 @@
 
 The folder structure is kept. Every image becomes a JPEG of quality 95 (x.png becomes x.png.jpg), except JPEGs that are
 small already: they are copied. Each file is first written under another name: after an interruption, the same command
-continues. Unreadable images are named and left out; the exit code is then 1.
+continues. The EXIF orientation is kept. Unreadable images are named and left out; the exit code is then 1.
 
 Training on the copy is not training on the originals: a small crop is enlarged from fewer pixels.
 """
@@ -24,10 +24,20 @@ from typing import Iterable, Tuple, Union
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from engine.console import run_script
-from engine.data.decoding import open_image, read_file, reason_of, to_rgb
+from engine.data.decoding import (
+    EXIF_ORIENTATION,
+    TRANSPOSITIONS,
+    open_image,
+    orientation_of,
+    read_file,
+    reason_of,
+    to_rgb,
+)
 from engine.data.folder_index import EXTENSIONS
 from engine.errors import UsageError, printable
 from engine.options import OneLineParser, number
+
+from PIL import Image
 
 CHUNK = 32  # images per task
 LANCZOS = 1
@@ -51,7 +61,11 @@ def shrink(source: str, target: str, short_side: int) -> bool:
             smaller = to_rgb(image)
             if scale < 1.0:
                 smaller = smaller.resize((width, height), LANCZOS)
-            smaller.save(temporary, format="JPEG", quality=95)
+            options, orientation = {}, orientation_of(image)  # Pillow has turned a TIFF already, and dropped its tag
+            if orientation in TRANSPOSITIONS:
+                options["exif"] = Image.Exif()
+                options["exif"][EXIF_ORIENTATION] = orientation
+            smaller.save(temporary, format="JPEG", quality=95, **options)
         os.replace(temporary, target)
     except BaseException:
         if os.path.exists(temporary):

@@ -76,11 +76,16 @@ def to_rgb(image: Any) -> Image.Image:
     return image
 
 
+def orientation_of(image: Any) -> Any:
+    """Return the camera's orientation in the EXIF data of an image, or None."""
+    with contextlib.suppress(Exception):  # a tag that cannot be read is no reason to refuse an image
+        return image.getexif().get(EXIF_ORIENTATION)
+    return None
+
+
 def turn_of(image: Any) -> Any:
     """Return the transposition that turns an image upright, as its EXIF data says, or None."""
-    with contextlib.suppress(Exception):  # a tag that cannot be read is no reason to refuse an image
-        return TRANSPOSITIONS.get(image.getexif().get(EXIF_ORIENTATION))
-    return None
+    return TRANSPOSITIONS.get(orientation_of(image))
 
 
 def read_rgb(source: Source, exif_rotate: bool = False) -> Image.Image:
@@ -88,8 +93,9 @@ def read_rgb(source: Source, exif_rotate: bool = False) -> Image.Image:
     if not isinstance(source, bytes):
         return Image.fromarray(source)
     image = open_image(source)
-    turn = turn_of(image) if exif_rotate else None
-    return to_rgb(image) if turn is None else to_rgb(image).transpose(turn)
+    rgb = to_rgb(image)
+    turn = turn_of(image) if exif_rotate else None  # after decoding: Pillow itself turns a TIFF, and drops its tag
+    return rgb if turn is None else rgb.transpose(turn)
 
 
 def reason_of(error: Exception) -> str:

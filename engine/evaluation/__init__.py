@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Evaluation: the views of an image, and the files it writes. Import from here, not from the modules inside."""
+"""Evaluation: views of an image, the files it writes, two models compared. Import from here, not from inside."""
 
+from engine.evaluation.comparison import classify, open_images, read_images
 from engine.evaluation.files import write_evaluation
 from engine.evaluation.views import VIEWS, ViewAverage
 
-__all__ = ["VIEWS", "ViewAverage", "write_evaluation"]
+__all__ = ["VIEWS", "ViewAverage", "classify", "open_images", "read_images", "write_evaluation"]

@@ -6,23 +6,30 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
+import shutil
 import sys
 from typing import Any
 
+from engine.checkpoints import load_model
 from engine.checkpoints.contents import load_checkpoint, save_safetensors
 from engine.checkpoints.file import load
 from engine.data import Preprocessing, open_datasets
-from engine.errors import CheckpointError, UsageError
+from engine.errors import CheckpointError, DataError, UsageError, UserError
+from engine.evaluation import read_images
 
 import export
 import vgg
+from helpers.images import make_folder
 from helpers.program import Result, assert_same_weights, run_main, run_script
-from helpers.trained import CLASSES, FLAGS, PRETRAINED, expected_predictions, train_classifier
+from helpers.small import small_vgg
+from helpers.trained import CLASSES, FLAGS, PRETRAINED, TorchvisionVGG, expected_predictions, train_classifier
 
 import numpy as np
 import pytest
 import torch
 
+COLORS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of ImageNet
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxruntime")),
     reason="onnx or onnxruntime is not installed",
@@ -74,7 +81,7 @@ def test_the_file_says_how_to_prepare_images(exported: Any) -> None:
     (images,) = session.get_inputs()
     assert (images.name, images.type, images.shape) == ("images", "tensor(uint8)", ["N", 32, 32, 3])
     metadata = session.get_modelmeta().custom_metadata_map
-    assert (metadata["image_size"], metadata["crop"]) == ("32", "1")
+    assert [metadata[name] for name in ("image_size", "crop", "exif_rotate")] == ["32", "1", "0"]
 
 
 @needs_onnx
@@ -112,9 +119,9 @@ def test_an_output_of_another_kind_is_refused(tmp_path: Any) -> None:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: Any) -> str:
-    """Weights of a whole VGG, for export.py in this process."""
+    """A small checkpoint, for export.py in this process."""
     path = str(tmp_path_factory.mktemp("weights") / "vgg11.pth")
-    state = {"state_dict": vgg.VGG("vgg11", 3).state_dict(), "preprocessing": {"image_size": 32}}
+    state = {"state_dict": small_vgg("vgg11", 3).state_dict(), "preprocessing": {"image_size": 32}}
     torch.save(state, path)
     return path
 
@@ -143,8 +150,8 @@ def test_a_corrupt_checkpoint_is_named(tmp_path: Any) -> None:
 
 def narrow_model(arch: str, classes: int = 5) -> export.FromBytes:
     torch.manual_seed(0)
-    network = vgg.VGG(arch, classes, (8, 8, 16, 16, 16), 32).requires_grad_(False)
-    return export.FromBytes(network, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)).eval()
+    network = small_vgg(arch, classes).requires_grad_(False)
+    return export.FromBytes(network, *COLORS).eval()
 
 
 def difference_of_export(model: export.FromBytes, size: int, folder: Any) -> float:
@@ -196,6 +203,241 @@ def test_small_logits_do_not_hide_a_difference(tmp_path: Any, monkeypatch: Any) 
     monkeypatch.setattr(export, "trace", wrong)
     with pytest.raises(export.ExportMismatchError, match="is not written"):
         export.main(save_narrow(tmp_path, 1e-3))
+
+
+# --- smaller files, compared with the checkpoint ----------------------------------------------------------------------
+
+NAMES = ["class 0", "class 1", "class 2"]
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: Any, folder: str) -> str:
+    """A checkpoint whose last layer tells the folder's classes apart, by least squares on its training images."""
+    torch.manual_seed(0)
+    network = small_vgg("vgg11_bn", len(NAMES)).eval()
+    network.load_state_dict(TorchvisionVGG(len(NAMES)).state_dict())
+    train, _ = open_datasets(folder, evaluate=False, skip_unreadable=False)
+    (images, labels), *_ = read_images(train, Preprocessing(64), np.arange(len(train)), len(train))
+    with torch.no_grad():
+        inputs = export.FromBytes(network, *COLORS).eval()._normalize(images)
+        fc7 = network.classifier[:-1](
+            network.features(inputs).mean((2, 3), keepdim=True).expand(-1, -1, 7, 7).flatten(1)
+        )
+        wanted = torch.nn.functional.one_hot(labels, len(NAMES)).float() - 1 / 3
+        last = np.linalg.lstsq(fc7.numpy(), wanted.numpy(), rcond=1e-3)[0]
+        network.classifier[6].weight.copy_(torch.from_numpy(last.T))
+        network.classifier[6].bias.zero_()
+    path = str(tmp_path_factory.mktemp("learned") / "model.pth")
+    info = {"classes": NAMES, "preprocessing": {"image_size": 64, "exif_rotate": True}}
+    torch.save({"state_dict": network.state_dict(), **info}, path)
+    return path
+
+
+COMPARED = re.compile(
+    r"=> ([\d.]+) MB, top-1 accuracy ([\d.]+)% \(checkpoint ([\d.]+)%\), ([\d.]+)% of 15 predictions equal, "
+    r"[\d.]+ images/s \(torch [\d.]+\)"
+)
+FORMS = [
+    [],
+    ["--dtype", "fp16"],
+    ["--quantize", "int8"],
+    ["--svd-rank", "8", "0.99"],
+    ["--svd-rank", "0.9", "4", "--dtype", "fp16"],
+    ["--svd-rank", "10", "10", "--quantize", "int8"],
+    ["--svd-rank", "0.95", "0.95", "--quantize", "int8", "--dtype", "fp16"],
+]
+
+
+@needs_onnx
+@pytest.mark.parametrize("layout", ["nhwc", "nchw"])
+@pytest.mark.parametrize("form", FORMS, ids=" ".join)
+def test_each_form_is_compared_with_the_checkpoint(
+    learned: str, folder: str, tmp_path: Any, capsys: Any, form: list[str], layout: str
+) -> None:
+    """The figures are those that onnxruntime and torch give for the validation images."""
+    path = tmp_path / "x.onnx"
+    flags = ["--checkpoint", learned, "--output", str(path), "--calibrate", folder, "--max-drop", "100"]
+    assert export.main([*flags, "--layout", layout, *form]) == 0
+    size, accuracy, original, equal = map(float, COMPARED.fullmatch(capsys.readouterr().out.splitlines()[-1]).groups())
+    _, val = open_datasets(folder, evaluate=True, skip_unreadable=False)
+    ((images, labels),) = read_images(val, Preprocessing(64, exif_rotate=True), np.arange(15), 15)
+    model = export.FromBytes(load_model(learned).network, *COLORS, layout == "nchw").eval()
+    with torch.no_grad():
+        expected = model.predict(images)
+    (outputs, *_) = export.run(session_of(str(path)), model, images)
+    assert size == pytest.approx(path.stat().st_size / 1e6, abs=0.06)
+    assert original == pytest.approx(100 * (expected.argmax(1) == labels).float().mean().item(), abs=0.01)
+    assert accuracy == pytest.approx(100 * (outputs.argmax(1) == labels).float().mean().item(), abs=0.01)
+    assert equal == pytest.approx(100 * (outputs.argmax(1) == expected.argmax(1)).float().mean().item(), abs=0.01)
+    assert original > 60  # the classes are learned, so that the figures mean something
+    if "--svd-rank" not in form:
+        assert (outputs - expected).norm() / expected.norm() < (0.2 if form == ["--quantize", "int8"] else 0.01)
+
+
+@needs_onnx
+def test_files_are_as_small_as_they_should_be(tmp_path: Any, folder: str) -> None:
+    """For a network in which the weights of fc6 and fc7 are most of the file, as in a VGG."""
+    path = str(tmp_path / "wide.pth")
+    torch.save({"state_dict": vgg.VGG("vgg11", 3, (8, 8, 16, 16, 16), 512).state_dict()}, path)
+    flags = ["--checkpoint", path, "--output", str(tmp_path / "x.onnx"), "--calibrate", folder, "--max-drop", "100"]
+    sizes = []
+    for form in ([], ["--dtype", "fp16"], ["--quantize", "int8"], ["--svd-rank", "51", "25"]):
+        assert export.main([*flags, *form]) == 0
+        sizes.append(os.path.getsize(str(tmp_path / "x.onnx")))
+    ratios = [size / sizes[0] for size in sizes]
+    assert ratios[1] == pytest.approx(0.5, abs=0.03) and ratios[2] == pytest.approx(0.25, abs=0.05) and ratios[3] < 0.2
+
+
+@needs_onnx
+@pytest.mark.parametrize("form", [["--svd-rank", "1", "1"], ["--svd-rank", "1", "1", "--quantize", "int8"]])
+def test_too_great_a_loss_leaves_no_file(learned: str, folder: str, tmp_path: Any, form: list[str]) -> None:
+    flags = ["--checkpoint", learned, "--output", str(tmp_path / "x.onnx"), "--calibrate", folder, *form]
+    with pytest.raises(export.ExportMismatchError, match="a loss above --max-drop 1,") as raised:
+        export.main([*flags, "--layout", "nchw"])
+    assert raised.value.exit_code == 1 and os.listdir(str(tmp_path)) == []
+
+
+def refusal(flags: list[str], capsys: Any) -> str:
+    """The one line with which export.py refuses flags, with exit code 2."""
+    try:
+        export.main(flags)
+    except UserError as error:
+        assert error.exit_code == 2
+        return str(error)
+    except SystemExit as end:
+        assert end.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+    raise AssertionError("accepted")
+
+
+@needs_onnx
+def test_a_form_that_is_not_compared_says_so(learned: str, tmp_path: Any, capsys: Any) -> None:
+    assert export.main(["--checkpoint", learned, "--output", str(tmp_path / "x.onnx"), "--dtype", "fp16"]) == 0
+    assert "--calibrate DATA" in capsys.readouterr().out
+
+
+@needs_onnx
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--quantize", "int8"], "requires --calibrate"),
+        (["--quantize", "int4"], "invalid choice"),
+        (["--dtype", "bf16"], "invalid choice"),
+        (["--svd-rank", "33", "4"], "fc6 has 32 singular values, got 33"),
+        (["--svd-rank", "4", "0"], "must be at least 1"),
+        (["--svd-rank", "1.0", "4"], "must be above 0 and below 1"),
+        (["--svd-rank", "four", "4"], "expected an integer"),
+        (["--svd-rank", "4"], "expected 2 arguments"),
+        (["--max-drop", "-1"], "must be at least 0"),
+        (["--reference-names"], "--reference-names requires an --output that ends in .pth.tar"),
+        (["--calibrate", "nowhere"], "nowhere"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_flags_that_make_no_sense_are_one_line(
+    learned: str, tmp_path: Any, capsys: Any, flags: list[str], message: str
+) -> None:
+    assert message in refusal(["--checkpoint", learned, "--output", str(tmp_path / "x.onnx"), *flags], capsys)
+    assert os.listdir(str(tmp_path)) == []
+
+
+@pytest.mark.parametrize("flag", [["--quantize", "int8"], ["--svd-rank", "4", "4"], ["--layout", "nchw"]], ids=" ".join)
+def test_what_only_onnx_can_hold_is_refused_for_weights(tmp_path: Any, capsys: Any, flag: list[str]) -> None:
+    error = refusal(["--checkpoint", "x.pth", "--output", "x.pth.tar", "--calibrate", str(tmp_path), *flag], capsys)
+    assert f"{flag[0]} " in error and "requires an --output that ends in .onnx" in error
+
+
+@needs_onnx
+@pytest.mark.parametrize("part, error", [("train", DataError), ("classes", UsageError), ("count", UsageError)])
+def test_data_that_does_not_fit_is_refused(learned: str, tmp_path: Any, part: str, error: Any) -> None:
+    data = tmp_path / "data"
+    make_folder(data, classes=2 if part == "count" else 3, train=1, val=1)
+    if part == "train":
+        shutil.rmtree(str(data / "train"))
+    if part == "classes":
+        for split in ("train", "val"):
+            (data / split / "class 1").rename(data / split / "class 9")
+    renamed = tmp_path / "names.txt"
+    renamed.write_text("a\nb\nc\n")
+    flags = ["--checkpoint", learned, "--output", str(tmp_path / "x.onnx"), "--calibrate", str(data)]
+    flags += ["--classes", str(renamed)] if part == "count" else []
+    with pytest.raises(error):
+        export.main([*flags, "--quantize", "int8"])
+    assert sorted(os.listdir(str(tmp_path))) == ["data", "names.txt"]
+
+
+@needs_onnx
+def test_a_head_of_one_layer_has_nothing_to_factorize_and_no_reference_names(tmp_path: Any) -> None:
+    path = str(tmp_path / "linear.pth")
+    torch.save({"state_dict": small_vgg("vgg11", 3, "linear").state_dict()}, path)
+    with pytest.raises(UsageError, match="--head linear"):
+        export.main(["--checkpoint", path, "--output", str(tmp_path / "x.onnx"), "--svd-rank", "4", "4"])
+    with pytest.raises(UsageError, match="--head linear"):
+        export.main(["--checkpoint", path, "--output", str(tmp_path / "x.pth.tar"), "--reference-names"])
+    assert os.listdir(str(tmp_path)) == ["linear.pth"]
+
+
+# --- ModelZoo's forms -------------------------------------------------------------------------------------------------
+
+
+@needs_onnx
+def test_nchw_is_what_modelzoo_exports_and_aipp_normalizes_as_we_do(learned: str, tmp_path: Any) -> None:
+    import onnx
+
+    path = str(tmp_path / "x.onnx")
+    assert export.main(["--checkpoint", learned, "--output", path, "--layout", "nchw"]) == 0
+    session, content = session_of(path), onnx.load(path)
+    (images,), (logits,) = session.get_inputs(), session.get_outputs()
+    assert (images.name, images.type, images.shape) == ("actual_input_1", "tensor(float)", [1, 3, 64, 64])
+    assert (logits.name, logits.shape, content.opset_import[0].version) == ("output1", [1, 3], 11)
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert (json.loads(metadata["mean"]), json.loads(metadata["std"])) == tuple(map(list, COLORS))
+    assert metadata["exif_rotate"] == "1"
+    config = (tmp_path / "x.aipp.cfg").read_text()
+    values = dict(re.findall(r"(\w+): ([\w.]+)\n", config))
+    assert (values["aipp_mode"], values["input_format"]) == ("static", "RGB888_U8")
+    assert values["src_image_size_w"] == values["src_image_size_h"] == "64" and config.count("aipp_op {") == 1
+    pixels = torch.randint(0, 256, (1, 64, 64, 3)).byte()
+    mean, scale = (
+        torch.tensor([float(values[f"{name}_{i}"]) for i in range(3)]) for name in ("min_chn", "var_reci_chn")
+    )
+    aipp = ((pixels.float() - mean) * scale).permute(0, 3, 1, 2)
+    network = load_model(learned).network
+    with torch.no_grad():
+        expected = network(export.FromBytes(network, *COLORS, True).prepare(pixels))
+    assert np.allclose(session.run(["output1"], {"actual_input_1": aipp.numpy()})[0], expected.numpy(), atol=1e-4)
+
+
+class ModelZooVGG(torch.nn.Module):
+    """small.py's vgg11_bn with the names of ModelZoo's VGG16, which has no pooling to 7×7."""
+
+    def __init__(self, network: vgg.VGG) -> None:
+        super().__init__()
+        self.features = network.features
+        self.fc1, self.fc2, self.fc3 = (network.classifier[position] for position in (0, 3, 6))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        hidden = self.fc2(self.fc1(self.features(images).flatten(1)).relu())
+        return self.fc3(hidden.relu())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_modelzoo_reads_a_file_with_reference_names(learned: str, tmp_path: Any, dtype: str) -> None:
+    """As its demo.py and pthtar2onnx.py do: torch.load, `module.` removed, a strict load_state_dict."""
+    path = str(tmp_path / "checkpoint.pth.tar")
+    assert export.main(["--checkpoint", learned, "--output", path, "--reference-names", "--dtype", dtype]) == 0
+    state = torch.load(path, map_location="cpu")["state_dict"]
+    assert all(name.startswith(("module.features.", "module.fc")) for name in state)
+    theirs, ours = ModelZooVGG(small_vgg("vgg11_bn", 3)).eval(), load_model(learned).network
+    theirs.load_state_dict({name[len("module.") :]: tensor for name, tensor in state.items()})
+    images = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.allclose(theirs(images), ours(images), atol=1e-5 if dtype == "fp32" else 0.1)
+    again = load_model(path)
+    assert again.classes == NAMES and again.preprocessing == load_model(learned).preprocessing
+    if dtype == "fp32":
+        assert_same_weights(again.network.state_dict(), ours.state_dict())
 
 
 # --- safetensors ------------------------------------------------------------------------------------------------------

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The tools that prepare a dataset: a smaller copy, and ImageNet's validation images in folders by class."""
 
+import io
 import os
 import sys
+
+from engine.data.decoding import read_rgb
 
 from helpers.images import photo
 from helpers.program import REPOSITORY, run
@@ -66,6 +69,26 @@ def test_a_smaller_image_is_the_same_image(tmp_path):
     assert result.code == 0, result.err
     ours = np.asarray(Image.open(str(tmp_path / "small" / "x.jpg")), int)
     assert abs(ours - np.asarray(image.resize((80, 60), Image.LANCZOS), int)).mean() < 3  # of 255
+
+
+def test_a_smaller_image_keeps_its_orientation(tmp_path):
+    """Turned by its EXIF data the copy is the original, turned; without that, both lie on the same side."""
+    (tmp_path / "all").mkdir()
+    names = [f"{orientation}.{kind}" for orientation in range(9) for kind in ("jpg", "png", "webp", "tif")]
+    for name in names:
+        exif = Image.Exif()
+        if name[0] != "0":
+            exif[0x0112] = int(name[0])
+        Image.fromarray(photo(120, 90, 3)).save(str(tmp_path / "all" / name), exif=exif)
+    assert shrink(tmp_path / "all", tmp_path / "small", "--short-side", 60).code == 0
+    for name in names:
+        original = (tmp_path / "all" / name).read_bytes()
+        copy = (tmp_path / "small" / (name if name.endswith("jpg") else f"{name}.jpg")).read_bytes()
+        for rotate in (False, True):
+            wanted, got = (read_rgb(content, rotate) for content in (original, copy))
+            wanted = np.asarray(wanted.resize(got.size, Image.LANCZOS), int)
+            assert abs(np.asarray(got, int) - wanted).mean() < 4, (name, rotate)
+        assert b"Exif" in copy or name[0] in "01" or name.endswith("tif")
 
 
 def test_shrink_refuses_what_makes_no_sense(tmp_path):

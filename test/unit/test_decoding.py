@@ -175,6 +175,19 @@ def test_with_exif_rotate_images_are_upright_in_every_way(orientation, kind):
             assert np.array_equal(pixels, expected)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_with_exif_rotate_a_tiff_is_turned_once_whether_pillow_turns_it_or_not(orientation):
+    from PIL import ImageOps
+
+    exif, content = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.fromarray(photo(90, 60, 2)).save(content, "TIFF", exif=exif)
+    turned = ImageOps.exif_transpose(Image.open(io.BytesIO(content.getvalue())))
+    pixels = Preprocessing(48, exif_rotate=True)(content.getvalue())
+    assert np.array_equal(pixels, Preprocessing(48)(np.asarray(turned.convert("RGB"))))
+    assert Augmentation(48, exif_rotate=True)(content.getvalue(), generator(0)).shape == (48, 48, 3)
+
+
 def test_exif_rotate_is_in_a_checkpoint_only_if_it_is_on():
     for rotate in (False, True):
         values = Preprocessing(64, exif_rotate=rotate).to_dict()
