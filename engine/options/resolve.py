@@ -166,22 +166,22 @@ def with_checkpoint(
             raise UsageError(f"{source.path}: holds {vgg.describe_weights(source.weights)}")
         left_open = [name for name in left_open if name not in ("arch", "head")]
     if start is not None:
-        args.small_defaults = start.small_defaults and not args.evaluate
+        args.small_defaults = start.info.small_defaults and not args.evaluate
     else:
         args.small_defaults = pretrained is None and _takes_small_defaults(args, left_open, images)
     if args.small_defaults:
         complete_defaults(args, SMALL, left_open)
     if "batch_size" in left_open:
         if start is not None and not args.evaluate:
-            args.batch_size = start.batch.get("batch_size", args.batch_size)
+            args.batch_size = start.info.batch.get("batch_size", args.batch_size)
         elif args.data or args.dummy:
             args.batch_size = default_batch_size(args, images, size, memory)
         _check_batch_size(args)
     args.arch, args.head = args.arch or "vgg16", args.head or "paper"
     batch = {"batch_size": args.batch_size, "accum_steps": args.accum_steps}
     images_per_step = args.batch_size * args.nodes * args.accum_steps
-    if start is not None and batch.items() <= start.batch.items():
-        images_per_step = start.batch["images_per_step"]
+    if start is not None and batch.items() <= start.info.batch.items():
+        images_per_step = start.info.batch["images_per_step"]
     if args.small_defaults and "lr" in left_open:
         args.lr *= min(images_per_step, 512) / SMALL["batch_size"]
     if args.small_defaults and start is None:
@@ -256,7 +256,7 @@ def resolve_preprocessing(
     preprocessing = Preprocessing() if dataset is None else dataset.preprocessing
     if args.exif_rotate and not preprocessing.crop:
         raise UsageError("--exif-rotate is for folders of images: leave it out")
-    saved = {} if start is None else start.preprocessing
+    saved = {} if start is None else start.info.preprocessing
     size = args.image_size or saved.get("image_size") or preprocessing.image_size
     values = {**preprocessing.to_dict(), "image_size": size, "exif_rotate": args.exif_rotate}
     if args.evaluate:
@@ -336,4 +336,5 @@ def describe_run(
         val_split=None if val_set is None else val_set.val_split,
         identity=identity,
         batch=batch,
+        decoder=Augmentation.decoder,
     )

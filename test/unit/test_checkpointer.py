@@ -211,7 +211,7 @@ def test_pretrained_weights_of_other_classes_keep_a_new_last_layer(tmp_path: Any
 @pytest.mark.parametrize("classes", [["a"], ["a", "c"], ["a", "b", "c"], ["b", "a"]])
 def test_other_classes_name_the_flag_that_starts_from_the_weights(evaluate: bool, classes: list[str]) -> None:
     found = Checkpointer(".", comm(), evaluate=evaluate)
-    found.continued = Checkpoint("x", {}, classes=["a", "b"])
+    found.continued = Checkpoint("x", {}, info=RunInfo(classes=["a", "b"]))
     with pytest.raises(UsageError, match="the classes differ") as caught:
         found.check(RunInfo("vgg11", classes, {}, 1, 1))
     assert ("--pretrained" in str(caught.value)) != evaluate

@@ -7,7 +7,7 @@ import math
 from argparse import Namespace
 from typing import Any
 
-from engine.checkpoints import Checkpoint
+from engine.checkpoints import Checkpoint, RunInfo
 from engine.errors import UsageError
 from engine.options.flags import parse_args
 from engine.options.resolve import default_batch_size, shared_flags, with_checkpoint
@@ -75,7 +75,7 @@ def test_bf16_and_an_evaluation_need_less_memory(tmp_path: Any) -> None:
 @pytest.mark.parametrize("saved", [4, 16, 512])
 def test_a_run_that_continues_keeps_the_batch_size_of_its_checkpoint(tmp_path: Any, saved: int) -> None:
     batch = {"batch_size": saved, "accum_steps": 1, "images_per_step": saved}
-    checkpoint = Checkpoint("x", vgg.VGG("vgg11", 3, [8] * 5, 8).state_dict(), batch=batch)
+    checkpoint = Checkpoint("x", vgg.VGG("vgg11", 3, [8] * 5, 8).state_dict(), info=RunInfo(batch=batch))
     for words in ([], [tmp_path], ["--dummy", 300]):
         assert with_checkpoint(flags(*words), checkpoint, 300, 224, 2 * GB)[0].batch_size == saved
         assert with_checkpoint(flags(*words, "-b", 3), checkpoint, 300, 224, 2 * GB)[0].batch_size == 3
