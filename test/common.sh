@@ -164,7 +164,7 @@ make_output() {
     mkdir -p "$output" 2>/dev/null || fail "--output=$output: cannot write there"
     if [ -n "$moved" ]; then
         local earlier=("$output".[0-9]*)
-        echo "=> the earlier output is in $moved; ${#earlier[@]} earlier ones take $(du -shc "${earlier[@]}" |
+        echo "=> the earlier output is in $moved; all earlier ones (${#earlier[@]}) take $(du -shc "${earlier[@]}" |
             tail -n 1 | cut -f 1): delete what you do not need"
     fi
 }

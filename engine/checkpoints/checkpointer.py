@@ -13,7 +13,7 @@ from engine.checkpoints.file import CheckpointWriter, lock_folder
 from engine.checkpoints.model import imagenet_weights
 from engine.data import check_same_classes
 from engine.device import MixedPrecisionOptimizer, ModelEma
-from engine.errors import CheckpointError, SaveError, UsageError
+from engine.errors import CheckpointError, SaveError, UsageError, counted
 from engine.parallel import Communicator
 from engine.records import AccuracyCounter, Totals
 
@@ -146,7 +146,8 @@ class Checkpointer:
         for name in (f"{vgg.last_layer(own)}.weight", f"{vgg.last_layer(own)}.bias"):
             given = weights.get(name)
             if given is not None and given.shape[1:] == own[name].shape[1:] and len(given) != len(own[name]):
-                console.line(f"=> {name}: {len(given)} classes in {start.path}, {len(own[name])} here: re-initialized")
+                found = f"{counted(len(given), 'class')} in {start.path}"
+                console.line(f"=> {name}: {found}, {len(own[name])} here: re-initialized")
                 weights[name] = own[name]
         load_weights(network, weights, start.path)
         console.line(f"=> loaded the {'weights' if start.ema_weights is None else 'EMA weights'} of '{start.path}'")
@@ -259,15 +260,15 @@ def _changes(start: Checkpoint, info: RunInfo, state: TrainState, ema: ModelEma 
             trained_on = "the model may have been trained on some of the current validation images"
             yield f"resumed with different training images: {trained_on}"
     if saved.world_size not in (None, info.world_size):
-        where = f"resumed on {info.world_size} processes, saved on {saved.world_size}"
+        where = f"resumed on {counted(info.world_size, 'process')}, saved on {saved.world_size}"
         yield f"{where}: the same images in the same order, but dropout and rounding differ"
     if not state.step_in_epoch:
         return
     if saved.images_per_step != info.images_per_step:
-        how = f"resumed with {info.images_per_step} images per step, saved with {saved.images_per_step}"
+        how = f"resumed with {counted(info.images_per_step, 'image')} per step, saved with {saved.images_per_step}"
         left_out = (count - state.images_in_epoch) % info.images_per_step
         end = f", without its last {left_out:,}" if left_out else ""
-        yield f"{how}: this epoch continues after its first {state.images_in_epoch:,} images{end}"
+        yield f"{how}: this epoch continues after its first {counted(state.images_in_epoch, 'image')}{end}"
     if saved.decoder not in (None, info.decoder):
         how = f"resumed with {info.decoder}, saved with {saved.decoder}"
         yield f"{how}: the rest of this epoch's JPEGs may differ by a gray level"

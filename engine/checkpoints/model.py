@@ -9,7 +9,7 @@ from typing import NamedTuple
 from engine.checkpoints.contents import load_checkpoint, load_weights
 from engine.checkpoints.file import sha256
 from engine.data import Preprocessing
-from engine.errors import UsageError, first_line
+from engine.errors import UsageError, counted, first_line
 
 import vgg
 
@@ -54,7 +54,8 @@ def load_model(path: str, classes_file: str | None = None) -> Model:
     count = len(weights[f"{vgg.last_layer(weights)}.weight"])
     classes = read_classes(classes_file) if classes_file else [str(name) for name in info.classes or range(count)]
     if len(classes) != count:
-        raise UsageError(f"{classes_file or path} has {len(classes)} class names, the network has {count} classes")
+        names = counted(len(classes), "class name")
+        raise UsageError(f"{classes_file or path} has {names}, the network has {counted(count, 'class')}")
     return Model(network.eval(), classes, Preprocessing.from_dict(info.preprocessing), info.val_split)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Iterator, Sequence, Tuple
 from engine.data.datasets import FileList, ImageDataset, image_error
 from engine.data.transforms import Augmentation, Preprocessing, whole_image
 from engine.data.workers import NO_DESCRIPTOR, WholeImages, in_worker, share, worker_error
-from engine.errors import ImageError, UsageError, UserError
+from engine.errors import ImageError, UsageError, UserError, counted
 
 import numpy as np
 import torch
@@ -55,8 +55,8 @@ class ResumableBatchSampler:
         self.steps_per_epoch = self.steps_left(0)
         if self.steps_per_epoch == 0:
             raise UsageError(
-                f"{self.count} images are fewer than the {self.step_images} of one step: use a smaller --batch-size "
-                "or --val-split"
+                f"a step takes {counted(self.step_images, 'image')}, and there are only {self.count}: use a smaller "
+                "--batch-size or --val-split"
             )
 
     def steps_left(self, images_done: int) -> int:

@@ -17,7 +17,7 @@ from pathlib import PurePath
 from typing import Any, Iterator, Sequence
 
 from engine import console
-from engine.errors import DeviceUnavailableError, first_line
+from engine.errors import DeviceUnavailableError, counted, first_line
 from engine.versions import TORCH
 
 import torch
@@ -76,17 +76,18 @@ def resolve_device_list(
     devices = given or list(range(count or 1))
     if one_device and gpu is not None:
         if given and gpu >= len(given):
-            raise DeviceUnavailableError(f"--gpu {gpu} is an index into --device-list, which has {len(given)} entries")
+            named = counted(len(given), "device")
+            raise DeviceUnavailableError(f"--gpu {gpu} is an index into --device-list, which names {named}")
         devices = [given[gpu] if given else gpu]
     elif one_device and len(devices) > 1:
         console.line(
-            f"=> {len(devices)} devices, and this is a one-device run: using number {devices[0]}; "
+            f"=> {counted(len(devices), 'device')}, and this is a one-device run: using number {devices[0]}; "
             "--multiprocessing-distributed uses all of them, --gpu N another one"
         )
         devices = devices[:1]
     if count is not None and max(devices) >= count:
         raise DeviceUnavailableError(
-            f"{device} {max(devices)} does not exist, there are {count} (0 to {count - 1}): see --gpu and --device-list"
+            f"{device} {max(devices)} does not exist, the highest number is {count - 1}: see --gpu and --device-list"
         )
     return devices
 

@@ -25,7 +25,7 @@ from engine.device import (
     resolve_device_list,
     resolve_precision,
 )
-from engine.errors import UsageError
+from engine.errors import UsageError, counted
 from engine.options.flags import AUGMENTATION, SMALL, complete_defaults, parse_args
 from engine.options.parser import check_file, check_folder
 from engine.parallel import Topology, resolve_topology, under_torchrun
@@ -107,9 +107,8 @@ def _resolve_device(args: argparse.Namespace) -> None:
 def _check_processes(args: argparse.Namespace) -> None:
     if args.device != "cpu" and args.processes > len(args.device_list):
         devices = len(args.device_list)
-        raise UsageError(
-            f"torchrun starts {args.processes} processes on {devices} devices: use --nproc-per-node {devices}"
-        )
+        started = f"{counted(args.processes, 'process')} on {counted(devices, 'device')}"
+        raise UsageError(f"torchrun starts {started}: use --nproc-per-node {devices}")
     if "batch_size" not in getattr(args, "left_open", ()):  # else with_checkpoint does it
         _check_batch_size(args)
 
@@ -119,7 +118,7 @@ def _check_batch_size(args: argparse.Namespace) -> None:
         below = args.batch_size // args.processes * args.processes
         nearest = f"{below} or {below + args.processes}" if below else str(args.processes)
         raise UsageError(
-            f"--batch-size {args.batch_size} is not divisible by {args.processes} processes: use {nearest}"
+            f"--batch-size {args.batch_size} is not divisible by {counted(args.processes, 'process')}: use {nearest}"
         )
 
 
@@ -198,18 +197,19 @@ def _resize(args: argparse.Namespace, wanted: int) -> None:
     images = own * args.accum_steps
     if images == wanted:
         return
-    nodes = f"{args.nodes} {'node' if args.nodes == 1 else 'nodes'}"
+    nodes = counted(args.nodes, "node")
     if wanted % own == 0:
         args.accum_steps = wanted // own
         console.line(
-            f"=> resized to {nodes}: {args.accum_steps} batches per step, so a step still has {wanted:,} images"
+            f"=> resized to {nodes}: {counted(args.accum_steps, 'batch')} per step, so a step still has "
+            f"{counted(wanted, 'image')}"
         )
         return
     factor = images / wanted
     args.lr, args.min_lr = args.lr * factor, args.min_lr * factor
     console.line(
-        f"=> resized to {nodes}: {images:,} images per step in place of {wanted:,}, so learning rates are multiplied "
-        f"by {factor:.4g}"
+        f"=> resized to {nodes}: {counted(images, 'image')} per step in place of {wanted:,}, so learning rates are "
+        f"multiplied by {factor:.4g}"
     )
 
 
@@ -230,7 +230,7 @@ def default_batch_size(args: argparse.Namespace, images: int, size: int, memory:
     """
     per_image = 40e6 if args.evaluate else 200e6 if args.precision == "fp32" else 100e6
     limits = {
-        f"{args.processes} processes": args.batch_size,
+        counted(args.processes, "process"): args.batch_size,
         f"{memory / 1e9:.1f} GB of memory": 0.5 * memory / (per_image * (size / 224) ** 2),
     }
     if images:

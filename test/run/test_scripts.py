@@ -170,7 +170,7 @@ def test_earlier_output_is_moved_aside_and_its_checkpoint_is_found(clone, tmp_pa
     for _ in range(2):
         assert bash(clone, "train_full_1p", "--data_path=.", python=stub(tmp_path)).code == 0
     said = bash(clone, "train_full_1p", "--data_path=.", python=stub(tmp_path)).out
-    assert re.search(r"earlier output is in .*/output/0\.\S+; 2 earlier ones take \d", said), said
+    assert re.search(r"earlier output is in .*/output/0\.\S+; all earlier ones \(2\) take \d", said), said
     outputs = sorted(os.listdir(str(clone / "test" / "output")))
     assert len(outputs) == 3 and outputs[0] == "0"
     assert (clone / "model_best.pth.tar").read_text() == "weights"

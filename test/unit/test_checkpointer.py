@@ -173,7 +173,7 @@ def test_a_run_that_continues_as_it_was_saved_says_nothing(tmp_path: Any, capsys
     "saved, now, words",
     [
         ({"decoder": "Pillow"}, {"decoder": "simplejpeg"}, ["simplejpeg", "Pillow", "gray level"]),
-        ({"world_size": 8}, {"world_size": 1}, ["1 processes", "8"]),
+        ({"world_size": 8}, {"world_size": 1}, ["1 process,", "8"]),
         ({"images_per_step": 12}, {"images_per_step": 24}, ["24 images per step", "12", "without its last 4"]),
         ({"ema": False}, {"ema": True}, ["no EMA weights"]),
         ({"ema": True}, {"ema": False}, ["EMA weights", "dropped", "--ema-decay"]),

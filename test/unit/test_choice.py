@@ -43,9 +43,9 @@ def test_device_list_names_devices_and_gpu_one_of_them(
 @pytest.mark.parametrize(
     "given, gpu, message",
     [
-        (None, 4, r"gpu 4 does not exist, there are 4 \(0 to 3\)"),
+        (None, 4, "gpu 4 does not exist, the highest number is 3"),
         ([9], None, "gpu 9 does not exist"),
-        ([3, 1], 2, "--gpu 2 is an index into --device-list, which has 2 entries"),
+        ([3, 1], 2, "--gpu 2 is an index into --device-list, which names 2 devices"),
     ],
 )
 def test_a_device_that_does_not_exist_is_named(given: list[int] | None, gpu: int | None, message: str) -> None:

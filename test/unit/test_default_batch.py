@@ -86,11 +86,11 @@ def test_a_run_that_continues_keeps_the_batch_size_of_its_checkpoint(tmp_path: A
 @pytest.mark.parametrize(
     "count, per_step, expected, warns",
     [
-        (500, 256, "1 steps per epoch, 244 images left over", True),
+        (500, 256, "1 step per epoch, 244 images left over", True),
         (500, 16, "31 steps per epoch, 4 images left over", False),
         (100, 10, "10 steps per epoch, 0 images left over", False),
-        (110, 99, "1 steps per epoch, 11 images left over", False),
-        (111, 99, "1 steps per epoch, 12 images left over", True),
+        (110, 99, "1 step per epoch, 11 images left over", False),
+        (111, 99, "1 step per epoch, 12 images left over", True),
         (1281167, 256, "5,004 steps per epoch, 143 images left over", False),
     ],
 )
