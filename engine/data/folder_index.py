@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Counter, Dict, Iterator, List
 
 from engine import console
-from engine.data.decoding import read_file, read_rgb, reason_of
+from engine.data.decoding import UnreadableError, read_file, read_rgb, reason_of
 from engine.errors import DataError, counted, printable
 
 import numpy as np
@@ -292,7 +292,7 @@ def _find_unreadable(root: str, images: list[list[bytes]]) -> dict[bytes, str]:
         for name in names[first : first + CHUNK]:
             try:
                 read_rgb(read_file(os.path.join(os.fsencode(root), name)))
-            except Exception as error:  # Pillow raises nearly any type for a corrupt file
+            except (OSError, UnreadableError) as error:
                 bad[name] = reason_of(error)
         return bad
 
