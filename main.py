@@ -405,7 +405,7 @@ def run_job(job: Job, build_network: BuildNetwork) -> int:
     checkpointer = Checkpointer(args.output_dir, comm, evaluate=args.evaluate)
     checkpointer.find(args.resume, args.auto_resume, args.pretrained, args.arch)
     data = build_data(job, checkpointer.continued)
-    size, memory = data.preprocessing.image_size, comm.min(job.device.free_memory())
+    size, memory = data.preprocessing.image_size, comm.min(job.device.memory())
     args, batch = options.with_checkpoint(
         args, checkpointer.continued, data.count, size, memory, pretrained=checkpointer.start
     )

@@ -178,11 +178,14 @@ def _cgroup_quotas() -> Iterator[float]:
                     yield quota / period
 
 
-def available_memory() -> float:
-    """Return the bytes that processes can take: what is free, or the limit of a container if that is less."""
+def total_memory() -> float:
+    """Return the bytes of this node's memory, or the limit of a container if that is less.
+
+    Not what is free: the same command then chooses the same batch size whenever it runs.
+    """
     limits = [math.inf]
     with contextlib.suppress(OSError), open(MEMORY) as file:
-        limits += [1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable:")]
+        limits += [1024 * int(line.split()[1]) for line in file if line.startswith("MemTotal:")]
     for folder in _cgroup_folders("memory"):
         for name in ("memory.max", "memory.limit_in_bytes"):  # cgroup v2 and v1
             with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, name)) as file:  # or "max"

@@ -224,18 +224,19 @@ def default_batch_size(args: argparse.Namespace, images: int, size: int, memory:
 
     Each process has the same power of two. An epoch has 20 steps or more (with the defaults SMALL 90), unless they
     would have fewer than 8 images.
-    A batch takes half of the memory at most; VGG16's weights, gradients and momentum, and a checkpoint being written
-    take 3 GB. Measured per image of 224 pixels on a CPU: 145 MB in fp32 (VGG16-BN: 195), 57 in bf16; 40 to evaluate
-    are an estimate.
+    A batch takes half of the memory at most, less the 2 GB that each further process takes; VGG16's weights, gradients
+    and momentum, and a checkpoint being written take 3 GB. Measured per image of 224 pixels on a CPU: 145 MB in fp32
+    (VGG16-BN: 195), 57 in bf16; 40 to evaluate are an estimate.
     """
+    room = 0.5 * memory - 2e9 * (args.processes - 1)
     per_image = 40e6 if args.evaluate else 200e6 if args.precision == "fp32" else 100e6
     limits = {
         counted(args.processes, "process"): args.batch_size,
-        f"{memory / 1e9:.1f} GB of memory": 0.5 * memory / (per_image * (size / 224) ** 2),
+        f"{memory / 1e9:.1f} GB of memory": room / (per_image * (size / 224) ** 2),
     }
     if images:
         steps = 90 if args.small_defaults else 20
-        limits[f"{images:,} images"] = max(images // steps, min(images, 8)) / (args.nodes * args.accum_steps)
+        limits[counted(images, "image")] = max(images // steps, min(images, 8)) / (args.nodes * args.accum_steps)
     reason = min(limits, key=lambda name: limits[name])
     batch_size = args.processes
     while 2 * batch_size <= limits[reason]:

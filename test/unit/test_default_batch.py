@@ -38,7 +38,8 @@ def test_the_default_batch_fits_the_images_and_the_memory(
     assert chosen % processes == 0 and share & (share - 1) == 0 and share >= 1 and chosen <= 256
     if share > 1:
         assert chosen * nodes <= max(images / 20, min(images, 8))
-        assert chosen * 145e6 * (size / 224) ** 2 <= memory * GB / 2  # measured for VGG16 in fp32
+        # Measured for VGG16 in fp32; a process has weights, gradients and momentum of its own.
+        assert chosen * 145e6 * (size / 224) ** 2 + 1.7 * GB * (processes - 1) <= memory * GB / 2
     if images >= 5120 * nodes and memory == math.inf and processes in (1, 2, 8):
         assert chosen == 256
     assert args.batch_size == 256  # the flags stay as they are
