@@ -83,11 +83,10 @@ def to_rgb(image: Any) -> Image.Image:
     image = image.convert("RGB")
     if has_16_bits and not _warned_of_dark[0] and max(high for _, high in image.getextrema()) < 4096 // 256:
         _warned_of_dark[0] = 1
-        if not console.is_quiet():
-            console.warning(
-                f"{path}: a 16-bit image whose values stay below 4096, so it is read as black; if there are more like "
-                "it, scale their values to 16 bits, or convert them to 8 bits"
-            )
+        console.warning_once_per_node(
+            f"{path}: a 16-bit image whose values stay below 4096, so it is read as black; if there are more like it, "
+            "scale their values to 16 bits, or convert them to 8 bits"
+        )
     return image
 
 

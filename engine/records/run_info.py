@@ -54,8 +54,8 @@ def log_data(source: str | None, size: int, count: int, images_per_step: int, tr
     if count:
         parts.append(f"{counted(steps, 'step')} per epoch, {counted(left, 'image')} left over")
     console.line(f"=> data: {', '.join(parts)}, {size} pixels per side")
-    if steps and 10 * left > count and not console.is_quiet():
-        console.warning(
+    if steps and 10 * left > count:
+        console.warning_once_per_node(
             f"each epoch leaves out {left:,} of {counted(count, 'training image')}, too few to fill a step of "
             f"{images_per_step:,}: use a smaller --batch-size"
         )
