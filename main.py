@@ -115,7 +115,7 @@ def build_data(job: Job, start: Any) -> Data:
                 evaluate=args.evaluate,
                 skip_unreadable=args.bad_images == "skip",
                 val_split=args.val_split,
-                saved_val_split=None if start is None else start.val_split,
+                saved_val_split=None if start is None else start.info.val_split,
             )
     job.comm.check_same({"the fingerprint of --data": [part.fingerprint for part in (train, val) if part is not None]})
     return Data(train, val, options.resolve_preprocessing(args, val, start), len(train) if train else args.dummy or 0)
@@ -405,7 +405,7 @@ def run_job(job: Job, build_network: BuildNetwork) -> int:
     checkpointer = Checkpointer(args.output_dir, comm, evaluate=args.evaluate)
     checkpointer.find(args.resume, args.auto_resume, args.pretrained, args.arch)
     data = build_data(job, checkpointer.continued)
-    size, memory = data.preprocessing.image_size, comm.min(job.device.free_memory())
+    size, memory = data.preprocessing.image_size, comm.min(job.device.memory())
     args, batch = options.with_checkpoint(
         args, checkpointer.continued, data.count, size, memory, pretrained=checkpointer.start
     )
@@ -414,7 +414,7 @@ def run_job(job: Job, build_network: BuildNetwork) -> int:
     checkpointer.check(info)
     device = f"{comm.world_size} × {args.device} ({job.device.name()})"
     console.line(f"=> {args.arch} on {device}, {args.precision}, torch {torch.__version__}")
-    source = f"{args.dummy:,} synthetic images" if args.dummy else args.data or f"{EMBEDDED} (no --data given)"
+    source = None if args.dummy else args.data or f"{EMBEDDED} (no --data given)"
     run_info.log_data(source, size, data.count, info.images_per_step, data.train, data.val)
     if comm.rank == 0:
         run_info.write_bad_images(args.output_dir, data.train, data.val)
@@ -448,7 +448,7 @@ def fit(job: Job, training: Training, data: Data) -> int:
         val_sampler = build_sampler(job, len(data.val), training=False)
         val_loader = build_loader(job, data.val, data.preprocessing, val_sampler)
     if state.is_finished(args.epochs, args.stop_step_num):
-        console.line(f"=> nothing left to train: {state.epoch} of {args.epochs} epochs and {state.step} steps are done")
+        console.line(f"=> nothing left to train: epochs done: {state.epoch} of {args.epochs}, steps: {state.step}")
     else:
         record = {"flags": {**vars(args), "image_size": size}, "decoder": checkpointer.info.decoder}
         job.logger.write_args({**record, "processes": job.comm.world_size, **run_info.versions(job.device.name())})

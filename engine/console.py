@@ -62,6 +62,12 @@ def warning(text: str) -> None:
     _message("warning", text)
 
 
+def warning_once_per_node(text: str) -> None:
+    """Print a warning that every process of a node would print."""
+    if _prints:
+        warning(text)
+
+
 def error(text: str) -> None:
     _message("error", text)
 

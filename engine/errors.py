@@ -64,6 +64,11 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def counted(count: int, noun: str) -> str:
+    """Return `1 image`, `5,004 images`, `2 classes`, `3 batches`."""
+    return f"{count:,} {noun}{'' if count == 1 else 'es' if noun.endswith(('s', 'ch')) else 's'}"
+
+
 def printable(path: str | bytes) -> str:
     """Return a path as one line of valid text."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")

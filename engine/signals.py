@@ -48,8 +48,7 @@ class StopSignals:
             if number not in STOP_SIGNALS:
                 continue
             if not self.training:
-                if not console.is_quiet():
-                    console.warning("stopped by a signal; there was nothing to save")
+                console.warning_once_per_node("stopped by a signal; there was nothing to save")
                 exit_process(EXIT_STOPPED)
             if self.first is None:
                 self.first = time.monotonic()

@@ -164,7 +164,7 @@ make_output() {
     mkdir -p "$output" 2>/dev/null || fail "--output=$output: cannot write there"
     if [ -n "$moved" ]; then
         local earlier=("$output".[0-9]*)
-        echo "=> the earlier output is in $moved; ${#earlier[@]} earlier ones take $(du -shc "${earlier[@]}" |
+        echo "=> the earlier output is in $moved; all earlier ones (${#earlier[@]}) take $(du -shc "${earlier[@]}" |
             tail -n 1 | cut -f 1): delete what you do not need"
     fi
 }
@@ -302,9 +302,14 @@ run_training() { # the script's arguments
 }
 
 # As in the reference, a measurement ends with a validation. --stop-step-num ends without one, so this is a second run.
-# Under torchrun there is none: a node may have left, and the checkpoint is on the node that torchrun ranks first.
+# Under torchrun the node of rank 0, which has the checkpoint and metrics.jsonl, validates alone: others may have left.
 validate_measured() {
-    if [ "$launcher" = torchrun ] || ! grep -q 'FPS@all' "$log" || grep -q '\[AVG-ACC\]' "$log"; then return; fi
+    if ! grep -q 'FPS@all' "$log" || grep -q '\[AVG-ACC\]' "$log"; then return; fi
+    local launcher=$launcher nnodes=$nnodes master_addr=$master_addr # the report has those of the measurement
+    if [ "$launcher" = torchrun ]; then
+        if ! tail -n 1 "$output/metrics.jsonl" 2>/dev/null | grep -q '"event": "done"'; then return; fi
+        launcher=spawn nnodes=1 master_addr=127.0.0.1
+    fi
     recipe=(--evaluate)
     resume=$output/checkpoint.pth.tar
     build_command

@@ -58,9 +58,9 @@ set_up_python() { # GB that the caller is going to write, what for
         if "$candidate" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
             # 6 GB stay. While pip installs, the archives are there too, 3 GB.
             require_space $(($1 > 3 ? 6 + $1 : 9)) "torch with CUDA in $venv${2:+, and for $2}"
-            echo "=> installing requirements.txt into $venv: several GB to download, a few minutes"
+            echo "=> installing requirements.txt into $venv: about 3 GB to download, a few minutes"
             if ! command -v nvidia-smi >/dev/null; then
-                echo "=> no NVIDIA GPU is found: docs/troubleshooting.md shows how to install the smaller torch without CUDA"
+                echo "=> no NVIDIA GPU is found: docs/troubleshooting.md shows how to install torch without CUDA, a few hundred MB"
             fi
             "$candidate" -m venv "$venv"
             "$python" -m pip install --disable-pip-version-check -r "$repository/requirements.txt" ||

@@ -134,7 +134,7 @@ def main() -> int:
 
                 outcomes = tqdm(outcomes, total=len(pairs), unit="image", dynamic_ncols=True)
             except ImportError:
-                print(f"{len(pairs)} images; pip install tqdm shows the progress", file=sys.stderr)
+                print(f"images: {len(pairs)}; pip install tqdm shows the progress", file=sys.stderr)
         for path, is_new, problem in outcomes:
             if problem is not None:
                 unreadable += 1
@@ -144,7 +144,7 @@ def main() -> int:
             else:
                 existing += 1
     seconds = time.perf_counter() - begin
-    print(f"{written} images written in {seconds:.0f} s, {existing} were there already, {unreadable} could not be read")
+    print(f"images written in {seconds:.0f} s: {written}; there already: {existing}; could not be read: {unreadable}")
     return 1 if unreadable else 0
 
 

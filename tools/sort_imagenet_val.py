@@ -74,9 +74,9 @@ def main() -> int:
     except (OSError, KeyError, ValueError, IndexError) as error:
         raise UsageError(f"{args.labels}: not the labels of ImageNet 2012 ({error!r})") from error
     moved, unknown = sort(args.folder, classes)
-    print(f"{moved} images moved into {len(set(classes.values()))} classes")
+    print(f"images moved: {moved}, classes: {len(set(classes.values()))}")
     if unknown:
-        print(f"{len(unknown)} images have no class and stay, the first is {unknown[0]}", file=sys.stderr)
+        print(f"images without a class, which stay: {len(unknown)}, the first is {unknown[0]}", file=sys.stderr)
     return 1 if unknown else 0
 
 

@@ -13,7 +13,7 @@ from engine.checkpoints.file import CheckpointWriter, lock_folder
 from engine.checkpoints.model import imagenet_weights
 from engine.data import check_same_classes
 from engine.device import MixedPrecisionOptimizer, ModelEma
-from engine.errors import CheckpointError, SaveError, UsageError
+from engine.errors import CheckpointError, SaveError, UsageError, counted
 from engine.parallel import Communicator
 from engine.records import AccuracyCounter, Totals
 
@@ -100,25 +100,26 @@ class Checkpointer:
         Training and evaluation: classes and --val-split. Training only: the architecture, and within an epoch what
         decides its images.
         """
-        self.info, start = info, self.continued
-        if start is None:
+        self.info = info
+        if self.continued is None:
             return
-        if start.arch not in (None, info.arch) and not self.evaluate:
-            raise UsageError(f"the checkpoint holds {start.arch}, this run uses {info.arch}: use --arch {start.arch}")
-        if start.classes:
+        saved = self.continued.info
+        if saved.arch not in (None, info.arch) and not self.evaluate:
+            raise UsageError(f"the checkpoint holds {saved.arch}, this run uses {info.arch}: use --arch {saved.arch}")
+        if saved.classes:
             try:
-                check_same_classes(start.classes, info.classes, "the checkpoint", "the data")
+                check_same_classes(saved.classes, info.classes, "the checkpoint", "the data")
             except UsageError as error:
                 raise (
                     error if self.evaluate else UsageError(f"{error}; --pretrained starts from these weights")
                 ) from None
-        if None not in (start.val_split, info.val_split) and start.val_split != info.val_split:
+        if None not in (saved.val_split, info.val_split) and saved.val_split != info.val_split:
             raise UsageError(
-                f"the checkpoint was trained with --val-split {start.val_split}, this run has {info.val_split}, so it "
-                f"would validate on images that the model was trained on: use --val-split {start.val_split}"
+                f"the checkpoint was trained with --val-split {saved.val_split}, this run has {info.val_split}, so it "
+                f"would validate on images that the model was trained on: use --val-split {saved.val_split}"
             )
-        if start.progress.get("step_in_epoch") and not self.evaluate:
-            for name, (before, now) in _changed_identity(start, info).items():
+        if self.continued.progress.get("step_in_epoch") and not self.evaluate:
+            for name, (before, now) in _changed_identity(saved, info).items():
                 raise UsageError(
                     f"the checkpoint was saved within an epoch with {name} {before}, this run has {now}: finish the "
                     "epoch with the same flags and data, or take its weights alone with --pretrained"
@@ -145,7 +146,8 @@ class Checkpointer:
         for name in (f"{vgg.last_layer(own)}.weight", f"{vgg.last_layer(own)}.bias"):
             given = weights.get(name)
             if given is not None and given.shape[1:] == own[name].shape[1:] and len(given) != len(own[name]):
-                console.line(f"=> {name}: {len(given)} classes in {start.path}, {len(own[name])} here: re-initialized")
+                found = f"{counted(len(given), 'class')} in {start.path}"
+                console.line(f"=> {name}: {found}, {len(own[name])} here: re-initialized")
                 weights[name] = own[name]
         load_weights(network, weights, start.path)
         console.line(f"=> loaded the {'weights' if start.ema_weights is None else 'EMA weights'} of '{start.path}'")
@@ -163,7 +165,7 @@ class Checkpointer:
             if ema is not None and self.continued.ema_weights is not None:
                 ema.load_state_dict(self.continued.ema_weights)
             state.epoch, state.step_in_epoch = int(progress["epoch"]), int(progress.get("step_in_epoch", 0))
-            images = state.step_in_epoch * self.continued.images_per_step  # older checkpoints do not say it
+            images = state.step_in_epoch * self.continued.info.images_per_step  # older checkpoints do not say it
             state.images_in_epoch = int(progress.get("images_in_epoch", images))
             state.step, state.best_acc1 = int(progress.get("step", 0)), float(progress.get("best_acc1", 0.0))
             if min(state.epoch, state.step_in_epoch, state.images_in_epoch, state.step) < 0:
@@ -236,36 +238,37 @@ def _advice(error: BaseException) -> str:
     return "; free some space, and if the run ends, continue it with --auto-resume"
 
 
-def _changed_identity(start: Checkpoint, info: RunInfo) -> dict[str, tuple[Any, Any]]:
+def _changed_identity(saved: RunInfo, info: RunInfo) -> dict[str, tuple[Any, Any]]:
     """Return {name: (saved, now)} of what decides the training images and differs."""
-    saved, now, default = start.identity, info.identity, "the default"
-    names = [name for name in {**now, **saved} if saved.get(name) != now.get(name)]
-    return {name: (saved.get(name, default), now.get(name, default)) for name in names}
+    before, now, default = saved.identity, info.identity, "the default"
+    names = [name for name in {**now, **before} if before.get(name) != now.get(name)]
+    return {name: (before.get(name, default), now.get(name, default)) for name in names}
 
 
 def _changes(start: Checkpoint, info: RunInfo, state: TrainState, ema: ModelEma | None, count: int) -> Iterator[str]:
     """Yield how a run differs from the one that saved a checkpoint, a sentence each. count: training images."""
+    saved = start.info
     if ema is not None and start.ema_weights is None:
         yield "the checkpoint has no EMA weights: the EMA starts from the current weights"
     if ema is None and start.ema_weights is not None:
         yield "the EMA weights of the checkpoint are dropped: use --ema-decay to continue them"
     # Between epochs, see Checkpointer.check. A checkpoint of the reference has no identity.
-    for name, (before, now) in _changed_identity(start, info).items() if start.identity else []:
+    for name, (before, now) in _changed_identity(saved, info).items() if saved.identity else []:
         if name != "data":
             yield f"resumed with {name} {now}, saved with {before}"
         else:
             trained_on = "the model may have been trained on some of the current validation images"
             yield f"resumed with different training images: {trained_on}"
-    saved_on = start.progress.get("world_size", info.world_size)
-    if saved_on != info.world_size:
-        where = f"resumed on {info.world_size} processes, saved on {saved_on}"
+    if saved.world_size not in (None, info.world_size):
+        where = f"resumed on {counted(info.world_size, 'process')}, saved on {saved.world_size}"
         yield f"{where}: the same images in the same order, but dropout and rounding differ"
-    if state.step_in_epoch and start.images_per_step != info.images_per_step:
-        how = f"resumed with {info.images_per_step} images per step, saved with {start.images_per_step}"
+    if not state.step_in_epoch:
+        return
+    if saved.images_per_step != info.images_per_step:
+        how = f"resumed with {counted(info.images_per_step, 'image')} per step, saved with {saved.images_per_step}"
         left_out = (count - state.images_in_epoch) % info.images_per_step
         end = f", without its last {left_out:,}" if left_out else ""
-        yield f"{how}: this epoch continues after its first {state.images_in_epoch:,} images{end}"
-    decoder = start.progress.get("decoder", info.decoder)
-    if state.step_in_epoch and decoder != info.decoder:
-        how = f"resumed with {info.decoder}, saved with {decoder}"
+        yield f"{how}: this epoch continues after its first {counted(state.images_in_epoch, 'image')}{end}"
+    if saved.decoder not in (None, info.decoder):
+        how = f"resumed with {info.decoder}, saved with {saved.decoder}"
         yield f"{how}: the rest of this epoch's JPEGs may differ by a gray level"

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any, Callable
 
 from engine.checkpoints.file import load
-from engine.data import Augmentation
 from engine.device import MixedPrecisionOptimizer, ModelEma
 from engine.errors import CheckpointError, UsageError, first_line
 from engine.records import Totals
@@ -40,47 +39,40 @@ class TrainState:
 class RunInfo:
     """What a run trains, and on what. A run that continues must agree with it, see Checkpointer.check.
 
+    In a checkpoint that is not ours, or is an older one of ours, much of it has the value that stands for nothing.
+
     images_per_step: over all processes and batches of a step.
     batch: the flags behind it, and the value that a resize keeps (keep_images_per_step in engine/options/resolve.py).
     identity: {name: value} of what else decides the training images.
+    decoder: of the training images.
     """
 
-    arch: str
-    classes: list[str]
-    preprocessing: dict[str, Any]  # image_size, crop, mean, std
-    world_size: int
-    images_per_step: int
+    arch: str | None = None
+    classes: list[str] = field(default_factory=list)
+    preprocessing: dict[str, Any] = field(default_factory=dict)  # image_size, crop, mean, std
+    world_size: int | None = None
+    images_per_step: int = 0
     small_defaults: bool = False  # whether the flags that were not given had the defaults for few images
     val_split: float | None = None
     identity: dict[str, Any] = field(default_factory=dict)
     batch: dict[str, int] = field(default_factory=dict)
-    decoder: str = Augmentation.decoder  # of the training images
+    decoder: str | None = None
 
 
 @dataclass
 class Checkpoint:
-    """A checkpoint as it was read: ours, the reference's, or weights alone. What a file lacks is None or empty."""
+    """A checkpoint as it was read: ours, the reference's, or weights alone."""
 
     path: str
     weights: dict[str, torch.Tensor]  # torchvision's names
     ema_weights: dict[str, torch.Tensor] | None = None
-    arch: str | None = None
-    classes: list[str] = field(default_factory=list)
-    preprocessing: dict[str, Any] = field(default_factory=dict)
-    small_defaults: bool = False
-    val_split: float | None = None
-    identity: dict[str, Any] = field(default_factory=dict)
-    batch: dict[str, int] = field(default_factory=dict)
+    info: RunInfo = field(default_factory=RunInfo)  # of the run that saved it
     progress: dict[str, Any] = field(default_factory=dict)  # the entries for continuing, not checked yet
 
     @property
     def best_weights(self) -> dict[str, torch.Tensor]:
         """The weights to evaluate and to predict with: the EMA's if there is one."""
         return self.weights if self.ema_weights is None else self.ema_weights
-
-    @property
-    def images_per_step(self) -> int:
-        return int(self.progress.get("images_per_step", 0))
 
 
 def to_file(
@@ -91,26 +83,16 @@ def to_file(
     Parameter names are torchvision's, values fp32. Epoch, state_dict, best_acc1, optimizer and amp are the reference's.
     totals: of the current epoch, summed over all processes.
     """
+    record = {**vars(info), "identity": {**info.identity, "global batch": info.images_per_step}}
+    del record["images_per_step"]
     return {
-        "epoch": state.epoch,
-        "arch": info.arch,
+        **vars(state),
+        **record,
+        "counts": list(totals),
         "state_dict": optimizer.model_state_dict(),
         **({} if ema is None else {"state_dict_ema": ema.state_dict()}),
-        "best_acc1": state.best_acc1,
         "optimizer": optimizer.optimizer_state_dict(),
         "amp": optimizer.state_dict(),
-        "step": state.step,
-        "step_in_epoch": state.step_in_epoch,
-        "images_in_epoch": state.images_in_epoch,
-        "counts": list(totals),
-        "classes": info.classes,
-        "identity": {**info.identity, "global batch": info.images_per_step},
-        "batch": info.batch,
-        "val_split": info.val_split,
-        "small_defaults": info.small_defaults,
-        "world_size": info.world_size,
-        "preprocessing": info.preprocessing,
-        "decoder": info.decoder,
     }
 
 
@@ -134,20 +116,21 @@ def _is_batch(value: Any) -> bool:
     return value == {} or all(isinstance(count, int) and count > 0 for count in counts)
 
 
-# What describes the model and its data, and what makes a value ours: another program's value of that name is left out.
-METADATA: dict[str, Callable[[Any], bool]] = {
+# The entries of RunInfo, and what makes a value ours: another program's value of that name is left out.
+INFO: dict[str, Callable[[Any], bool]] = {
     "arch": lambda value: isinstance(value, str),
     "classes": lambda value: isinstance(value, list),
     "preprocessing": _is_preprocessing,
     "val_split": lambda value: isinstance(value, float),
     "small_defaults": lambda value: isinstance(value, bool),
-    "identity": lambda value: isinstance(value, dict),
+    "identity": lambda value: isinstance(value, dict) and isinstance(value.get("global batch", 0), int),
     "batch": _is_batch,
+    "world_size": lambda value: isinstance(value, int),
+    "decoder": lambda value: isinstance(value, str),
 }
 # Where the weights are: ours, Lightning's and most others'; torchvision's references; tutorials; kuangliu; DeepSpeed.
 CONTAINERS = ("state_dict", "model", "model_state_dict", "net", "module")
 PROGRESS = ["epoch", "best_acc1", "optimizer", "amp", "step", "step_in_epoch", "images_in_epoch", "counts"]
-PROGRESS += ["world_size", "decoder"]
 
 
 def load_checkpoint(path: str) -> Checkpoint:
@@ -160,12 +143,10 @@ def load_checkpoint(path: str) -> Checkpoint:
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
     weights = _checked_weights(next((content[key] for key in CONTAINERS if key in content), content), path)
     ema_weights = _checked_weights(content["state_dict_ema"], path) if "state_dict_ema" in content else None
-    metadata = {key: content[key] for key, is_ours in METADATA.items() if key in content and is_ours(content[key])}
-    progress = {key: content[key] for key in PROGRESS if key in content}
-    if metadata.get("identity"):
-        metadata["identity"] = dict(metadata["identity"])
-        progress["images_per_step"] = metadata["identity"].pop("global batch", 0)
-    return Checkpoint(path, weights, ema_weights, progress=progress, **metadata)
+    info = RunInfo(**{key: content[key] for key, is_ours in INFO.items() if key in content and is_ours(content[key])})
+    info.identity = dict(info.identity)
+    info.images_per_step = info.identity.pop("global batch", 0)
+    return Checkpoint(path, weights, ema_weights, info, {key: content[key] for key in PROGRESS if key in content})
 
 
 def _checked_weights(weights: Any, path: str) -> dict[str, torch.Tensor]:
@@ -191,7 +172,7 @@ def _load_safetensors(path: str) -> dict[str, Any]:
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: corrupt, or not a safetensors file ({first_line(error)})") from error
     content: dict[str, Any] = {"state_dict": weights}
-    for key in METADATA:
+    for key in INFO:
         with contextlib.suppress(KeyError, ValueError):
             content[key] = json.loads(metadata[key])
     return content

@@ -25,7 +25,7 @@ import time
 import zipfile
 from typing import IO, Any
 
-from engine.errors import CheckpointError, UsageError, first_line
+from engine.errors import CheckpointError, UsageError, counted, first_line
 from engine.safe_pickle import CarriesCodeError, Storages, load_tensors
 
 import torch
@@ -241,7 +241,7 @@ def _read_legacy(file: IO[bytes], size: int) -> Any:
         flat = storages.flat[key]
         (count,) = struct.unpack("<q", file.read(8))
         if count != flat.numel():
-            raise ValueError(f"storage {key}: expected {flat.numel()} elements, got {count}")
+            raise ValueError(f"storage {key}: expected a length of {flat.numel()}, got {count}")
         _fill(flat, file.read(flat.numel() * flat.element_size()))
     return state
 
@@ -250,5 +250,5 @@ def _fill(flat: torch.Tensor, content: bytes) -> None:
     """Set the bytes of a flat CPU tensor. By address, because NumPy knows no bfloat16."""
     expected = flat.numel() * flat.element_size()
     if len(content) < expected:
-        raise ValueError(f"a storage: expected {expected} bytes, got {len(content)}")
+        raise ValueError(f"a storage: expected {counted(expected, 'byte')}, got {len(content)}")
     ctypes.memmove(flat.data_ptr(), content, expected)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from engine.checkpoints.contents import load_checkpoint, load_weights
 from engine.checkpoints.file import sha256
 from engine.data import Preprocessing
-from engine.errors import UsageError, first_line
+from engine.errors import UsageError, counted, first_line
 
 import vgg
 
@@ -46,17 +46,17 @@ def load_model(path: str, classes_file: str | None = None) -> Model:
     Raises CheckpointError, or UsageError if it is not a VGG or the class names do not fit.
     """
     checkpoint = load_checkpoint(path)
-    weights = checkpoint.best_weights
+    weights, info = checkpoint.best_weights, checkpoint.info
     network = vgg.network_of(weights)
     if network is None:
         raise UsageError(f"{path}: holds {vgg.describe_weights(weights)}")
     load_weights(network, weights, path)
     count = len(weights[f"{vgg.last_layer(weights)}.weight"])
-    classes = read_classes(classes_file) if classes_file else [str(name) for name in checkpoint.classes or range(count)]
+    classes = read_classes(classes_file) if classes_file else [str(name) for name in info.classes or range(count)]
     if len(classes) != count:
-        raise UsageError(f"{classes_file or path} has {len(classes)} class names, the network has {count} classes")
-    preprocessing = Preprocessing.from_dict(checkpoint.preprocessing)
-    return Model(network.eval(), classes, preprocessing, checkpoint.val_split)
+        names = counted(len(classes), "class name")
+        raise UsageError(f"{classes_file or path} has {names}, the network has {counted(count, 'class')}")
+    return Model(network.eval(), classes, Preprocessing.from_dict(info.preprocessing), info.val_split)
 
 
 def read_classes(path: str) -> list[str]:

@@ -21,7 +21,7 @@ from engine.data.decoding import read_file, reason_of
 from engine.data.folder_index import EXTENSIONS, FolderIndex, describe_left_out, walk
 from engine.data.layout import TEST, TRAIN, VAL, advice_of, find_part, open_classes
 from engine.data.transforms import BILINEAR, Preprocessing
-from engine.errors import DataError, ImageError, UsageError, printable
+from engine.errors import DataError, ImageError, UsageError, counted, printable
 
 import numpy as np
 from PIL import Image
@@ -222,8 +222,8 @@ def log_duplicates(training: ImageFolder, validation: ImageFolder) -> None:
     if pairs:
         one, other = (printable(path) for path in min(pairs))
         console.line(
-            f"=> warning: {len(pairs):,} of {len(validation):,} validation images are training images too, byte for "
-            f"byte, so the accuracy is too high: {one} is {other}; remove one of each"
+            f"=> warning: {len(pairs):,} of {counted(len(validation), 'validation image')} also in the training set, "
+            f"byte for byte, so the accuracy is too high: {one} is {other}; remove one of each"
         )
 
 

@@ -7,7 +7,7 @@ import contextlib
 import io
 import mmap
 import warnings
-from typing import Any, Union
+from typing import Any, Iterator, Union
 
 from engine import console
 from engine.errors import printable
@@ -29,6 +29,19 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 _warned_of_dark = mmap.mmap(-1, 1)  # shared with DataLoader workers, so that one of them says it
 
 
+class UnreadableError(ValueError):
+    """What cannot be read as an image. An error of another type is a fault of the program, not of the file."""
+
+
+@contextlib.contextmanager
+def unreadable() -> Iterator[None]:
+    """A context, or a decorator, for reading and decoding: any error in it is an UnreadableError."""
+    try:
+        yield
+    except Exception as error:  # Pillow raises nearly any type for a corrupt file
+        raise UnreadableError(reason_of(error)) from error
+
+
 class FileContent(bytes):
     """The bytes of a file, with its path for messages."""
 
@@ -42,11 +55,12 @@ def read_file(path: str | bytes) -> FileContent:
     return content
 
 
+@unreadable()
 def open_image(content: bytes) -> Image.Image:
-    """Return a Pillow image that is not decoded yet. Raises nearly any type for a corrupt file.
+    """Return a Pillow image that is not decoded yet. Raises UnreadableError.
 
-    Raises ValueError if the header claims more than MAX_PIXELS, or that many once the short side is resized to 256, or
-    if pixels are of 32 bits: nobody knows which value is white.
+    Also if the header claims more than MAX_PIXELS, or that many once the short side is resized to 256, or if pixels
+    are of 32 bits: nobody knows which value is white.
     """
     image: Any = Image.open(io.BytesIO(content))
     if image.width * image.height > MAX_PIXELS:
@@ -60,6 +74,7 @@ def open_image(content: bytes) -> Image.Image:
     return image
 
 
+@unreadable()
 def to_rgb(image: Any) -> Image.Image:
     """Decode and convert like torchvision's loader; 16-bit images keep their upper byte (Pillow would clip at 255)."""
     has_16_bits, path = image.mode.startswith("I") or ";16" in str(image.tile), image.filename
@@ -68,11 +83,10 @@ def to_rgb(image: Any) -> Image.Image:
     image = image.convert("RGB")
     if has_16_bits and not _warned_of_dark[0] and max(high for _, high in image.getextrema()) < 4096 // 256:
         _warned_of_dark[0] = 1
-        if not console.is_quiet():
-            console.warning(
-                f"{path}: a 16-bit image whose values stay below 4096, so it is read as black; if there are more like "
-                "it, scale their values to 16 bits, or convert them to 8 bits"
-            )
+        console.warning_once_per_node(
+            f"{path}: a 16-bit image whose values stay below 4096, so it is read as black; if there are more like it, "
+            "scale their values to 16 bits, or convert them to 8 bits"
+        )
     return image
 
 
@@ -89,7 +103,7 @@ def turn_of(image: Any) -> Any:
 
 
 def read_rgb(source: Source, exif_rotate: bool = False) -> Image.Image:
-    """Return an RGB Pillow image; exif_rotate: upright, as the EXIF data says. Raises what open_image raises."""
+    """Return an RGB Pillow image; exif_rotate: upright, as the EXIF data says. Raises UnreadableError."""
     if not isinstance(source, bytes):
         return Image.fromarray(source)
     image = open_image(source)

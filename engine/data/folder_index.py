@@ -21,8 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Counter, Dict, Iterator, List
 
 from engine import console
-from engine.data.decoding import read_file, read_rgb, reason_of
-from engine.errors import DataError, printable
+from engine.data.decoding import UnreadableError, read_file, read_rgb, reason_of
+from engine.errors import DataError, counted, printable
 
 import numpy as np
 
@@ -97,7 +97,7 @@ def open_index(root: str, skip_unreadable: bool = False) -> FolderIndex:
     except OSError as error:
         raise DataError(f"{printable(error.filename or root)}: {error.strerror}") from error
     if not index.is_new:
-        count = f"{len(index.labels):,} images in {printable(root)}"
+        count = f"{counted(len(index.labels), 'image')} in {printable(root)}"
         console.line(f"=> {count}, by the list of an earlier start; to list them again, delete {path}")
     if index.left_out:
         console.line(f"=> {printable(root)}: {describe_left_out(index.left_out)}")
@@ -279,8 +279,8 @@ def describe_left_out(left_out: Counter[str]) -> str:
     """Return how many files and folders are left out, and of which kinds."""
     named = left_out.most_common(KINDS)
     total, others = sum(left_out.values()), sum(left_out.values()) - sum(count for _, count in named)
-    kinds = [f"{count:,} {printable(kind)}" for kind, count in named] + [f"{others:,} others"] * (others > 0)
-    return f"{total:,} files and folders left out: {', '.join(kinds)}"
+    kinds = [f"{count:,} {printable(kind)}" for kind, count in named] + [counted(others, "other")] * (others > 0)
+    return f"{counted(total, 'file')} and folders left out: {', '.join(kinds)}"
 
 
 def _find_unreadable(root: str, images: list[list[bytes]]) -> dict[bytes, str]:
@@ -292,11 +292,11 @@ def _find_unreadable(root: str, images: list[list[bytes]]) -> dict[bytes, str]:
         for name in names[first : first + CHUNK]:
             try:
                 read_rgb(read_file(os.path.join(os.fsencode(root), name)))
-            except Exception as error:  # Pillow raises nearly any type for a corrupt file
+            except (OSError, UnreadableError) as error:
                 bad[name] = reason_of(error)
         return bad
 
-    console.line(f"=> checking {len(names):,} images, once")
+    console.line(f"=> checking {counted(len(names), 'image')}, once")
     unreadable: dict[bytes, str] = {}
     with console.progress(len(names), 0, "Checking"), ThreadPoolExecutor(os.cpu_count()) as threads:
         for bad in threads.map(check, range(0, len(names), CHUNK)):  # Pillow decodes without Python's lock

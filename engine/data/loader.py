@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Iterator, Sequence, Tuple
 
 from engine.data.datasets import FileList, ImageDataset, image_error
+from engine.data.decoding import UnreadableError, unreadable
 from engine.data.transforms import Augmentation, Preprocessing, whole_image
 from engine.data.workers import NO_DESCRIPTOR, WholeImages, in_worker, share, worker_error
-from engine.errors import ImageError, UsageError, UserError
+from engine.errors import ImageError, UsageError, UserError, counted
 
 import numpy as np
 import torch
@@ -55,8 +56,8 @@ class ResumableBatchSampler:
         self.steps_per_epoch = self.steps_left(0)
         if self.steps_per_epoch == 0:
             raise UsageError(
-                f"{self.count} images are fewer than the {self.step_images} of one step: use a smaller --batch-size "
-                "or --val-split"
+                f"a step takes {counted(self.step_images, 'image')}, and there are only {self.count}: use a smaller "
+                "--batch-size or --val-split"
             )
 
     def steps_left(self, images_done: int) -> int:
@@ -147,12 +148,15 @@ class ImageBatches:
         return WholeImages(share(torch.from_numpy(pixels)), share(torch.from_numpy(layout)))
 
     def _read(self, index: int, transform: Any, option: Any) -> np.ndarray:
-        """Read an image and transform it. Raises ImageError, which names it."""
+        """Read an image and transform it. Raises ImageError, which names it, if it cannot be read or decoded."""
         try:
-            return transform(self.dataset.read(index), option)
-        except Exception as error:  # Pillow raises nearly any type for a corrupt file
-            if getattr(error, "errno", None) in NO_DESCRIPTOR:
-                raise worker_error(error) from error
+            with unreadable():
+                source = self.dataset.read(index)
+            return transform(source, option)
+        except UnreadableError as error:
+            cause = error.__cause__
+            if isinstance(cause, OSError) and cause.errno in NO_DESCRIPTOR:
+                raise worker_error(cause) from error
             raise image_error(self.dataset, index, error) from error
 
     def _allocate(self, count: int) -> torch.Tensor:

@@ -12,7 +12,17 @@ import math
 from dataclasses import dataclass
 from typing import Any, Callable, Iterator
 
-from engine.data.decoding import MAX_PIXELS, MAX_RATIO, Source, open_image, read_rgb, to_rgb, turn_of
+from engine.data.decoding import (
+    MAX_PIXELS,
+    MAX_RATIO,
+    Source,
+    UnreadableError,
+    open_image,
+    read_rgb,
+    to_rgb,
+    turn_of,
+    unreadable,
+)
 from engine.versions import TORCH
 
 import numpy as np
@@ -91,14 +101,14 @@ def whole_image(source: Source, scale: int, exif_rotate: bool = False) -> np.nda
 
 
 def resize_short_side(image: Image.Image, short_side: int) -> Image.Image:
-    """Resize an image as torchvision's Resize(short_side). Raises ValueError for more than MAX_PIXELS."""
+    """Resize an image as torchvision's Resize(short_side). Raises UnreadableError for more than MAX_PIXELS."""
     width, height = image.size
     if width <= height:
         resized = short_side, int(short_side * height / width)
     else:
         resized = int(short_side * width / height), short_side
     if resized[0] * resized[1] > MAX_PIXELS:
-        raise ValueError(f"too thin: resized, it would have {resized[0]} × {resized[1]} pixels")
+        raise UnreadableError(f"too thin: resized, it would have {resized[0]} × {resized[1]} pixels")
     return image.resize(resized, BILINEAR) if resized != image.size else image
 
 
@@ -232,8 +242,12 @@ def decode_crop(
         shrink *= 2
     if jpeg_size is not None:
         width, height = (-(-edge // shrink) for edge in jpeg_size)
-        with contextlib.suppress(ValueError):  # what simplejpeg cannot decode, Pillow can, or says why not
+        pixels = None
+        with contextlib.suppress(
+            UnreadableError
+        ), unreadable():  # what simplejpeg cannot decode, Pillow can, or says why
             pixels = simplejpeg.decode_jpeg(content, "RGB", min_height=height, min_width=width)
+        if pixels is not None:
             return resize_crop(pixels, tuple(int(round(edge / shrink)) for edge in box), size, flip)
     image = open_image(content)
     width, height = image.size

@@ -17,7 +17,7 @@ from pathlib import PurePath
 from typing import Any, Iterator, Sequence
 
 from engine import console
-from engine.errors import DeviceUnavailableError, first_line
+from engine.errors import DeviceUnavailableError, counted, first_line
 from engine.versions import TORCH
 
 import torch
@@ -76,17 +76,18 @@ def resolve_device_list(
     devices = given or list(range(count or 1))
     if one_device and gpu is not None:
         if given and gpu >= len(given):
-            raise DeviceUnavailableError(f"--gpu {gpu} is an index into --device-list, which has {len(given)} entries")
+            named = counted(len(given), "device")
+            raise DeviceUnavailableError(f"--gpu {gpu} is an index into --device-list, which names {named}")
         devices = [given[gpu] if given else gpu]
     elif one_device and len(devices) > 1:
         console.line(
-            f"=> {len(devices)} devices, and this is a one-device run: using number {devices[0]}; "
+            f"=> {counted(len(devices), 'device')}, and this is a one-device run: using number {devices[0]}; "
             "--multiprocessing-distributed uses all of them, --gpu N another one"
         )
         devices = devices[:1]
     if count is not None and max(devices) >= count:
         raise DeviceUnavailableError(
-            f"{device} {max(devices)} does not exist, there are {count} (0 to {count - 1}): see --gpu and --device-list"
+            f"{device} {max(devices)} does not exist, the highest number is {count - 1}: see --gpu and --device-list"
         )
     return devices
 
@@ -177,11 +178,14 @@ def _cgroup_quotas() -> Iterator[float]:
                     yield quota / period
 
 
-def available_memory() -> float:
-    """Return the bytes that processes can take: what is free, or the limit of a container if that is less."""
+def total_memory() -> float:
+    """Return the bytes of this node's memory, or the limit of a container if that is less.
+
+    Not what is free: the same command then chooses the same batch size whenever it runs.
+    """
     limits = [math.inf]
     with contextlib.suppress(OSError), open(MEMORY) as file:
-        limits += [1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable:")]
+        limits += [1024 * int(line.split()[1]) for line in file if line.startswith("MemTotal:")]
     for folder in _cgroup_folders("memory"):
         for name in ("memory.max", "memory.limit_in_bytes"):  # cgroup v2 and v1
             with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, name)) as file:  # or "max"

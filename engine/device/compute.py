@@ -16,7 +16,7 @@ import sys
 from typing import Any, Callable, Iterator, cast
 
 from engine import console
-from engine.device.choice import TORCH_DEVICES, available_memory, cpu_info, default_threads
+from engine.device.choice import TORCH_DEVICES, cpu_info, default_threads, total_memory
 from engine.errors import DeviceUnavailableError, first_line
 from engine.versions import TORCH
 
@@ -127,9 +127,9 @@ class ComputeDevice:
             options["pin_memory_device"] = "npu"
         return options
 
-    def free_memory(self) -> float:
-        """Return the bytes that the processes of this node can take if they run on its CPU, else infinity."""
-        return available_memory() if self.type == "cpu" else math.inf
+    def memory(self) -> float:
+        """Return the bytes of memory that the processes of this node share if they run on its CPU, else infinity."""
+        return total_memory() if self.type == "cpu" else math.inf
 
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         """Copy a tensor of a batch to the device. On a GPU this overlaps with the steps still being computed."""

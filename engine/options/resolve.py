@@ -25,7 +25,7 @@ from engine.device import (
     resolve_device_list,
     resolve_precision,
 )
-from engine.errors import UsageError
+from engine.errors import UsageError, counted
 from engine.options.flags import AUGMENTATION, SMALL, complete_defaults, parse_args
 from engine.options.parser import check_file, check_folder
 from engine.parallel import Topology, resolve_topology, under_torchrun
@@ -107,9 +107,8 @@ def _resolve_device(args: argparse.Namespace) -> None:
 def _check_processes(args: argparse.Namespace) -> None:
     if args.device != "cpu" and args.processes > len(args.device_list):
         devices = len(args.device_list)
-        raise UsageError(
-            f"torchrun starts {args.processes} processes on {devices} devices: use --nproc-per-node {devices}"
-        )
+        started = f"{counted(args.processes, 'process')} on {counted(devices, 'device')}"
+        raise UsageError(f"torchrun starts {started}: use --nproc-per-node {devices}")
     if "batch_size" not in getattr(args, "left_open", ()):  # else with_checkpoint does it
         _check_batch_size(args)
 
@@ -119,7 +118,7 @@ def _check_batch_size(args: argparse.Namespace) -> None:
         below = args.batch_size // args.processes * args.processes
         nearest = f"{below} or {below + args.processes}" if below else str(args.processes)
         raise UsageError(
-            f"--batch-size {args.batch_size} is not divisible by {args.processes} processes: use {nearest}"
+            f"--batch-size {args.batch_size} is not divisible by {counted(args.processes, 'process')}: use {nearest}"
         )
 
 
@@ -166,22 +165,22 @@ def with_checkpoint(
             raise UsageError(f"{source.path}: holds {vgg.describe_weights(source.weights)}")
         left_open = [name for name in left_open if name not in ("arch", "head")]
     if start is not None:
-        args.small_defaults = start.small_defaults and not args.evaluate
+        args.small_defaults = start.info.small_defaults and not args.evaluate
     else:
         args.small_defaults = pretrained is None and _takes_small_defaults(args, left_open, images)
     if args.small_defaults:
         complete_defaults(args, SMALL, left_open)
     if "batch_size" in left_open:
         if start is not None and not args.evaluate:
-            args.batch_size = start.batch.get("batch_size", args.batch_size)
+            args.batch_size = start.info.batch.get("batch_size", args.batch_size)
         elif args.data or args.dummy:
             args.batch_size = default_batch_size(args, images, size, memory)
         _check_batch_size(args)
     args.arch, args.head = args.arch or "vgg16", args.head or "paper"
     batch = {"batch_size": args.batch_size, "accum_steps": args.accum_steps}
     images_per_step = args.batch_size * args.nodes * args.accum_steps
-    if start is not None and batch.items() <= start.batch.items():
-        images_per_step = start.batch["images_per_step"]
+    if start is not None and batch.items() <= start.info.batch.items():
+        images_per_step = start.info.batch["images_per_step"]
     if args.small_defaults and "lr" in left_open:
         args.lr *= min(images_per_step, 512) / SMALL["batch_size"]
     if args.small_defaults and start is None:
@@ -198,18 +197,19 @@ def _resize(args: argparse.Namespace, wanted: int) -> None:
     images = own * args.accum_steps
     if images == wanted:
         return
-    nodes = f"{args.nodes} {'node' if args.nodes == 1 else 'nodes'}"
+    nodes = counted(args.nodes, "node")
     if wanted % own == 0:
         args.accum_steps = wanted // own
         console.line(
-            f"=> resized to {nodes}: {args.accum_steps} batches per step, so a step still has {wanted:,} images"
+            f"=> resized to {nodes}: {counted(args.accum_steps, 'batch')} per step, so a step still has "
+            f"{counted(wanted, 'image')}"
         )
         return
     factor = images / wanted
     args.lr, args.min_lr = args.lr * factor, args.min_lr * factor
     console.line(
-        f"=> resized to {nodes}: {images:,} images per step in place of {wanted:,}, so learning rates are multiplied "
-        f"by {factor:.4g}"
+        f"=> resized to {nodes}: {counted(images, 'image')} per step in place of {wanted:,}, so learning rates are "
+        f"multiplied by {factor:.4g}"
     )
 
 
@@ -224,18 +224,19 @@ def default_batch_size(args: argparse.Namespace, images: int, size: int, memory:
 
     Each process has the same power of two. An epoch has 20 steps or more (with the defaults SMALL 90), unless they
     would have fewer than 8 images.
-    A batch takes half of the memory at most; VGG16's weights, gradients and momentum, and a checkpoint being written
-    take 3 GB. Measured per image of 224 pixels on a CPU: 145 MB in fp32 (VGG16-BN: 195), 57 in bf16; 40 to evaluate
-    are an estimate.
+    A batch takes half of the memory at most, less the 2 GB that each further process takes; VGG16's weights, gradients
+    and momentum, and a checkpoint being written take 3 GB. Measured per image of 224 pixels on a CPU: 145 MB in fp32
+    (VGG16-BN: 195), 57 in bf16; 40 to evaluate are an estimate.
     """
+    room = 0.5 * memory - 2e9 * (args.processes - 1)
     per_image = 40e6 if args.evaluate else 200e6 if args.precision == "fp32" else 100e6
     limits = {
-        f"{args.processes} processes": args.batch_size,
-        f"{memory / 1e9:.1f} GB of memory": 0.5 * memory / (per_image * (size / 224) ** 2),
+        counted(args.processes, "process"): args.batch_size,
+        f"{memory / 1e9:.1f} GB of memory": room / (per_image * (size / 224) ** 2),
     }
     if images:
         steps = 90 if args.small_defaults else 20
-        limits[f"{images:,} images"] = max(images // steps, min(images, 8)) / (args.nodes * args.accum_steps)
+        limits[counted(images, "image")] = max(images // steps, min(images, 8)) / (args.nodes * args.accum_steps)
     reason = min(limits, key=lambda name: limits[name])
     batch_size = args.processes
     while 2 * batch_size <= limits[reason]:
@@ -256,7 +257,7 @@ def resolve_preprocessing(
     preprocessing = Preprocessing() if dataset is None else dataset.preprocessing
     if args.exif_rotate and not preprocessing.crop:
         raise UsageError("--exif-rotate is for folders of images: leave it out")
-    saved = {} if start is None else start.preprocessing
+    saved = {} if start is None else start.info.preprocessing
     size = args.image_size or saved.get("image_size") or preprocessing.image_size
     values = {**preprocessing.to_dict(), "image_size": size, "exif_rotate": args.exif_rotate}
     if args.evaluate:
@@ -336,4 +337,5 @@ def describe_run(
         val_split=None if val_set is None else val_set.val_split,
         identity=identity,
         batch=batch,
+        decoder=Augmentation.decoder,
     )

@@ -17,7 +17,7 @@ import time
 from typing import Any
 
 from engine import console
-from engine.errors import RendezvousError, first_line
+from engine.errors import RendezvousError, counted, first_line
 from engine.parallel.heartbeat import beats
 from engine.parallel.topology import Ranks
 
@@ -84,12 +84,11 @@ class _Meeting:
             )
         if now - self.last_report >= REPORT_SECONDS:
             self.last_report = now
-            missing, nodes = self.missing(), -(-self.ranks.world_size // self.ranks.local_world_size)
+            missing = self.missing()
+            nodes = counted(-(-self.ranks.world_size // self.ranks.local_world_size), "node")
             waited = f"{now - self.end + self.timeout:.0f} s of {self.timeout:.0f} s"
             verb = "has" if len(missing) == 1 else "have"
-            console.line(
-                f"=> waiting for {len(missing)} of {nodes} nodes: {', '.join(missing)} {verb} not joined, {waited}"
-            )
+            console.line(f"=> waiting for {len(missing)} of {nodes}: {', '.join(missing)} {verb} not joined, {waited}")
 
     def missing(self) -> list[str]:
         """Name the nodes of the ranks that have never beaten, if all nodes have as many processes as this one."""

@@ -11,7 +11,7 @@ import subprocess
 from typing import Any, Sequence
 
 from engine import console
-from engine.errors import UsageError, printable
+from engine.errors import UsageError, counted, printable
 
 import numpy as np
 import torch
@@ -32,28 +32,31 @@ def describe_balance(classes: Sequence[str], labels: np.ndarray) -> str:
     """Return the number of classes, and the smallest and the largest of them."""
     counts = np.bincount(labels, minlength=len(classes))
     smallest, largest = int(counts.argmin()), int(counts.argmax())
+    number = counted(len(classes), "class")
     if counts[smallest] == counts[largest]:
-        return f"{len(classes):,} classes of {counts[largest]:,} training images each"
+        return f"{number} of {counted(counts[largest], 'training image')} each"
     return (
-        f"{len(classes):,} classes: the smallest, {printable(classes[smallest])}, has {counts[smallest]:,} training "
-        f"images, the largest, {printable(classes[largest])}, {counts[largest]:,}"
+        f"{number}: the smallest, {printable(classes[smallest])}, has {counted(counts[smallest], 'training image')}, "
+        f"the largest, {printable(classes[largest])}, {counts[largest]:,}"
     )
 
 
-def log_data(source: str, size: int, count: int, images_per_step: int, train_set: Any, val_set: Any) -> None:
+def log_data(source: str | None, size: int, count: int, images_per_step: int, train_set: Any, val_set: Any) -> None:
     """Log what a run trains and validates on: its name, pixels per side, and the datasets, None if there is none.
 
-    count: of training images, 0 for an evaluation.
+    source: None for synthetic images. count: of training images, 0 for an evaluation.
     """
-    datasets = {"training": train_set, "validation": val_set}
-    parts = [source, *(f"{len(images):,} {kind} images" for kind, images in datasets.items() if images is not None)]
+    parts = [source or counted(count, "synthetic image")]
+    for kind, images in (("training", train_set), ("validation", val_set)):
+        if images is not None:
+            parts.append(counted(len(images), f"{kind} image"))
     steps, left = divmod(count, images_per_step)
     if count:
-        parts.append(f"{steps:,} steps per epoch, {left:,} images left over")
+        parts.append(f"{counted(steps, 'step')} per epoch, {counted(left, 'image')} left over")
     console.line(f"=> data: {', '.join(parts)}, {size} pixels per side")
-    if steps and 10 * left > count and not console.is_quiet():
-        console.warning(
-            f"each epoch leaves out {left:,} of {count:,} training images, which do not fill a step of "
+    if steps and 10 * left > count:
+        console.warning_once_per_node(
+            f"each epoch leaves out {left:,} of {counted(count, 'training image')}, too few to fill a step of "
             f"{images_per_step:,}: use a smaller --batch-size"
         )
     if train_set is not None:
@@ -67,7 +70,7 @@ def write_bad_images(folder: str, *datasets: Any) -> None:
     if unreadable:
         path = os.path.join(folder, "bad_images.txt")
         write_text(path, "".join(f"{name}\t{reason}\n" for name, reason in unreadable))
-        console.line(f"=> skipping {len(unreadable):,} unreadable images, listed in {path}")
+        console.line(f"=> skipping {counted(len(unreadable), 'unreadable image')}, listed in {path}")
 
 
 def versions(hardware: str) -> dict[str, Any]:

@@ -461,9 +461,9 @@ def test_safetensors_go_out_and_come_in_with_all_that_predictions_need(root: Any
     assert path.stat().st_mode & 0o077 == (root / "model_best.pth.tar").stat().st_mode & 0o077
     safetensors.save_file(weights, str(tmp_path / "foreign.safetensors"), metadata={"arch": "vgg11", "classes": "3"})
     foreign = load_checkpoint(str(tmp_path / "foreign.safetensors"))
-    assert foreign.classes == [] and foreign.weights.keys() == weights.keys()
+    assert foreign.info.classes == [] and foreign.weights.keys() == weights.keys()
     save_safetensors(weights, str(tmp_path / "split.safetensors"), val_split=0.4)
-    assert load_checkpoint(str(tmp_path / "split.safetensors")).val_split == 0.4
+    assert load_checkpoint(str(tmp_path / "split.safetensors")).info.val_split == 0.4
     missing = run_script(
         "export.py", "--checkpoint", root / "model_best.pth.tar", "--output", tmp_path / "no" / "x.safetensors"
     )

@@ -50,6 +50,8 @@ if not evaluates:
     output = sys.argv[sys.argv.index('--output-dir') + 1]
     for name in ('checkpoint.pth.tar', 'model_best.pth.tar'):
         open(os.path.join(output, name), 'w').write('weights')
+    if not os.environ.get('STUB_IS_NOT_RANK_0'):
+        open(os.path.join(output, 'metrics.jsonl'), 'w').write('{{"event": "done", "step": 2}}\\n')
 if '--stop-step-num' not in sys.argv:
     print('[npu id: 0 ] [AVG-ACC] * Acc@1 73.385 Acc@5 91.337')
 """
@@ -170,7 +172,7 @@ def test_earlier_output_is_moved_aside_and_its_checkpoint_is_found(clone, tmp_pa
     for _ in range(2):
         assert bash(clone, "train_full_1p", "--data_path=.", python=stub(tmp_path)).code == 0
     said = bash(clone, "train_full_1p", "--data_path=.", python=stub(tmp_path)).out
-    assert re.search(r"earlier output is in .*/output/0\.\S+; 2 earlier ones take \d", said), said
+    assert re.search(r"earlier output is in .*/output/0\.\S+; all earlier ones \(2\) take \d", said), said
     outputs = sorted(os.listdir(str(clone / "test" / "output")))
     assert len(outputs) == 3 and outputs[0] == "0"
     assert (clone / "model_best.pth.tar").read_text() == "weights"
@@ -341,6 +343,38 @@ def test_torchrun_is_started_and_continues_an_unfinished_output(clone, tmp_path)
     assert (output / "train_0.log").read_text().count("ARGS") == 1  # a finished run is moved aside
     refused = bash(clone, "train_full_multinodes", *options, "--resume=x", python=python)
     assert refused.code == 2 and len(refused.err.splitlines()) == 1
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("nodes, node_rank", [("1", 0), ("2", 0), ("2", 1), ("1:4", 3)])
+def test_a_measurement_under_torchrun_ends_with_a_validation_on_the_node_of_rank_0(clone, tmp_path, nodes, node_rank):
+    options = ["--data_path=.", "--launcher=torchrun", "--master_addr=10.0.0.1", "--device_list=0,1"]
+    options += [f"--nnodes={nodes}", f"--node_rank={node_rank}"]
+    output = clone / "test" / "output" / ("0" if node_rank == 0 else f"0_node{node_rank}")
+    result = bash(clone, "train_performance_multinodes", *options, python=stub(tmp_path))
+    assert result.code == 0 and "Final Train Accuracy : 73.385" in result.out, result.err
+    measured, validated = [line for line in (output / "train_0.log").read_text().splitlines() if "ARGS" in line]
+    assert "torch.distributed.run" in measured and "--stop-step-num" in measured and "--evaluate" not in measured
+    for part in (
+        "'--evaluate'",
+        "'--resume', ",
+        "'--world-size', '1'",
+        "'--device-list', '0,1'",
+        "'--addr', '127.0.0.1'",
+    ):
+        assert part in validated, validated
+    assert "--auto-resume" not in validated and "--dist-url" not in validated
+    (case,) = output.glob("*_perf.log")
+    batch, most = 2048, int(nodes.split(":")[-1])  # of the measurement, not of the validation
+    assert f"TrainingTime = {batch * most * 1000 / 1024.02:.2f}" in case.read_text()
+
+
+@pytest.mark.once
+def test_a_measurement_under_torchrun_is_not_validated_on_other_nodes(clone, tmp_path):
+    options = ["--data_path=.", "--launcher=torchrun", "--nnodes=2", "--node_rank=1", "--master_addr=10.0.0.1"]
+    python = stub(tmp_path)
+    result = bash(clone, "train_performance_multinodes", *options, python=python, STUB_IS_NOT_RANK_0="1")
+    assert result.code == 0 and "Final Performance" in result.out and "Accuracy" not in result.out, result.err
 
 
 @pytest.mark.once

@@ -41,8 +41,8 @@ def test_shrink_makes_images_smaller_and_continues_after_an_interruption(tmp_pat
     (source / "train" / "b" / "bad.jpg").write_bytes(b"no image")
     result = shrink(source, target, "--short-side", 48)
     assert result.code == 1, result.err
-    assert "4 images written in " in result.out
-    assert " s, 0 were there already, 1 could not be read" in result.out
+    assert " s: 4; " in result.out
+    assert "; there already: 0; could not be read: 1" in result.out
     assert "bad.jpg" in result.err
     sizes = {}
     for folder, _, names in os.walk(str(target)):
@@ -58,7 +58,7 @@ def test_shrink_makes_images_smaller_and_continues_after_an_interruption(tmp_pat
     assert (target / "train" / "b" / "small.jpg").read_bytes() == (source / "train" / "b" / "small.jpg").read_bytes()
     (target / "train" / "a" / "large.JPEG").unlink()
     result = shrink(source, target, "--short-side", 48)
-    assert "1 images written in " in result.out and "3 were there already" in result.out
+    assert " s: 1; there already: 3; " in result.out
 
 
 def test_a_smaller_image_is_the_same_image(tmp_path):
@@ -133,7 +133,7 @@ def labels_of_the_development_kit(root):
 def test_the_validation_images_are_sorted(tmp_path, labels):
     flat_folder(tmp_path)
     result = run(sys.executable, SORT, tmp_path, labels(tmp_path))
-    assert result.code == 0 and result.out.startswith("2 images moved into 2 classes"), result.err
+    assert result.code == 0 and result.out.startswith("images moved: 2, classes: 2"), result.err
     assert (tmp_path / "n02" / "ILSVRC2012_val_00000001.JPEG").exists()
     assert (tmp_path / "n01" / "ILSVRC2012_val_00000002.JPEG").exists()
 
@@ -144,7 +144,7 @@ def test_sorting_continues_and_leaves_images_without_a_label(tmp_path):
     (tmp_path / "n02").mkdir()
     (tmp_path / "ILSVRC2012_val_00000001.JPEG").rename(tmp_path / "n02" / "ILSVRC2012_val_00000001.JPEG")
     result = run(sys.executable, SORT, tmp_path, labels)
-    assert result.code == 1 and result.out.startswith("1 images moved into 2 classes")
+    assert result.code == 1 and result.out.startswith("images moved: 1, classes: 2")
     assert "ILSVRC2012_val_00000003.JPEG" in result.err
     assert (tmp_path / "ILSVRC2012_val_00000003.JPEG").exists()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import sys
 from typing import Iterator
 
@@ -131,6 +132,19 @@ def test_there_are_no_circular_imports():
 
     for name in MODULES:
         visit(name, [])
+
+
+PLURAL = re.compile(r" (?:\w+ )?(?:(?:image|step|node|device|epoch|file|core|worker)s|classes|processes|batches)\b")
+
+
+@pytest.mark.parametrize("path", [*ENGINE, "main.py"])
+def test_no_line_can_say_1_images(path):
+    for text in ast.walk(parse(path)):
+        if isinstance(text, ast.JoinedStr):
+            for number, words in zip(text.values, text.values[1:]):
+                if isinstance(number, ast.FormattedValue) and isinstance(words, ast.Constant):
+                    is_fixed = ast.unparse(number.value).split(".")[-1].isupper()  # a constant, above 1
+                    assert is_fixed or not PLURAL.match(words.value), f"use counted() of engine.errors: {words.value}"
 
 
 def test_tools_and_benchmarks_do_not_use_the_training_script_as_a_library():

@@ -173,7 +173,7 @@ def test_a_run_that_continues_as_it_was_saved_says_nothing(tmp_path: Any, capsys
     "saved, now, words",
     [
         ({"decoder": "Pillow"}, {"decoder": "simplejpeg"}, ["simplejpeg", "Pillow", "gray level"]),
-        ({"world_size": 8}, {"world_size": 1}, ["1 processes", "8"]),
+        ({"world_size": 8}, {"world_size": 1}, ["1 process,", "8"]),
         ({"images_per_step": 12}, {"images_per_step": 24}, ["24 images per step", "12", "without its last 4"]),
         ({"ema": False}, {"ema": True}, ["no EMA weights"]),
         ({"ema": True}, {"ema": False}, ["EMA weights", "dropped", "--ema-decay"]),
@@ -211,7 +211,7 @@ def test_pretrained_weights_of_other_classes_keep_a_new_last_layer(tmp_path: Any
 @pytest.mark.parametrize("classes", [["a"], ["a", "c"], ["a", "b", "c"], ["b", "a"]])
 def test_other_classes_name_the_flag_that_starts_from_the_weights(evaluate: bool, classes: list[str]) -> None:
     found = Checkpointer(".", comm(), evaluate=evaluate)
-    found.continued = Checkpoint("x", {}, classes=["a", "b"])
+    found.continued = Checkpoint("x", {}, info=RunInfo(classes=["a", "b"]))
     with pytest.raises(UsageError, match="the classes differ") as caught:
         found.check(RunInfo("vgg11", classes, {}, 1, 1))
     assert ("--pretrained" in str(caught.value)) != evaluate

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from engine import errors
-from engine.errors import first_line, printable
+from engine.errors import counted, first_line, printable
 
 import pytest
 
@@ -38,3 +38,20 @@ def test_each_user_error_has_the_exit_code_of_its_kind():
     failures = {kind.__name__ for kind in kinds if kind.exit_code == 1}
     assert failures == {"DivergedError", "SaveError", "LoaderWorkerError"}
     assert {kind.exit_code for kind in kinds} == {1, 2} and errors.EXIT_STOPPED == 75
+
+
+@pytest.mark.parametrize(
+    "count, noun, text",
+    [
+        (0, "image", "0 images"),
+        (1, "image", "1 image"),
+        (5004, "step", "5,004 steps"),
+        (1, "class", "1 class"),
+        (2, "class", "2 classes"),
+        (1, "batch", "1 batch"),
+        (3, "batch", "3 batches"),
+        (8, "process", "8 processes"),
+    ],
+)
+def test_a_number_agrees_with_its_noun(count, noun, text):
+    assert counted(count, noun) == text

@@ -8,7 +8,7 @@ import re
 import sys
 from typing import Any
 
-from engine.checkpoints import Checkpoint
+from engine.checkpoints import Checkpoint, RunInfo
 from engine.data import Preprocessing
 from engine.data.datasets import read_digits
 from engine.errors import UsageError
@@ -195,7 +195,7 @@ def test_exif_rotate_is_part_of_the_identity_and_an_evaluation_takes_it_from_the
         args.nodes = args.processes = 1
         preprocessing = resolve_preprocessing(args, None, None)
         assert ("--exif-rotate" in describe_run(args, {}, preprocessing, None, None).identity) == args.exif_rotate
-    saved = Checkpoint("x.pth", {}, preprocessing=Preprocessing(32, exif_rotate=True).to_dict())
+    saved = Checkpoint("x.pth", {}, info=RunInfo(preprocessing=Preprocessing(32, exif_rotate=True).to_dict()))
     assert not resolve_preprocessing(plain, None, saved).exif_rotate  # a training has the flag of its own
     plain.evaluate = True
     assert resolve_preprocessing(plain, None, saved).exif_rotate

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What is in a batch. test/run has tests with worker processes."""
 
-from engine.data import loader
+import struct
+
+from engine.data import loader, transforms
 from engine.data.datasets import FileList, read_digits
 from engine.data.loader import ImageBatches
 from engine.data.transforms import Augmentation, Preprocessing, whole_image
@@ -13,6 +15,7 @@ from helpers.images import jpeg
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 
 @pytest.fixture
@@ -78,6 +81,41 @@ def test_no_descriptor_left_is_not_an_unreadable_image(files, monkeypatch):
     for options in ({}, {"leave_out": True}, {"scales": (32,)}):
         error = ImageBatches(files, Preprocessing(32), **options)[0, np.array([0])]
         assert isinstance(error, LoaderWorkerError) and "ulimit -n" in str(error), options
+
+
+KINDS = [AttributeError, IndexError, KeyError, MemoryError, OSError, RuntimeError, SyntaxError, TypeError, ValueError]
+KINDS += [ZeroDivisionError, Image.DecompressionBombError, struct.error]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("step", ["random_crop_box", "resize_crop", "_pillow_resize_crop", "shift_colors", "resize"])
+def test_a_fault_of_an_augmentation_is_not_an_unreadable_image(files, monkeypatch, kind, step):
+    def fail(*_):
+        raise kind("a fault")
+
+    monkeypatch.setattr(transforms, step, fail)
+    if step == "_pillow_resize_crop":
+        monkeypatch.setattr(transforms, "simplejpeg", None)
+    transform = Preprocessing(48, crop=False) if step == "resize" else Augmentation(48, color_shift=True)
+    if step == "resize_crop" and transforms.simplejpeg is None:
+        pytest.skip("requires simplejpeg")
+    for leave_out in (False, True):
+        with pytest.raises(kind, match="a fault"):
+            ImageBatches(files, transform, leave_out=leave_out)[0, np.array([0])]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("step", ["open", "convert"])
+@pytest.mark.parametrize("transform", [Augmentation(48), Preprocessing(48)], ids=["training", "validation"])
+def test_any_error_of_decoding_is_an_unreadable_image(files, monkeypatch, kind, step, transform):
+    def fail(*_):
+        raise kind("broken")
+
+    monkeypatch.setattr(transforms, "simplejpeg", None)
+    monkeypatch.setattr(*(Image, "open") if step == "open" else (Image.Image, "convert"), fail)
+    error = ImageBatches(files, transform)[0, np.array([2])]
+    assert isinstance(error, ImageError) and "2.jpg: cannot be read as an image (" in str(error)
+    assert "broken" in str(error)
 
 
 def test_a_lack_of_shared_memory_is_returned_in_place_of_the_batch(files, monkeypatch):

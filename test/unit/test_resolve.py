@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 
-from engine.checkpoints import Checkpoint
+from engine.checkpoints import Checkpoint, RunInfo
 from engine.data import Preprocessing, open_datasets
 from engine.data.datasets import read_digits
 from engine.errors import UsageError, UserError
@@ -35,7 +35,7 @@ def test_a_resize_that_cannot_keep_the_images_per_step_scales_the_learning_rate(
     _, saved = with_checkpoint(args, None)
     assert saved == {"batch_size": 4, "accum_steps": 1, "images_per_step": 12} and capsys.readouterr().out == ""
     args.nodes = 2
-    checkpoint = Checkpoint("x", vgg.VGG("vgg11", 3, [8] * 5, 8).state_dict(), batch=saved)
+    checkpoint = Checkpoint("x", vgg.VGG("vgg11", 3, [8] * 5, 8).state_dict(), info=RunInfo(batch=saved))
     resized, batch = with_checkpoint(args, checkpoint)
     assert batch == saved
     assert "8 images per step in place of 12, so learning rates are multiplied by 0.6667" in capsys.readouterr().out
@@ -48,7 +48,7 @@ def test_an_evaluation_normalizes_as_the_training_did():
     dataset = read_digits(training=False)
     args = parse_args(["-e", "--pretrained", "imagenet", "--image-size", "48"])
     saved = {"image_size": 48, "crop": True, "mean": [0.1] * 3, "std": [0.2] * 3}
-    checkpoint = Checkpoint("x", {}, preprocessing=saved)
+    checkpoint = Checkpoint("x", {}, info=RunInfo(preprocessing=saved))
     assert resolve_preprocessing(args, dataset, checkpoint).to_dict() == {**saved, "crop": False}
     args = parse_args([])  # a training has its own
     assert resolve_preprocessing(args, dataset, None) == dataset.preprocessing
