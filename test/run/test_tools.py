@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The tools that prepare a dataset: a smaller copy, and ImageNet's validation images in folders by class."""
 
-import io
 import os
 import sys
 
