@@ -57,7 +57,7 @@ from torch.utils.data import DataLoader
 EMBEDDED = "the embedded digits"
 Batch = Any  # (images, target, indices): (N, S, S, 3) uint8; (N,) int64; (N,) int64, their places in the dataset
 Normalize = Callable[[Any], torch.Tensor]  # (N, S, S, 3) uint8 on the host to (N, 3, S, S) on the device
-BuildNetwork = Callable[..., vgg.VGG]  # from the architecture, the number of classes and the head
+BuildNetwork = Callable[..., vgg.VGG]  # from architecture, number of classes and head; tests build a smaller one
 
 
 @dataclass
@@ -137,7 +137,7 @@ def build_sampler(job: Job, count: int, *, training: bool, start: tuple[int, int
         seed=args.seed,
         epochs=args.epochs if training else 1,
         start=start,
-        with_previous=training and bool(args.mixup or args.cutmix),
+        with_previous=training and bool(args.mixup or args.cutmix),  # BatchMixer mixes an image with the one before it
     )
 
 
@@ -169,7 +169,7 @@ def build_training(
 ) -> Training:
     """Move a network to the device; build its optimizer, EMA, DDP and compiled form, as the flags say."""
     args, device = job.args, job.device
-    device.place(network, one_shape=True)
+    device.place(network, one_shape=True)  # so that cuDNN may search for the fastest kernels
     weights = job.amp.convert(network)  # at O2 fp32 master weights, else the network's own
     groups: list[dict[str, Any]] = [{"params": weights}]
     if args.no_bias_decay:  # biases and batch norm have one dimension
@@ -191,10 +191,7 @@ def build_training(
             model.register_comm_hook(None, getattr(default_hooks, f"{args.grad_compress}_compress_hook"))
     if args.compile:
         model = device.compile(model)
-    mixer = None
-    if args.mixup or args.cutmix:
-        mixer = BatchMixer(args.mixup, args.cutmix, classes, args.seed)
-        console.line("=> images are mixed: the training accuracy is that of the larger part of each")
+    mixer = BatchMixer(args.mixup, args.cutmix, classes, args.seed) if args.mixup or args.cutmix else None
     state, counter = TrainState(epoch=args.start_epoch), AccuracyCounter(device.device, finite_only=True)
     return Training(network, model, normalize, optimizer, ema, mixer, counter, state, checkpointer)
 
@@ -406,7 +403,7 @@ def run_job(job: Job, build_network: BuildNetwork) -> int:
     checkpointer.find(args.resume, args.auto_resume, args.pretrained, args.arch)
     data = build_data(job, checkpointer.continued)
     size, memory = data.preprocessing.image_size, comm.min(job.device.memory())
-    args, batch = options.with_checkpoint(
+    args, batch = options.with_checkpoint(  # batch: what a checkpoint keeps of -b and --accum-steps
         args, checkpointer.continued, data.count, size, memory, pretrained=checkpointer.start
     )
     job = dataclasses.replace(job, args=args)
@@ -433,11 +430,11 @@ def run_job(job: Job, build_network: BuildNetwork) -> int:
 def fit(job: Job, training: Training, data: Data) -> int:
     """Train from where the checkpoint has stopped to the end. Returns the exit code."""
     args, state, checkpointer, size = job.args, training.state, training.checkpointer, data.preprocessing.image_size
-    job.comm.before_exit(checkpointer.finish)
+    job.comm.before_exit(checkpointer.finish)  # if another process is lost, the save in flight still ends
     checkpointer.restore(state, training.counter, training.optimizer, training.ema)
     sampler = build_sampler(job, data.count, training=True, start=(state.epoch, state.images_in_epoch))
     checkpointer.log_changes(state, training.ema, data.count)
-    checkpointer.let_go()
+    checkpointer.let_go()  # up to a gigabyte
     if data.train is None:
         batches = synthetic_batches(job, sampler, size)
     else:
@@ -453,7 +450,7 @@ def fit(job: Job, training: Training, data: Data) -> int:
         record = {"flags": {**vars(args), "image_size": size}, "decoder": checkpointer.info.decoder}
         job.logger.write_args({**record, "processes": job.comm.world_size, **run_info.versions(job.device.name())})
     job.logger.event("start", **state.position())
-    job.stop.training = True
+    job.stop.training = True  # from here on a signal saves before it ends the run
     try:
         trace_path = os.path.join(args.output_dir, "trace.json") if args.profile and job.comm.rank == 0 else None
         with job.device.trace(trace_path) as training.profiler:

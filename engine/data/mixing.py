@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from engine import console
 from engine.data.transforms import seeded
 
 import numpy as np
@@ -27,6 +28,7 @@ class BatchMixer:
         kinds = [(v2.MixUp, mixup), (v2.CutMix, cutmix)]
         self.transform = v2.RandomChoice([kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha])
         self.seed = seed
+        console.line("=> images are mixed: the training accuracy is that of the larger part of each")
 
     def __call__(
         self, images: torch.Tensor, target: torch.Tensor, epoch: int, batch: int
