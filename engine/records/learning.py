@@ -20,54 +20,51 @@ class LearningCheck:
     """Watches a run from its start, or from where it continues.
 
     Chance is what a network reaches that knows how frequent each class is, and nothing of the images. The spans are
-    longer than any healthy run of ours needed: VGG16-BN left chance on CIFAR-10 in 50 steps, on 3,068 photos in 60, and
-    VGG16 on the embedded digits in 60.
+    longer than a healthy run of ours needed: VGG16-BN had left the loss of chance on CIFAR-10 after 50 steps.
 
     Args:
-        labels: (N,) int64, of the training images.
+        labels: (N,) int64, of the training images; None if there are none to learn from.
+        val_labels: the same of the validation images, None if nothing is validated.
         weighted: whether --class-weights changes the loss, which then says nothing.
     """
 
     EPOCHS, STEPS = 2, 200  # at the loss of chance
     SINGLE_CLASS_STEPS = 100  # and two validations in a row that predict one class for all
 
-    def __init__(self, labels: np.ndarray, *, weighted: bool = False) -> None:
-        shares = np.bincount(labels) / max(1, len(labels))
+    def __init__(self, labels: np.ndarray | None, val_labels: np.ndarray | None, *, weighted: bool = False) -> None:
+        shares = np.bincount([0] if labels is None else labels) / (1 if labels is None else len(labels))
         self.chance = float(-sum(share * math.log(share) for share in shares if share))  # nats
         self.largest = 100 * float(shares.max())
-        self.weighted = weighted
-        self.epochs = self.steps = self.single_class = 0
+        self.val_classes = 0 if val_labels is None else len(np.unique(val_labels))
+        self.weighted, self.done = weighted, len(shares) < 2
+        self.steps = self.single_class = 0
         self.losses: list[float] = []  # of the epochs
-        self.quiet = self.chance == 0
 
-    def add_epoch(self, steps: int, totals: Totals, validation: dict[str, float] | None, classes: int) -> None:
-        """Print a warning if the run has not learned. totals: of training; validation: its metrics, if there was one.
-
-        classes: how many have validation images.
-        """
+    def add_epoch(self, steps: int, totals: Totals, validation: dict[str, float] | None) -> None:
+        """Print a warning if the run has not learned. totals: of training; validation: its metrics, if there was one."""
         self.steps += steps
         self.losses.append(totals.loss)
-        if validation is not None:  # balanced accuracy is then that of one class
-            is_single = math.isclose(validation["balanced_acc"], 100 / classes, rel_tol=1e-9)
-            self.single_class = self.single_class + 1 if is_single else 0
+        if validation is not None:  # the recall of one class is 1 then, and of all others 0
+            single = math.isclose(validation["balanced_acc"], 100 / self.val_classes, rel_tol=1e-9)
+            self.single_class = self.single_class + 1 if single else 0
         reason = self._reason(totals, validation)
-        if reason is not None and not self.quiet:
-            self.quiet = True
-            console.warning_of_job(f"this run does not learn: {reason}; {ADVICE}")
+        if reason is not None and not self.done:
+            self.done = True
+            console.warning_once_per_node(f"this run does not learn: {reason}; {ADVICE}")
 
     def _reason(self, totals: Totals, validation: dict[str, float] | None) -> str | None:
         """Return what shows that the run does not learn, None if nothing does."""
         if self.single_class >= 2 and self.steps >= self.SINGLE_CLASS_STEPS:
-            return "it predicts the same class for every validation image"
+            return "it predicts the same class for all validation images"
         if len(self.losses) < self.EPOCHS:
             return None
         if validation is not None and validation["loss"] > 3 * self.chance and validation["acc1"] <= self.largest:
-            return f"the validation loss is {validation['loss']:.4g}, and guessing gives {self.chance:.4g}"
+            return f"the validation loss is {validation['loss']:.4g}, that of guessing {self.chance:.4g}"
         if self.weighted:
             return None
         if totals.loss > max(self.losses[0], 1.5 * self.chance):
-            return f"the training loss rose from {self.losses[0]:.4g} to {totals.loss:.4g}"
-        recent = min(self.losses[-self.EPOCHS :])
-        if recent >= 0.99 * self.chance and self.steps >= self.STEPS and totals.acc1 <= 1.2 * self.largest:
-            return f"the training loss is {totals.loss:.4g}, and guessing gives {self.chance:.4g}"
+            return f"the training loss has risen from {self.losses[0]:.4g} to {totals.loss:.4g}"
+        stays = min(self.losses[-self.EPOCHS :]) >= 0.99 * self.chance and self.steps >= self.STEPS
+        if stays and totals.acc1 <= 1.2 * self.largest:
+            return f"the training loss is {totals.loss:.4g}, that of guessing {self.chance:.4g}"
         return None
