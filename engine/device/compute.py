@@ -38,13 +38,15 @@ class ComputeDevice:
     Attributes:
         device: the same as a torch.device.
         memory_format: of images and weights; convolutions prefer channels_last.
+        log_interval: seconds from one reading of the metrics to the next; on a CPU a reading costs nothing.
     """
 
     def __init__(self, type: str, index: int = 0, *, local_world_size: int = 1, deterministic: bool = False) -> None:
-        self.type, self.deterministic = type, deterministic
+        self.type, self.index, self.deterministic = type, index, deterministic
         name = TORCH_DEVICES[type]
         self.device = torch.device(name) if type in ("cpu", "mps") else torch.device(name, index)
         self.runtime = cast("Any", getattr(torch, name, None))  # torch.cuda, torch.npu, …
+        self.log_interval = 0.0 if type == "cpu" else 1.0
         # NPUs do not support channels_last, and torch before 1.7 does only partly.
         self.memory_format = torch.contiguous_format if type == "npu" or TORCH < (1, 7) else torch.channels_last
         if type == "cpu":
