@@ -499,6 +499,7 @@ def main_worker(
 ) -> int:
     """Run one process of the job, in the place that `ranks` gives it. Returns its exit code; raises UserError."""
     stop = StopSignals()
+    ComputeDevice.load_runtime(args.device)
     comm = Communicator(ranks, args.dist_backend, args.dist_url, args.rendezvous_timeout, report)
     try:
         device = ComputeDevice(

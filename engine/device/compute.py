@@ -16,7 +16,7 @@ import sys
 from typing import Any, Callable, Iterator, cast
 
 from engine import console
-from engine.device.choice import TORCH_DEVICES, cpu_info, default_threads, total_memory
+from engine.device.choice import TORCH_DEVICES, cpu_info, default_threads, load_runtime, total_memory
 from engine.errors import DeviceUnavailableError, first_line
 from engine.versions import TORCH
 
@@ -60,6 +60,11 @@ class ComputeDevice:
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is repeatable with a fixed workspace
             torch.use_deterministic_algorithms(True)
+
+    @staticmethod
+    def load_runtime(type: str) -> None:
+        """Add an NPU and its hccl to torch in a process that was spawned: only the one that read the flags has them."""
+        load_runtime(type)
 
     # --- the model and what steps it ---
 
