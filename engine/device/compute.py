@@ -80,7 +80,12 @@ class ComputeDevice:
             model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
 
     def sgd_options(self) -> dict[str, Any]:
-        """Return keyword arguments of torch.optim.SGD: a fused kernel, if torch has one for this device."""
+        """Return keyword arguments of torch.optim.SGD: a fused kernel, if torch has one for this device.
+
+        Never the _foreach operators on an NPU, where one of them has failed on tensors in the chip's own layout.
+        """
+        if self.type == "npu" and TORCH >= (2, 0):
+            return {"foreach": False}
         return {"fused": True} if self.type in ("gpu", "cpu") and TORCH >= (2, 4) else {}
 
     def prepare_sgd(self, sgd: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -130,7 +135,9 @@ class ComputeDevice:
     def loader_options(self) -> dict[str, Any]:
         """Return keyword arguments of DataLoader: pinned memory, from which a batch is copied beside the step."""
         options: dict[str, Any] = {"pin_memory": self.type in ("gpu", "npu")}
-        if self.type == "npu" and "pin_memory_device" in inspect.signature(DataLoader.__init__).parameters:
+        # torch 2.9 and later pin for the accelerator that is there, and warn of the parameter.
+        named = "pin_memory_device" in inspect.signature(DataLoader.__init__).parameters and TORCH < (2, 9)
+        if self.type == "npu" and named:
             options["pin_memory_device"] = "npu"
         return options
 
