@@ -223,7 +223,8 @@ def train_one_epoch(job: Job, training: Training, batches: Iterator[Batch], step
         training.network.features.eval()  # batch norm keeps its statistics too
     global_batch = args.batch_size * args.nodes * args.accum_steps
     throughput = Throughput(int(min(steps - state.step_in_epoch, (args.stop_step_num or math.inf) - state.step)))
-    meter = ProgressMeter(f"Epoch: [{state.epoch}]", steps, state.step_in_epoch, counter.read())
+    prefix, totals = f"Epoch: [{state.epoch}]", counter.read()
+    meter = ProgressMeter(prefix, steps, args.print_freq, job.device.log_interval, state.step_in_epoch, totals)
     vote, stopping = job.comm.stop_vote(), False
 
     left = (steps - state.step_in_epoch) * global_batch
@@ -239,11 +240,10 @@ def train_one_epoch(job: Job, training: Training, batches: Iterator[Batch], step
             # A stop signal on any process stops all of them after the next step.
             done = state.step_in_epoch
             stopping = vote.vote(job.stop) or state.step == args.stop_step_num
-            if done == 1 or done % args.print_freq == 0 or done == steps or stopping:
-                totals = counter.read()  # a synchronization, and so is the next line
+            logged = meter.step(done, counter, stopping=stopping)
+            if logged is not None:  # lines were printed: a synchronization, and so is the next line
                 training.optimizer.check_finite(state.step)
-                console.line(meter.line(done, totals))
-                job.logger.event("train", samples=state.images_in_epoch, lr=lr, **totals.metrics(), **state.position())
+                job.logger.event("train", samples=state.images_in_epoch, lr=lr, **logged.metrics(), **state.position())
             if args.save_freq and state.step % args.save_freq == 0 and done < steps and not stopping:
                 job.device.synchronize()
                 throughput.pause()
@@ -254,7 +254,7 @@ def train_one_epoch(job: Job, training: Training, batches: Iterator[Batch], step
     job.device.synchronize()
     totals = counter.read(job.comm.sum)
     rate = job.comm.broadcast(throughput.images_per_second())  # one value in the logs of all nodes
-    console.line(f"[npu id: 0 ] * FPS@all {rate:.3f}")
+    console.line(f"[npu id: {job.device.index} ] * FPS@all {rate:.3f}")
     if state.step_in_epoch == steps:
         values = {"lr": lr, "images_per_second": rate, "seconds": throughput.seconds(), **totals.metrics()}
         job.logger.event("epoch", samples=state.images_in_epoch, **values, **state.position())
@@ -310,13 +310,12 @@ def validate(
     job.comm.broadcast_buffers(network)
     sampler: Any = loader.sampler
     counter, steps = AccuracyCounter(job.device.device), sampler.steps_per_epoch
-    meter, start = ProgressMeter("Test: ", steps), time.perf_counter()
+    meter = ProgressMeter("Test: ", steps, job.args.print_freq, job.device.log_interval, has_data=False)
+    start = time.perf_counter()
     batches, vote = read_batches(loader), job.comm.stop_vote()
     with torch.no_grad(), console.progress(sampler.count, 0, "Test"):
         for done in range(1, steps + 1):
-            begin = time.perf_counter()
             images, target, indices = next(batches)
-            meter.add_data_time(time.perf_counter() - begin)
             if len(target):  # the last batch of this process may be empty
                 target = job.device.to_device(target)
                 with job.amp.autocast():
@@ -324,8 +323,7 @@ def validate(
                 counter.update(cross_entropy(logits, target), logits, target)
                 if predictions is not None:
                     predictions.update(indices, logits)
-            if done == 1 or done % job.args.print_freq == 0 or done == steps:
-                console.line(meter.line(done, counter.read()))  # a synchronization
+            meter.step(done, counter)
             console.advance(sampler.global_batch)
             if vote.vote(job.stop):
                 vote.result()
@@ -334,7 +332,7 @@ def validate(
     if vote.result():
         return None
     totals = counter.read(job.comm.sum)
-    console.line(f"[npu id: 0 ] [AVG-ACC] * Acc@1 {totals.acc1:.3f} Acc@5 {totals.acc5:.3f}")
+    console.line(f"[npu id: {job.device.index} ] [AVG-ACC] * Acc@1 {totals.acc1:.3f} Acc@5 {totals.acc5:.3f}")
     timing = {"seconds": time.perf_counter() - start, **({} if state is None else state.position())}
     job.logger.event("validate", samples=int(totals.images), **totals.metrics(), **timing)
     return totals
@@ -498,6 +496,7 @@ def main_worker(
 ) -> int:
     """Run one process of the job, in the place that `ranks` gives it. Returns its exit code; raises UserError."""
     stop = StopSignals()
+    ComputeDevice.load_runtime(args.device)
     comm = Communicator(ranks, args.dist_backend, args.dist_url, args.rendezvous_timeout, report)
     try:
         device = ComputeDevice(

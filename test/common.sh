@@ -217,7 +217,7 @@ code_under_torchrun() { # number of lines that the log had before this run
 # Sets `launch`, the command in front of main.py, and `flags`, those of main.py.
 build_command() {
     launch=("$python" -u)
-    flags=(--data "$data_path" --seed 49 --epochs "$epochs" -b "$batch_size" --lr "$learning_rate"
+    flags=(--data "$data_path" --seed 49 --print-freq 1 --epochs "$epochs" -b "$batch_size" --lr "$learning_rate"
         --amp --opt-level "$opt_level" --addr "$master_addr" --output-dir "$output" ${recipe[@]+"${recipe[@]}"})
     if [ -n "$workers" ]; then flags+=(--workers "$workers"); fi
     if [ -n "$device" ]; then flags+=(--device "$device"); fi

@@ -43,11 +43,16 @@ def _require_torch(version: str, flag: str) -> None:
 # --- which device -----------------------------------------------------------------------------------------------------
 
 
+def load_runtime(device: str) -> None:
+    """Import torch_npu, which adds torch.npu and the backend hccl, if this process has not done so."""
+    if device == "npu" and TORCH >= (1, 8) and not hasattr(torch, "npu"):
+        importlib.import_module("torch_npu")
+
+
 def count_devices(device: str) -> int:
     """Return how many NPUs, GPUs or MPS devices there are, at least one."""
     try:
-        if device == "npu" and TORCH >= (1, 8) and not hasattr(torch, "npu"):
-            importlib.import_module("torch_npu")  # adds torch.npu
+        load_runtime(device)
         runtime: Any = torch.backends.mps if device == "mps" else getattr(torch, TORCH_DEVICES[device])
         found, reason = runtime.is_available(), ""
     except (AttributeError, ImportError, OSError, RuntimeError) as error:

@@ -16,7 +16,7 @@ import sys
 from typing import Any, Callable, Iterator, cast
 
 from engine import console
-from engine.device.choice import TORCH_DEVICES, cpu_info, default_threads, total_memory
+from engine.device.choice import TORCH_DEVICES, cpu_info, default_threads, load_runtime, total_memory
 from engine.errors import DeviceUnavailableError, first_line
 from engine.versions import TORCH
 
@@ -38,13 +38,15 @@ class ComputeDevice:
     Attributes:
         device: the same as a torch.device.
         memory_format: of images and weights; convolutions prefer channels_last.
+        log_interval: seconds from one reading of the metrics to the next; on a CPU a reading costs nothing.
     """
 
     def __init__(self, type: str, index: int = 0, *, local_world_size: int = 1, deterministic: bool = False) -> None:
-        self.type, self.deterministic = type, deterministic
+        self.type, self.index, self.deterministic = type, index, deterministic
         name = TORCH_DEVICES[type]
         self.device = torch.device(name) if type in ("cpu", "mps") else torch.device(name, index)
         self.runtime = cast("Any", getattr(torch, name, None))  # torch.cuda, torch.npu, …
+        self.log_interval = 0.0 if type == "cpu" else 1.0
         # NPUs do not support channels_last, and torch before 1.7 does only partly.
         self.memory_format = torch.contiguous_format if type == "npu" or TORCH < (1, 7) else torch.channels_last
         if type == "cpu":
@@ -58,6 +60,11 @@ class ComputeDevice:
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is repeatable with a fixed workspace
             torch.use_deterministic_algorithms(True)
+
+    @staticmethod
+    def load_runtime(type: str) -> None:
+        """Add an NPU and its hccl to torch in a process that was spawned: only the one that read the flags has them."""
+        load_runtime(type)
 
     # --- the model and what steps it ---
 
@@ -73,7 +80,12 @@ class ComputeDevice:
             model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
 
     def sgd_options(self) -> dict[str, Any]:
-        """Return keyword arguments of torch.optim.SGD: a fused kernel, if torch has one for this device."""
+        """Return keyword arguments of torch.optim.SGD: a fused kernel, if torch has one for this device.
+
+        Never the _foreach operators on an NPU, where one of them has failed on tensors in the chip's own layout.
+        """
+        if self.type == "npu" and TORCH >= (2, 0):
+            return {"foreach": False}
         return {"fused": True} if self.type in ("gpu", "cpu") and TORCH >= (2, 4) else {}
 
     def prepare_sgd(self, sgd: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -123,7 +135,9 @@ class ComputeDevice:
     def loader_options(self) -> dict[str, Any]:
         """Return keyword arguments of DataLoader: pinned memory, from which a batch is copied beside the step."""
         options: dict[str, Any] = {"pin_memory": self.type in ("gpu", "npu")}
-        if self.type == "npu" and "pin_memory_device" in inspect.signature(DataLoader.__init__).parameters:
+        # torch 2.9 and later pin for the accelerator that is there, and warn of the parameter.
+        named = "pin_memory_device" in inspect.signature(DataLoader.__init__).parameters and TORCH < (2, 9)
+        if self.type == "npu" and named:
             options["pin_memory_device"] = "npu"
         return options
 

@@ -14,46 +14,74 @@ from typing import IO, Any, Iterator
 from engine import console
 from engine.errors import UsageError, first_line
 from engine.records.curves import save_curves
-from engine.records.metrics import Totals
+from engine.records.metrics import AccuracyCounter, Snapshot, Totals, read_snapshots
 from engine.records.run_info import write_text
 
 
 class ProgressMeter:
-    """The parsed log line of a loop: `Epoch: [0][  10/5004]	Time  0.251 ( 0.249)	…`.
+    """Prints the parsed log lines of a loop: `Epoch: [0][  10/5004]	Time  0.251 ( 0.249)	…`.
 
-    Each field shows the value since the last line and, in parentheses, the mean of the epoch.
+    Each field shows the value since the last line and, in parentheses, the mean of the epoch. A reading of the values
+    is a synchronization, so lines may wait for the next reading; they share its Time and Data.
 
     Args:
         prefix: what the line starts with.
         steps: number of steps in the loop.
+        print_freq: steps between lines; the first and the last step have one, too.
+        wait: seconds between readings; the first and the last line do not wait.
         done, totals: steps and totals of an earlier run, if it stopped within this epoch.
+        has_data: whether lines have the field Data.
     """
 
-    def __init__(self, prefix: str, steps: int, done: int = 0, totals: Totals = Totals()) -> None:  # noqa: B008
+    def __init__(
+        self,
+        prefix: str,
+        steps: int,
+        print_freq: int = 1,
+        wait: float = 0.0,
+        done: int = 0,
+        totals: Totals = Totals(),  # noqa: B008
+        *,
+        has_data: bool = True,
+    ) -> None:
         self.prefix, self.steps, self.digits = prefix, steps, len(str(steps))
+        self.print_freq, self.wait, self.has_data = print_freq, wait, has_data
         self.begin = self.last = time.perf_counter()
         self.data_time = self.last_data_time = 0.0  # seconds spent waiting for batches
         self.first_done = self.last_done = done
         self.last_totals = totals
+        self.waiting: list[tuple[int, Snapshot]] = []
 
     def add_data_time(self, seconds: float) -> None:
         self.data_time += seconds
 
-    def line(self, done: int, totals: Totals) -> str:
-        """Return the line after `done` steps with these totals of the epoch."""
+    def step(self, done: int, counter: AccuracyCounter, *, stopping: bool = False) -> Totals | None:
+        """Print what is due after `done` steps. Returns the totals if they were read: a synchronization."""
+        at_once = stopping or done in (1, self.steps)
+        if not at_once and done % self.print_freq:
+            return None
+        self.waiting.append((done, counter.snapshot()))
+        if not at_once and time.perf_counter() - self.last < self.wait:
+            return None
+        values = read_snapshots([snapshot for _, snapshot in self.waiting])
         now = time.perf_counter()
-        recent, steps, steps_in_all = totals.since(self.last_totals), done - self.last_done, done - self.first_done
-        steps, steps_in_all = max(1, steps), max(1, steps_in_all)
-        fields = [
-            f"{self.prefix}[{done:{self.digits}d}/{self.steps}]",
-            f"Time {(now - self.last) / steps:6.3f} ({(now - self.begin) / steps_in_all:6.3f})",
-            f"Data {(self.data_time - self.last_data_time) / steps:6.3f} ({self.data_time / steps_in_all:6.3f})",
-            f"Loss {recent.loss:6.4f} ({totals.loss:6.4f})",
-            f"Acc@1 {recent.acc1:6.2f} ({totals.acc1:6.2f})",
-            f"Acc@5 {recent.acc5:6.2f} ({totals.acc5:6.2f})",
-        ]
-        self.last, self.last_data_time, self.last_done, self.last_totals = now, self.data_time, done, totals
-        return "\t".join(fields)
+        steps, steps_in_all = max(1, done - self.last_done), max(1, done - self.first_done)
+        times = [f"Time {(now - self.last) / steps:6.3f} ({(now - self.begin) / steps_in_all:6.3f})"]
+        if self.has_data:
+            data_time = self.data_time - self.last_data_time
+            times.append(f"Data {data_time / steps:6.3f} ({self.data_time / steps_in_all:6.3f})")
+        for (line_done, _), (totals, loss) in zip(self.waiting, values):
+            recent, self.last_totals = totals.since(self.last_totals), totals
+            fields = [
+                f"{self.prefix}[{line_done:{self.digits}d}/{self.steps}]",
+                *times,
+                f"Loss {loss:6.8f} ({totals.loss:6.8f})",
+                f"Acc@1 {recent.acc1:6.2f} ({totals.acc1:6.2f})",
+                f"Acc@5 {recent.acc5:6.2f} ({totals.acc5:6.2f})",
+            ]
+            console.line("\t".join(fields))
+        self.last, self.last_data_time, self.last_done, self.waiting = now, self.data_time, done, []
+        return self.last_totals
 
 
 class Logger:

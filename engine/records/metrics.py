@@ -54,8 +54,16 @@ class Totals(NamedTuple):
         return Totals(*(now - before for now, before in zip(self, earlier)))
 
 
+class Snapshot(NamedTuple):
+    """What an AccuracyCounter held after a step; nothing of it was read yet."""
+
+    counts: torch.Tensor
+    loss_sum: torch.Tensor
+    batches: list[tuple[torch.Tensor, int]]  # loss and images of each batch since the snapshot before
+
+
 class AccuracyCounter:
-    """Loss and correct predictions, summed on the device: `update` never synchronizes, `read` does.
+    """Loss and correct predictions, summed on the device: `update` and `snapshot` never synchronize, `read` does.
 
     finite_only: count a loss that is not finite as 0, for training, which skips the step of such a loss.
     """
@@ -66,6 +74,7 @@ class AccuracyCounter:
         # The mean of a few steps is a difference of two sums, so they need more digits than fp32 has.
         dtype = torch.float32 if device.type in ("npu", "mps") else torch.float64
         self.loss_sum = torch.zeros((), dtype=dtype, device=device)
+        self.batches: list[tuple[torch.Tensor, int]] = []
 
     def update(self, loss: torch.Tensor, logits: torch.Tensor, target: torch.Tensor) -> None:
         """Count a batch. loss: () mean over its images; logits: (N, classes); target: (N,) int64.
@@ -76,11 +85,18 @@ class AccuracyCounter:
         top5 = logits.detach().topk(min(5, logits.shape[1]), dim=1)[1]
         correct = top5.eq(target.unsqueeze(1))
         images = torch.full_like(self.counts[0], len(target))
-        self.counts += torch.stack([images, correct[:, 0].sum(), correct.sum()])
+        # Not in place: a snapshot may hold the tensor.
+        self.counts = self.counts + torch.stack([images, correct[:, 0].sum(), correct.sum()])
         loss = loss.detach()
+        self.batches.append((loss, len(target)))
         if self.finite_only:
             loss = torch.where(torch.isfinite(loss), loss, torch.zeros_like(loss))
-        self.loss_sum += (loss * len(target)).float()
+        self.loss_sum = self.loss_sum + (loss * len(target)).float()
+
+    def snapshot(self) -> Snapshot:
+        """Return what `read_snapshots` reads later."""
+        batches, self.batches = self.batches, []
+        return Snapshot(self.counts, self.loss_sum, batches)
 
     def read(self, sum: Callable[[list[float]], Sequence[float]] | None = None) -> Totals:
         """Return the totals so far. A synchronization. sum: adds up lists of numbers over all processes."""
@@ -91,6 +107,19 @@ class AccuracyCounter:
         """Continue from earlier totals."""
         self.counts.copy_(torch.tensor([int(total) for total in totals[:3]]))
         self.loss_sum.fill_(totals[3])
+
+
+def read_snapshots(snapshots: Sequence[Snapshot]) -> list[tuple[Totals, float]]:
+    """Return the totals at each snapshot, and the mean loss of its own batches. One synchronization for all of them."""
+    counts = torch.stack([one.counts for one in snapshots]).tolist()
+    sums = torch.stack([one.loss_sum for one in snapshots]).tolist()
+    batches = [batch for one in snapshots for batch in one.batches]
+    losses = iter(torch.stack([loss for loss, _ in batches]).tolist() if batches else [])
+    result = []
+    for (_, _, own), count, loss_sum in zip(snapshots, counts, sums):
+        mean = sum(next(losses) * images for _, images in own) / max(1, sum(images for _, images in own))
+        result.append((Totals(*count, loss_sum), mean))
+    return result
 
 
 class Predictions:

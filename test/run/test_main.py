@@ -28,11 +28,11 @@ import torchvision
 
 SMALL = ["--arch", "vgg11", "--image-size", "32", "--lr", "0.01"]
 SECONDS = r"[ \d.]{6} \([ \d.]{6}\)"
+LOSS = r"Loss \d+\.\d{8} \(\d+\.\d{8}\)"
 EPOCH_LINE = re.compile(
-    rf"^Epoch: \[\d+\]\[ *\d+/\d+\]\tTime {SECONDS}\tData {SECONDS}\tLoss \d+\.\d{{4}} \(\d+\.\d{{4}}\)\t"
-    rf"Acc@1 {SECONDS}\tAcc@5 {SECONDS}$"
+    rf"^Epoch: \[\d+\]\[ *\d+/\d+\]\tTime {SECONDS}\tData {SECONDS}\t{LOSS}\tAcc@1 {SECONDS}\tAcc@5 {SECONDS}$"
 )
-TEST_LINE = re.compile(EPOCH_LINE.pattern.replace(r"Epoch: \[\d+\]", "Test: "))
+TEST_LINE = re.compile(rf"^Test: \[ *\d+/\d+\]\tTime {SECONDS}\t{LOSS}\tAcc@1 {SECONDS}\tAcc@5 {SECONDS}$")
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import contextlib
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import stat
@@ -14,7 +15,7 @@ import subprocess
 import sys
 
 from helpers.images import write_cifar
-from helpers.program import REPOSITORY, run
+from helpers.program import REPOSITORY, events, run
 
 import pytest
 
@@ -41,9 +42,9 @@ print('ARGS', sys.argv[2:])
 if os.environ.get('STUB_FAILS'):
     print(os.environ.get('STUB_SAYS', 'something broke')); sys.exit(int(os.environ['STUB_FAILS']))
 evaluates = '--evaluate' in sys.argv
-for step, loss in ((1, '1.1041'), (10, '1.2000')) if evaluates else ((1, '6.8921'), (10, '5.5000')):
-    print(('Test: [%2d/20]' if evaluates else 'Epoch: [0][%2d/20]') % step
-          + '\\tTime  0.251 ( 0.249)\\tData  0.001 ( 0.002)\\tLoss %s (6.9012)\\t' % loss
+for step, loss in ((1, '1.10410000'), (10, '1.20000000')) if evaluates else ((1, '6.89210000'), (10, '5.50000000')):
+    print(('Test: [%2d/20]' if evaluates else 'Epoch: [0][%2d/20]') % step + '\\tTime  0.251 ( 0.249)\\t'
+          + ('' if evaluates else 'Data  0.001 ( 0.002)\\t') + 'Loss %s (6.90120000)\\t' % loss
           + 'Acc@1   0.39 (  0.21)\\tAcc@5   1.17 (  0.86)')
 if not evaluates:
     print('[npu id: 0 ] * FPS@all 1024.020')
@@ -110,7 +111,7 @@ def test_each_script_prints_and_writes_the_references_metrics(clone, tmp_path, n
         "BatchSize": size,
         "CaseName": case,
         "TrainAccuracy": "73.385",
-        "ActualLoss": "1.2000" if evaluation else "5.5000",
+        "ActualLoss": "1.20000000" if evaluation else "5.50000000",
     }
     if not evaluation:
         expected.update(ActualFPS="1024.020", TrainingTime="250.00" if size == "256" else "1999.96")
@@ -119,10 +120,13 @@ def test_each_script_prints_and_writes_the_references_metrics(clone, tmp_path, n
     assert metrics.keys() == {*expected, "E2ETrainingTime", "DeviceType"}
     assert all(metrics[key] == value for key, value in expected.items()), metrics
     losses = output / f"train_{case}_loss.txt"
-    assert not losses.exists() if evaluation else losses.read_text() == "6.8921\n5.5000\n"
+    assert not losses.exists() if evaluation else losses.read_text() == "6.89210000\n5.50000000\n"
     flags = (output / "train_0.log").read_text()
     assert "'--data', '{}'".format(tmp_path / "my data") in flags and "'--amp', '--opt-level', 'O1'" in flags
-    assert "'--seed', '49'" in flags and "'--lr', '{}'".format("0.01" if cards == "1p" else "0.08") in flags
+    assert (
+        "'--seed', '49', '--print-freq', '1'" in flags
+        and "'--lr', '{}'".format("0.01" if cards == "1p" else "0.08") in flags
+    )
     assert ("'--loss-scale-value', '1024'" in flags) == (name in ("train_full_8p", "train_full_multinodes"))
     if performance:  # --stop-step-num ends without a validation
         measured, validated = flags.split("ARGS")[1:]
@@ -704,19 +708,53 @@ def test_the_quick_start_that_cannot_install_ends_with_one_line(clone, tmp_path,
     assert (clone / ".venv").exists() == (expected == 1)  # nothing is written before the check
 
 
+# What the scripts of Ascend's model zoo make of a log: last throughput and accuracy, the loss of each training step,
+# the last loss of a validation.
+ASCEND_PARSERS = {
+    "FPS": "grep -a FPS {log} | awk -F ' ' '{{print $NF}}' | awk 'END {{print}}'",
+    "accuracy": "grep -a '* Acc@1' {log} | awk 'END {{print}}' | awk -F 'Acc@1' '{{print $NF}}' | awk '{{print $1}}'",
+    "losses": "grep Epoch: {log} | grep -v Test | awk -F Loss '{{print $NF}}' | awk '{{print $1}}'",
+    "validation loss": "grep Test {log} | awk -F Loss '{{print $NF}}' | awk '{{print $1}}' | awk 'END {{print}}'",
+}
+
+
+def parse_as_ascends_scripts(log):
+    parsed = {}
+    for name, parser in ASCEND_PARSERS.items():
+        result = run("bash", "-c", parser.format(log=shlex.quote(str(log))))
+        assert result.code == 0 and not result.err, result.err
+        parsed[name] = result.out.split()
+    return parsed
+
+
 def test_training_and_evaluation_with_the_real_program(clone, tmp_path):
-    """train_full_8p.sh and train_eval_8p.sh on two CPU processes: the evaluation repeats the training's accuracy."""
+    """train_full_8p.sh and train_eval_8p.sh on two CPU processes: the evaluation repeats the training's accuracy.
+
+    Both leave logs that the parsers of Ascend's scripts read, with the loss of each of the five steps.
+    """
     write_cifar(tmp_path / "some data", binary=True, count=2)
     common = ["--data_path=some data", "--device=cpu", "--device_list=0,1", "--batch_size=2", "--workers=2"]
     trained = bash(clone, "train_full_8p", *common, "--epochs=1", cwd=tmp_path)
     assert trained.code == 0, trained.err
+    output = clone / "test" / "output" / "0"
+    parsed = parse_as_ascends_scripts(output / "train_0.log")
+    assert len(parsed["losses"]) == 5 and all(re.fullmatch(r"\d+\.\d{8}", loss) for loss in parsed["losses"]), parsed
+    (losses,) = output.glob("train_*_acc_loss.txt")
+    assert losses.read_text().split() == parsed["losses"]
+    means = [event["loss"] for event in events(output, "train")]  # of the epoch so far
+    sums = [0.0, *(mean * step for step, mean in enumerate(means, 1))]
+    own = [now - before for now, before in zip(sums[1:], sums)]
+    assert [float(loss) for loss in parsed["losses"]] == pytest.approx(own, abs=1e-5)
+
     evaluated = bash(clone, "train_eval_8p", *common, cwd=tmp_path)
     assert evaluated.code == 0, evaluated.err
-
-    def accuracy(result):
-        return [line for line in result.out.splitlines() if "Accuracy" in line]
-
-    assert accuracy(trained) == accuracy(evaluated) != []
+    for result, text in ((trained, parsed), (evaluated, parse_as_ascends_scripts(output / "train_0.log"))):
+        words = dict(line.split(" : ") for line in result.out.splitlines() if " : " in line)
+        assert words["Final Train Accuracy"] == text["accuracy"][0] == parsed["accuracy"][0]
+        assert words.get("Final Performance images/sec") == (text["FPS"] or [None])[0]
+        assert float(text["validation loss"][0]) > 0
+    (metrics,) = output.glob("*_eval.log")
+    assert f"ActualLoss = {text['validation loss'][0]}\n" in metrics.read_text()
 
 
 # --- the fault tests --------------------------------------------------------------------------------------------------

@@ -9,21 +9,23 @@ import os
 import re
 import sys
 import types
-from typing import Any
+from typing import Any, Sequence
 
 from engine import console
 from engine.records import logger as logger_module
 from engine.records.logger import Logger, ProgressMeter
-from engine.records.metrics import Totals
+from engine.records.metrics import AccuracyCounter, Totals, read_snapshots
 
 from helpers.program import events
 
 import pytest
+import torch
 
 FIELD = r"[ \d.]{6} \([ \d.]{6}\)"
+LOSS = r"\d+\.\d{8}"
 LINE = re.compile(
-    rf"(Epoch: \[\d+\]|Test: )\[ *\d+/\d+\]\tTime {FIELD}\tData {FIELD}\tLoss \d+\.\d{{4}} \(\d+\.\d{{4}}\)"
-    rf"\tAcc@1 {FIELD}\tAcc@5 {FIELD}"
+    rf"(Epoch: \[\d+\]\[ *\d+/\d+\]\tTime {FIELD}\tData {FIELD}|Test: \[ *\d+/\d+\]\tTime {FIELD})"
+    rf"\tLoss {LOSS} \({LOSS}\)\tAcc@1 {FIELD}\tAcc@5 {FIELD}"
 )
 full_disk = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full stands in for a full disk")
 
@@ -39,37 +41,90 @@ def clock(monkeypatch: Any) -> list[float]:
     return now
 
 
-def test_a_line_has_the_last_steps_and_in_parentheses_the_epoch(clock: list[float]) -> None:
-    meter = ProgressMeter("Epoch: [3]", 5004)
+class Counter(AccuracyCounter):
+    """Counts one batch a call, whose metrics are given."""
+
+    def __init__(self, totals: Sequence[float] = (0, 0, 0, 0)) -> None:
+        super().__init__(torch.device("cpu"))
+        self.load(totals)
+
+    def add(self, loss: float, images: int = 8, correct1: int = 0, correct5: int = 0) -> Counter:
+        self.counts = self.counts + torch.tensor([images, correct1, correct5])
+        self.loss_sum = self.loss_sum + loss * images
+        self.batches.append((torch.tensor(loss), images))
+        return self
+
+
+def test_a_line_has_the_last_steps_and_in_parentheses_the_epoch(clock: list[float], capsys: Any) -> None:
+    meter, counter = ProgressMeter("Epoch: [3]", 5004, 10), Counter()
     clock[0] += 1.0
     meter.add_data_time(0.5)
-    assert meter.line(1, Totals(8, 2, 4, 16.0)) == (
-        "Epoch: [3][   1/5004]\tTime  1.000 ( 1.000)\tData  0.500 ( 0.500)\tLoss 2.0000 (2.0000)"
-        "\tAcc@1  25.00 ( 25.00)\tAcc@5  50.00 ( 50.00)"
-    )
+    assert meter.step(1, counter.add(2.0, 8, 2, 4)) == Totals(8, 2, 4, 16.0)
     clock[0] += 0.9
     meter.add_data_time(0.09)
-    assert meter.line(10, Totals(80, 74, 76, 88.0)) == (
-        "Epoch: [3][  10/5004]\tTime  0.100 ( 0.190)\tData  0.010 ( 0.059)\tLoss 1.0000 (1.1000)"
-        "\tAcc@1 100.00 ( 92.50)\tAcc@5 100.00 ( 95.00)"
-    )
+    for done in range(2, 11):
+        totals = meter.step(done, counter.add(1.0, 8, 8, 8))
+        assert (totals is not None) == (done == 10)
+    assert capsys.readouterr().out.splitlines() == [
+        "Epoch: [3][   1/5004]\tTime  1.000 ( 1.000)\tData  0.500 ( 0.500)\tLoss 2.00000000 (2.00000000)"
+        "\tAcc@1  25.00 ( 25.00)\tAcc@5  50.00 ( 50.00)",
+        "Epoch: [3][  10/5004]\tTime  0.100 ( 0.190)\tData  0.010 ( 0.059)\tLoss 1.00000000 (1.10000000)"
+        "\tAcc@1 100.00 ( 92.50)\tAcc@5 100.00 ( 95.00)",
+    ]
 
 
-def test_a_resumed_epoch_continues_its_means_but_not_its_times(clock: list[float]) -> None:
-    meter = ProgressMeter("Epoch: [0]", 20, done=10, totals=Totals(80, 0, 0, 800.0))
+def test_a_resumed_epoch_continues_its_means_but_not_its_times(clock: list[float], capsys: Any) -> None:
+    earlier = Totals(80, 0, 0, 800.0)
+    meter, counter = ProgressMeter("Epoch: [0]", 20, 2, 0.0, 10, earlier), Counter(earlier)
     clock[0] += 2.0
-    assert meter.line(12, Totals(96, 16, 16, 816.0)) == (
-        "Epoch: [0][12/20]\tTime  1.000 ( 1.000)\tData  0.000 ( 0.000)\tLoss 1.0000 (8.5000)"
-        "\tAcc@1 100.00 ( 16.67)\tAcc@5 100.00 ( 16.67)"
+    assert meter.step(11, counter.add(0.75, 8, 8, 8)) is None
+    assert meter.step(12, counter.add(1.25, 8, 8, 8)) == Totals(96, 16, 16, 816.0)
+    assert capsys.readouterr().out == (
+        "Epoch: [0][12/20]\tTime  1.000 ( 1.000)\tData  0.000 ( 0.000)\tLoss 1.00000000 (8.50000000)"
+        "\tAcc@1 100.00 ( 16.67)\tAcc@5 100.00 ( 16.67)\n"
     )
+
+
+def test_lines_that_wait_for_a_reading_have_their_own_loss_and_share_their_time(
+    clock: list[float], capsys: Any, monkeypatch: Any
+) -> None:
+    """With a line per step and a reading per second: at the first step, after a second, and at the last step."""
+    readings = []
+    monkeypatch.setattr(
+        logger_module, "read_snapshots", lambda some: readings.append(len(some)) or read_snapshots(some)
+    )
+    losses = [0.1, 1 / 3, 7.0, math.nan, 2e-8, 123.456, 1.0]
+    meter, counter, read = ProgressMeter("Epoch: [0]", 7, 1, wait=1.0), Counter(), []
+    for done, loss in enumerate(losses, 1):
+        clock[0] += 0.3
+        read.append(meter.step(done, counter.add(loss, 8, done)) is not None)
+    assert read == [True, False, False, False, True, False, True] and readings == [1, 4, 2]
+    lines = [re.split(r"\t\w[\w@]+ +", line) for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == [f"Epoch: [0][{done}/7]" for done in range(1, 8)]
+    assert [line[1].split()[0] for line in lines] == ["0.300"] * 7
+    assert [line[3].split()[0] for line in lines] == [f"{torch.tensor(loss).item():.8f}" for loss in losses]
+    assert [line[4].split()[0] for line in lines] == [f"{12.5 * done:.2f}" for done in range(1, 8)]
+
+
+def test_a_run_that_stops_prints_its_last_step_at_once(clock: list[float], capsys: Any) -> None:
+    meter, counter = ProgressMeter("Epoch: [0]", 100, 10, wait=1.0), Counter()
+    assert [meter.step(done, counter.add(1.0), stopping=done == 3) is None for done in (1, 2, 3)] == [
+        False,
+        True,
+        False,
+    ]
+    assert capsys.readouterr().out.count("\n") == 2
 
 
 @pytest.mark.parametrize("prefix", ["Epoch: [0]", "Test: "])
-@pytest.mark.parametrize("totals", [Totals(), Totals(5, 5, 5, 123456.0), Totals(3, 1, 2, 0.5)])
-def test_every_line_has_the_shape_that_is_parsed(prefix: str, totals: Totals) -> None:
-    meter = ProgressMeter(prefix, 7)
-    for done in (1, 7, 7):
-        assert LINE.fullmatch(meter.line(done, totals))
+@pytest.mark.parametrize("values", [(0.0, 0, 0, 0), (24691.2, 5, 5, 5), (0.5, 3, 1, 2)])
+def test_every_line_has_the_shape_that_is_parsed(prefix: str, values: Any, capsys: Any) -> None:
+    """Without images too: the last batch of a process may be empty."""
+    meter, counter = ProgressMeter(prefix, 7, has_data=prefix != "Test: "), Counter()
+    for done in (1, 2, 7):
+        meter.step(done, counter.add(*values) if done < 7 else counter)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and all(map(LINE.fullmatch, lines)), lines
 
 
 # --- who prints and who writes ----------------------------------------------------------------------------------------
