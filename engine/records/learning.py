@@ -41,7 +41,7 @@ class LearningCheck:
         self.losses: list[float] = []  # of the epochs
 
     def add_epoch(self, steps: int, totals: Totals, validation: dict[str, float] | None) -> None:
-        """Print a warning if the run has not learned. totals: of training; validation: its metrics, if there was one."""
+        """Print a warning if the run has not learned. totals: of training. validation: its metrics, if any."""
         self.steps += steps
         self.losses.append(totals.loss)
         if validation is not None:  # the recall of one class is 1 then, and of all others 0

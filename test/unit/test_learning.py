@@ -65,7 +65,7 @@ def test_chance_is_that_of_the_shares_of_the_classes(capsys):
 
 
 def test_one_class_for_all_images_is_said_after_two_validations(capsys):
-    """As of the photos of clothing with ImageNet's defaults: the share of the largest class, from the first epoch on."""
+    """As photos of clothing with ImageNet's defaults: the accuracy is the share of the largest class."""
     epoch = (2.2, 26.0, validation(2.1, 26.0, 100 / 10))
     assert warnings(capsys, [epoch], UNBALANCED, steps=60) == []
     lines = warnings(capsys, [epoch] * 4, UNBALANCED, steps=60)
