@@ -259,7 +259,7 @@ def _changes(start: Checkpoint, info: RunInfo, state: TrainState, ema: ModelEma 
         else:
             trained_on = "the model may have been trained on some of the current validation images"
             yield f"resumed with different training images: {trained_on}"
-    if saved.world_size not in (None, info.world_size):
+    if saved.world_size not in (0, info.world_size):
         where = f"resumed on {counted(info.world_size, 'process')}, saved on {saved.world_size}"
         yield f"{where}: the same images in the same order, but dropout and rounding differ"
     if not state.step_in_epoch:

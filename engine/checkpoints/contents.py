@@ -50,7 +50,7 @@ class RunInfo:
     arch: str | None = None
     classes: list[str] = field(default_factory=list)
     preprocessing: dict[str, Any] = field(default_factory=dict)  # image_size, crop, mean, std
-    world_size: int | None = None
+    world_size: int = 0
     images_per_step: int = 0
     small_defaults: bool = False  # whether the flags that were not given had the defaults for few images
     val_split: float | None = None
