@@ -95,6 +95,7 @@ class Training:
     counter: AccuracyCounter  # of the current epoch
     state: TrainState
     checkpointer: Checkpointer
+    class_weights: torch.Tensor | None = None  # of the loss
     profiler: Any = None
 
 
@@ -171,12 +172,9 @@ def build_training(
     args, device = job.args, job.device
     device.place(network, one_shape=True)  # so that cuDNN may search for the fastest kernels
     weights = job.amp.convert(network)  # at O2 fp32 master weights, else the network's own
-    groups: list[dict[str, Any]] = [{"params": weights}]
-    if args.no_bias_decay:  # biases and batch norm have one dimension
-        matrices, vectors = ([weight for weight in weights if (weight.dim() > 1) == large] for large in (True, False))
-        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     sgd = torch.optim.SGD(
-        groups, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay, **device.sgd_options()
+        job.amp.parameter_groups(network, weights, no_bias_decay=args.no_bias_decay),
+        **{"lr": args.lr, "momentum": args.momentum, "weight_decay": args.weight_decay, **device.sgd_options()},
     )
     optimizer = job.amp.optimizer(
         network, sgd, weights, loss_scale=args.loss_scale_value, clip_grad_norm=args.clip_grad_norm
@@ -281,7 +279,7 @@ def train_step(job: Job, training: Training, batches: Iterator[Batch], meter: Pr
         with contextlib.nullcontext() if is_last else model.no_sync():  # type: ignore[operator]
             with job.amp.autocast():
                 logits = model(images)
-                loss = cross_entropy(logits, target, args.label_smoothing)
+                loss = cross_entropy(logits, target, args.label_smoothing, training.class_weights)
             optimizer.backward(loss / args.accum_steps)
         training.counter.update(loss, logits, target)
     optimizer.step()
@@ -410,7 +408,7 @@ def run_job(job: Job, build_network: BuildNetwork) -> int:
     device = f"{comm.world_size} × {args.device} ({job.device.name()})"
     console.line(f"=> {args.arch} on {device}, {args.precision}, torch {torch.__version__}")
     source = None if args.dummy else args.data or f"{EMBEDDED} (no --data given)"
-    run_info.log_data(source, size, data.count, info.images_per_step, data.train, data.val)
+    run_info.log_data(source, size, data.count, info.images_per_step, data.train, data.val, info.class_weights)
     if comm.rank == 0:
         run_info.write_bad_images(args.output_dir, data.train, data.val)
 
@@ -433,6 +431,8 @@ def fit(job: Job, training: Training, data: Data) -> int:
     sampler = build_sampler(job, data.count, training=True, start=(state.epoch, state.images_in_epoch))
     checkpointer.log_changes(state, training.ema, data.count)
     checkpointer.let_go()  # up to a gigabyte
+    if checkpointer.info.class_weights is not None:
+        training.class_weights = job.device.to_device(torch.tensor(checkpointer.info.class_weights))
     if data.train is None:
         batches = synthetic_batches(job, sampler, size)
     else:

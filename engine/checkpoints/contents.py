@@ -43,8 +43,8 @@ class RunInfo:
 
     images_per_step: over all processes and batches of a step.
     batch: the flags behind it, and the value that a resize keeps (keep_images_per_step in engine/options/resolve.py).
-    identity: {name: value} of what else decides the training images.
-    decoder: of the training images.
+    identity: {name: value} of what else decides the training images, or the loss.
+    class_weights: of the training loss. decoder: of the training images.
     """
 
     arch: str | None = None
@@ -56,6 +56,7 @@ class RunInfo:
     val_split: float | None = None
     identity: dict[str, Any] = field(default_factory=dict)
     batch: dict[str, int] = field(default_factory=dict)
+    class_weights: list[float] | None = None
     decoder: str | None = None
 
 

@@ -53,6 +53,21 @@ class Amp:
                 layer.to(self.half)
         return weights
 
+    def parameter_groups(
+        self, model: nn.Module, weights: list[torch.Tensor], *, no_bias_decay: bool
+    ) -> list[dict[str, Any]]:
+        """Return the weights that `convert` has returned in groups for torch.optim.SGD.
+
+        no_bias_decay: no weight decay for biases and batch norm, which have one dimension.
+        """
+        groups: dict[bool, list[torch.Tensor]] = {}
+        for weight in weights:
+            groups.setdefault(no_bias_decay and weight.dim() == 1, []).append(weight)
+        return [
+            {"params": groups[vectors], **({"weight_decay": 0.0} if vectors else {})}
+            for vectors in sorted(groups)  # the matrices first: optimizer_state_dict has the options of that group
+        ]
+
     def optimizer(
         self,
         model: nn.Module,

@@ -9,7 +9,7 @@ from typing import Any, Callable, Mapping, Sequence
 
 from engine.data import Augmentation
 from engine.evaluation import VIEWS
-from engine.options.parser import OneLineParser, device_list, loss_scale, nonempty_path, number
+from engine.options.parser import OneLineParser, class_weights, device_list, loss_scale, nonempty_path, number
 
 import vgg
 
@@ -177,6 +177,8 @@ def _add_training(add: Add) -> None:
     add("--momentum", type=SHARE, metavar="M", default=0.9, help=DEFAULT)
     add("--wd", "--weight-decay", dest="weight_decay", type=number(float, 0), metavar="W", help=DEFAULT)
     add("--label-smoothing", type=SHARE, metavar="S", help=DEFAULT)
+    weights = "a weight per class in the loss: auto (inverse frequency), or a file (default: all 1)"
+    add("--class-weights", type=class_weights, metavar="auto|FILE", help=weights)
     add("--clip-grad-norm", type=POSITIVE, metavar="NORM", help="of all gradients together (default: no limit)")
     ema = "keep an EMA of the weights, such as 0.9999, and validate it (default: off)"
     add("--ema-decay", type=number(float, 0, below=1), metavar="DECAY", default=0.0, help=ema)
@@ -248,6 +250,7 @@ def _conflicts(args: argparse.Namespace) -> list[str]:
         "--crop-scale cannot be combined with --train-scale: give one of them": args.crop_scale and args.train_scale,
         "--freeze-features requires weights: --resume PATH or --pretrained PATH": args.freeze_features and not weights,
         "--dummy cannot be combined with --data, --val-split or --evaluate: leave it out": args.dummy and real_data,
+        "--class-weights requires training images: leave --dummy out": args.class_weights and args.dummy,
         "--val-split requires --data DIR, a folder of classes": args.val_split and not args.data,
         "--world-size must be at least 1, got 0": args.world_size == 0,
         f"--min-lr must be at most --lr {args.lr}, got {args.min_lr}": args.min_lr > args.lr,

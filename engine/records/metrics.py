@@ -4,24 +4,61 @@
 from __future__ import annotations
 
 import time
-from typing import Callable, NamedTuple, Sequence
+import unicodedata
+from typing import Any, Callable, NamedTuple, Sequence
+
+from engine.errors import UsageError
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 
-def cross_entropy(logits: torch.Tensor, target: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+def cross_entropy(
+    logits: torch.Tensor, target: torch.Tensor, label_smoothing: float = 0.0, class_weights: torch.Tensor | None = None
+) -> torch.Tensor:
     """Mean loss in fp32. logits: (N, classes); target: (N,) int64, or (N, classes) probabilities of mixed images.
 
     Label smoothing as in Szegedy et al., arXiv:1512.00567, section 7; F.cross_entropy has it only since torch 1.10.
+    class_weights: (classes,). The sum is divided by N, as F.cross_entropy does for probabilities, and not by the
+    weights of the batch, so that the loss does not depend on how a step is shared out over batches and processes.
     """
     log_probabilities = F.log_softmax(logits.float(), dim=1)
+    if class_weights is not None:
+        log_probabilities = log_probabilities * class_weights
     mixed = target.dim() == 2
     loss = -(target * log_probabilities).sum(1).mean() if mixed else F.nll_loss(log_probabilities, target)
     if label_smoothing:
         loss = (1 - label_smoothing) * loss - label_smoothing * log_probabilities.mean()
     return loss
+
+
+def class_weights(
+    given: str | list[list[Any]] | None, classes: Sequence[str], labels: np.ndarray
+) -> list[float] | None:
+    """Return the weight of each class in the training loss. Their mean over the training images is 1, as without any.
+
+    given: what --class-weights has: `auto` weights by the inverse of the number of images, images / (classes · images
+    of the class), after King & Zeng, "Logistic Regression in Rare Events Data", 2001. Raises UsageError.
+    """
+    if given is None:
+        return None
+    counts = np.bincount(labels, minlength=len(classes))
+    if isinstance(given, str):
+        weights = 1 / np.maximum(counts, 1)
+    else:
+        named = {unicodedata.normalize("NFC", name): weight for name, weight in given}
+        names = named.keys() - {""}
+        wrong = sorted(names ^ set(classes)) if names else []
+        if wrong:
+            where = "the file" if wrong[0] in classes else "the data"
+            raise UsageError(f"--class-weights: {where} has no class {wrong[0]!r}")
+        if len(given) != len(classes):
+            raise UsageError(f"--class-weights: expected {len(classes)} weights, one per class, got {len(given)}")
+        weights = np.array([named[name] for name in classes] if names else [weight for _, weight in given])
+    if not (weights * counts).any():
+        raise UsageError("--class-weights: the weights of all training images are 0")
+    return (weights * (len(labels) / (weights * counts).sum())).tolist()
 
 
 class Totals(NamedTuple):

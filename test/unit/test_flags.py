@@ -125,6 +125,13 @@ def test_the_reference_lists_augmentation_as_the_table_does(name: str, heading: 
     assert re.findall(r"^\| `(--[a-z-]+)", section, re.MULTILINE) == list(AUGMENTATION_FLAGS)
 
 
+def test_class_weights_are_part_of_the_identity(tmp_path: Any) -> None:
+    (tmp_path / "w.txt").write_text("1\n2\n")
+    given = [["--class-weights", value] for value in ("auto", str(tmp_path / "w.txt"))]
+    found = [identity(parse_args(["--image-size", "32", *words])).get("--class-weights") for words in ([], *given)]
+    assert found[:2] == [None, "auto"] and found[2].startswith("a file (CRC ")
+
+
 # --- paths and devices ------------------------------------------------------------------------------------------------
 
 
@@ -175,6 +182,7 @@ def test_every_path_flag_knows_the_home_folder(monkeypatch: Any, tmp_path: Any) 
         (["--world-size", "0"], "--world-size must be at least 1, got 0"),
         (["--epochs", "3", "--start-epoch", "3"], "--start-epoch must be less than --epochs 3, got 3"),
         (["--warmup-epochs", "16"], "--warmup-epochs must be less than --epochs 16, got 16"),
+        (["--dummy", "8", "--class-weights", "auto"], "--class-weights requires training images: leave --dummy out"),
         (["--mixup", "-1"], "--mixup must be at least 0, got -1"),
     ],
 )
