@@ -36,16 +36,7 @@ from engine.data import (
 from engine.device import Amp, ComputeDevice, MixedPrecisionOptimizer, ModelEma
 from engine.evaluation import ViewAverage, write_evaluation
 from engine.parallel import Communicator, launch
-from engine.records import (
-    AccuracyCounter,
-    Logger,
-    Predictions,
-    ProgressMeter,
-    Throughput,
-    Totals,
-    cross_entropy,
-    run_info,
-)
+from engine.records import AccuracyCounter, Logger, Predictions, ProgressMeter, Throughput, cross_entropy, run_info
 from engine.signals import StopSignals
 
 import vgg
@@ -190,7 +181,8 @@ def build_training(
     if args.compile:
         model = device.compile(model)
     mixer = BatchMixer(args.mixup, args.cutmix, classes, args.seed) if args.mixup or args.cutmix else None
-    state, counter = TrainState(epoch=args.start_epoch), AccuracyCounter(device.device, finite_only=True)
+    counter = AccuracyCounter(device.device, finite_only=True)
+    state = TrainState(epoch=args.start_epoch, best_by=args.best)
     return Training(network, model, normalize, optimizer, ema, mixer, counter, state, checkpointer)
 
 
@@ -298,8 +290,8 @@ def validate(
     loader: DataLoader,
     state: TrainState | None = None,
     predictions: Predictions | None = None,
-) -> Totals | None:
-    """Return the totals over all processes, each validation image counted once; None if a signal stops the run.
+) -> dict[str, float] | None:
+    """Return the metrics over all processes, each validation image counted once; None if a signal stops the run.
 
     predict: from the images of a batch to logits. state: of the training that this validation belongs to, if any.
     predictions: filled with the images of this process.
@@ -307,7 +299,8 @@ def validate(
     network.eval()
     job.comm.broadcast_buffers(network)
     sampler: Any = loader.sampler
-    counter, steps = AccuracyCounter(job.device.device), sampler.steps_per_epoch
+    classes = len(loader.dataset.dataset.classes)  # type: ignore[attr-defined]
+    counter, steps = AccuracyCounter(job.device.device, classes=classes), sampler.steps_per_epoch
     meter = ProgressMeter("Test: ", steps, job.args.print_freq, job.device.log_interval, has_data=False)
     start = time.perf_counter()
     batches, vote = read_batches(loader), job.comm.stop_vote()
@@ -332,8 +325,11 @@ def validate(
     totals = counter.read(job.comm.sum)
     console.line(f"[npu id: {job.device.index} ] [AVG-ACC] * Acc@1 {totals.acc1:.3f} Acc@5 {totals.acc5:.3f}")
     timing = {"seconds": time.perf_counter() - start, **({} if state is None else state.position())}
-    job.logger.event("validate", samples=int(totals.images), **totals.metrics(), **timing)
-    return totals
+    metrics = {**totals.metrics(), **counter.macro_metrics(job.comm.sum)}
+    if job.args.best != "acc1":
+        console.line(f"=> {job.args.best} {metrics[job.args.best]:.3f}")
+    job.logger.event("validate", samples=int(totals.images), **metrics, **timing)
+    return metrics
 
 
 # --- the run, from start to end ---------------------------------------------------------------------------------------
@@ -344,30 +340,32 @@ def train(
 ) -> int:
     """Train all epochs that are left. Returns the exit code."""
     args, state = job.args, training.state
-    while not state.is_finished(args.epochs, args.stop_step_num):
+    while not state.is_finished(args.epochs, args.stop_step_num, args.patience):
         steps = state.step_in_epoch + sampler.steps_left(state.images_in_epoch)
         stopping = state.step_in_epoch < steps and train_one_epoch(job, training, batches, steps)
         if stopping:
             save(job, training, final=True)
             return 0 if state.step == args.stop_step_num else job.stop.EXIT_CODE
         job.comm.check_same_parameters(training.network)
-        best, last = False, state.epoch + 1 == args.epochs
-        validates = val is not None and (last or (state.epoch + 1) % args.eval_freq == 0)
+        done, best = state.epoch + 1, False
+        validates = val is not None and (done == args.epochs or done % args.eval_freq == 0)
         if val is not None and validates:
             with training.ema.swapped_in() if training.ema is not None else contextlib.nullcontext():
-                totals = validate(job, training.network, predictor(training.network, training.normalize), val, state)
-            if totals is None:
+                metrics = validate(job, training.network, predictor(training.network, training.normalize), val, state)
+            if metrics is None:
                 save(job, training, final=True)
                 return job.stop.EXIT_CODE
-            best = totals.acc1 >= state.best_acc1
-            state.best_acc1 = max(totals.acc1, state.best_acc1)
-        state.epoch, state.step_in_epoch, state.images_in_epoch = state.epoch + 1, 0, 0
+            best = state.add_validation(metrics)
+        state.epoch, state.step_in_epoch, state.images_in_epoch = done, 0, 0
         training.counter = AccuracyCounter(job.device.device, finite_only=True)
-        save(job, training, best=best, final=last)
+        save(job, training, best=best, final=state.is_finished(args.epochs, None, args.patience))
         if validates:
             job.logger.curves()
+    if state.epoch < args.epochs and state.has_lost_patience(args.patience):
+        console.line(f"=> stopped by --patience: {state.since_best} validations without a better {args.best}")
     if val is not None and job.comm.rank == 0:
-        console.line(f"=> best Acc@1 {state.best_acc1:.3f}: {training.checkpointer.best_path}")
+        name = "Acc@1" if args.best == "acc1" else args.best
+        console.line(f"=> best {name} {state.best_value:.3f}: {training.checkpointer.best_path}")
     return 0
 
 
@@ -442,7 +440,7 @@ def fit(job: Job, training: Training, data: Data) -> int:
     if data.val is not None:
         val_sampler = build_sampler(job, len(data.val), training=False)
         val_loader = build_loader(job, data.val, data.preprocessing, val_sampler)
-    if state.is_finished(args.epochs, args.stop_step_num):
+    if state.is_finished(args.epochs, args.stop_step_num, args.patience):
         console.line(f"=> nothing left to train: epochs done: {state.epoch} of {args.epochs}, steps: {state.step}")
     else:
         record = {"flags": {**vars(args), "image_size": size}, "decoder": checkpointer.info.decoder}
@@ -477,8 +475,8 @@ def evaluate(job: Job, network: vgg.VGG, normalize: Normalize, data: Data, check
     loader = build_loader(job, dataset, preprocessing, build_sampler(job, len(dataset), training=False), scales)
     job.logger.open()  # fails now, not when all is computed
     predictions = Predictions(len(dataset), len(dataset.classes)) if args.report or args.predictions else None
-    totals = validate(job, network, predict, loader, predictions=predictions)
-    assert totals is not None  # a signal ends the process, because nothing is being trained
+    metrics = validate(job, network, predict, loader, predictions=predictions)
+    assert metrics is not None  # a signal ends the process, because nothing is being trained
     if predictions is not None:
         job.comm.max_(predictions.top5)  # -1 where an image was another process's
         job.comm.max_(predictions.probabilities)
@@ -487,7 +485,7 @@ def evaluate(job: Job, network: vgg.VGG, normalize: Normalize, data: Data, check
         facts.update(image_size=preprocessing.image_size, val_split=dataset.val_split, data=args.data or EMBEDDED)
         facts.update(weights=args.resume or args.pretrained, **run_info.versions(job.device.name()))
         files = {"predictions_file": args.predictions, "report_folder": args.report}
-        write_evaluation(args.output_dir, dataset, totals, predictions, facts, preprocessing, **files)
+        write_evaluation(args.output_dir, dataset, metrics, predictions, facts, preprocessing, **files)
     return 0
 
 

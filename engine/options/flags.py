@@ -197,6 +197,10 @@ def _add_run(add: Add) -> None:
     add("--predictions", type=nonempty_path, metavar="FILE.csv", help="with -e: also write one line per image")
     add("--report", **FOLDER, help="with -e: also write a page, DIR/index.html")
     add("--eval-freq", **COUNT, help=f"epochs between validations; the last epoch always validates {DEFAULT}")
+    best = f"what decides model_best.pth.tar: Acc@1, the mean F1 or the mean recall of the classes {DEFAULT}"
+    add("--best", default="acc1", choices=["acc1", "macro_f1", "balanced_acc"], help=best)
+    patience = "stop after N validations without a better --best (default: train all epochs)"
+    add("--patience", **COUNT, help=patience)
     add("-p", "--p", "--print-freq", dest="print_freq", **COUNT, default=10, help=f"steps between log lines {DEFAULT}")
     add("--resume", **PATH, help="checkpoint to continue")
     auto = "continue from the newest intact checkpoint in --output-dir; start fresh only if there is none at all"
@@ -251,6 +255,7 @@ def _conflicts(args: argparse.Namespace) -> list[str]:
         "--freeze-features requires weights: --resume PATH or --pretrained PATH": args.freeze_features and not weights,
         "--dummy cannot be combined with --data, --val-split or --evaluate: leave it out": args.dummy and real_data,
         "--class-weights requires training images: leave --dummy out": args.class_weights and args.dummy,
+        "--patience requires validation images: leave --dummy out": args.patience and args.dummy,
         "--val-split requires --data DIR, a folder of classes": args.val_split and not args.data,
         "--world-size must be at least 1, got 0": args.world_size == 0,
         f"--min-lr must be at most --lr {args.lr}, got {args.min_lr}": args.min_lr > args.lr,

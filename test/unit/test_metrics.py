@@ -151,6 +151,31 @@ def test_totals_are_summed_over_processes_on_request() -> None:
     assert counter.read(lambda values: [2 * value for value in values]) == tuple(2 * value for value in alone)
 
 
+# precision, recall, F1 of precision_recall_fscore_support(average="macro", zero_division=0), balanced_accuracy_score
+SCIKIT_LEARN = [  # 1.9.1
+    ([0, 0, 0, 1, 2, 0, 1, 1, 0, 2, 1], [0.6, 0.611111111111111, 0.5995670995670995, 0.611111111111111]),
+    (
+        [0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 1],
+        [0.47222222222222215, 0.5555555555555555, 0.5079365079365079, 0.5555555555555555],
+    ),
+    ([0, 0, 0, 1, 2, 0, 1, 1, 0], [0.48888888888888893, 0.4444444444444444, 0.4646464646464647, 0.6666666666666666]),
+]
+
+
+@pytest.mark.parametrize("predicted, expected", SCIKIT_LEARN, ids=["usual", "never predicted", "never a target"])
+@pytest.mark.parametrize("classes", [3, 5], ids=["all classes occur", "two do not"])
+def test_macro_metrics_are_those_of_scikit_learn(predicted: list[int], expected: list[float], classes: int) -> None:
+    """Over two processes and batches of several sizes."""
+    target = torch.tensor(([0] * 6 + [1] * 3 + [2] * 2)[: len(predicted)])
+    logits = torch.eye(classes)[torch.tensor(predicted)]
+    counters = [AccuracyCounter(CPU, classes=classes) for _ in range(2)]
+    for counter, begin, end in ((counters[0], 0, 5), (counters[1], 5, 8), (counters[1], 8, 11)):
+        counter.update(torch.tensor(1.0), logits[begin:end], target[begin:end])
+    found = counters[0].macro_metrics(lambda own: (counters[1].by_class.flatten() + torch.tensor(own)).tolist())
+    assert list(found) == ["macro_precision", "macro_recall", "macro_f1", "balanced_acc"]
+    assert [value / 100 for value in found.values()] == pytest.approx(expected, rel=1e-12)
+
+
 def test_no_images_are_zero_percent() -> None:
     assert Totals().metrics() == {"loss": 0.0, "acc1": 0.0, "acc5": 0.0}
 
