@@ -163,9 +163,9 @@ def build_training(
     args, device = job.args, job.device
     device.place(network, one_shape=True)  # so that cuDNN may search for the fastest kernels
     weights = job.amp.convert(network)  # at O2 fp32 master weights, else the network's own
+    groups = job.amp.parameter_groups(network, weights, features_lr=args.features_lr, no_bias_decay=args.no_bias_decay)
     sgd = torch.optim.SGD(
-        job.amp.parameter_groups(network, weights, no_bias_decay=args.no_bias_decay),
-        **{"lr": args.lr, "momentum": args.momentum, "weight_decay": args.weight_decay, **device.sgd_options()},
+        groups, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay, **device.sgd_options()
     )
     optimizer = job.amp.optimizer(
         network, sgd, weights, loss_scale=args.loss_scale_value, clip_grad_norm=args.clip_grad_norm
@@ -209,8 +209,7 @@ def train_one_epoch(job: Job, training: Training, batches: Iterator[Batch], step
     """Train to the end of the epoch of `steps` steps. Returns whether to stop the run here."""
     args, state, counter = job.args, training.state, training.counter
     training.model.train()
-    if args.freeze_features:
-        training.network.features.eval()  # batch norm keeps its statistics too
+    training.network.first_blocks(args.freeze_blocks).eval()  # frozen batch norm keeps its statistics too
     global_batch = args.batch_size * args.nodes * args.accum_steps
     throughput = Throughput(int(min(steps - state.step_in_epoch, (args.stop_step_num or math.inf) - state.step)))
     prefix, totals = f"Epoch: [{state.epoch}]", counter.read()
@@ -413,8 +412,7 @@ def run_job(job: Job, build_network: BuildNetwork) -> int:
     job.device.seed(args.seed)
     network = build_network(args.arch, len(info.classes), head=args.head)
     checkpointer.load_weights(network)
-    if args.freeze_features:
-        network.features.requires_grad_(False)
+    network.first_blocks(args.freeze_blocks).requires_grad_(False)
     normalize = job.device.normalizer(data.preprocessing.mean, data.preprocessing.std, job.amp.input_dtype)
     if args.evaluate:
         return evaluate(job, network, normalize, data, checkpointer)

@@ -58,7 +58,7 @@ class RunInfo:
 
     images_per_step: over all processes and batches of a step.
     batch: the flags behind it, and the value that a resize keeps (keep_images_per_step in engine/options/resolve.py).
-    identity: {name: value} of what else decides the training images, or the loss.
+    identity: {name: value} of what else decides the training images, the loss or the step.
     class_weights: of the training loss. decoder: of the training images.
     """
 

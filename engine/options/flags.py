@@ -157,7 +157,11 @@ def _add_model(add: Add) -> None:
         "to start from; imagenet downloads torchvision's weights. For other classes the last layer is initialized again"
     )
     add("--pretrained", **PATH, help=weights)
-    add("--freeze-features", **SWITCH, help="train only the classifier, on the features of --pretrained or --resume")
+    freeze = {"dest": "freeze_blocks", "default": 0}
+    blocks = "keep the first N of the five blocks of convolutions as they are in --pretrained or --resume"
+    add("--freeze-blocks", type=number(int, 0, 5), metavar="N", **freeze, help=f"{blocks} {DEFAULT}")
+    add("--freeze-features", action="store_const", const=5, **freeze, help="train only the classifier: all five blocks")
+    add("--features-lr", type=POSITIVE, metavar="FACTOR", default=1.0, help=f"of the convolutions' --lr {DEFAULT}")
 
 
 def _add_training(add: Add) -> None:
@@ -252,7 +256,10 @@ def _conflicts(args: argparse.Namespace) -> list[str]:
         "--evaluate cannot be combined with --auto-resume: name the checkpoint with --resume": evaluate and auto,
         "--resume cannot be combined with --auto-resume: give one of them": args.resume and auto,
         "--crop-scale cannot be combined with --train-scale: give one of them": args.crop_scale and args.train_scale,
-        "--freeze-features requires weights: --resume PATH or --pretrained PATH": args.freeze_features and not weights,
+        "--freeze-blocks or --freeze-features requires weights: --resume PATH or --pretrained PATH": args.freeze_blocks
+        and not weights,
+        "--features-lr has no effect with --freeze-features: leave one of them out": args.features_lr != 1
+        and args.freeze_blocks == 5,
         "--dummy cannot be combined with --data, --val-split or --evaluate: leave it out": args.dummy and real_data,
         "--class-weights requires training images: leave --dummy out": args.class_weights and args.dummy,
         "--patience requires validation images: leave --dummy out": args.patience and args.dummy,

@@ -329,6 +329,8 @@ def describe_run(
         identity["augmentation"] = ", ".join(given)
     if preprocessing.exif_rotate:
         identity["--exif-rotate"] = True
+    if args.features_lr != 1:
+        identity["--features-lr"] = args.features_lr
     if args.class_weights:
         given = args.class_weights
         identity["--class-weights"] = given if given == "auto" else f"a file (CRC {crc32(repr(given).encode()):08x})"

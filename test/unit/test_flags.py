@@ -183,6 +183,12 @@ def test_every_path_flag_knows_the_home_folder(monkeypatch: Any, tmp_path: Any) 
         (["--epochs", "3", "--start-epoch", "3"], "--start-epoch must be less than --epochs 3, got 3"),
         (["--warmup-epochs", "16"], "--warmup-epochs must be less than --epochs 16, got 16"),
         (["--dummy", "8", "--class-weights", "auto"], "--class-weights requires training images: leave --dummy out"),
+        (["--freeze-blocks", "2"], "--freeze-blocks or --freeze-features requires weights"),
+        (["--freeze-blocks", "6"], "--freeze-blocks must be at least 0 and at most 5, got 6"),
+        (["--freeze-features", "--features-lr", "0.1", "--resume", sys.executable], "--features-lr has no effect with"),
+        (["--features-lr", "0"], "--features-lr must be above 0, got 0"),
+        (["--dummy", "8", "--patience", "2"], "--patience requires validation images: leave --dummy out"),
+        (["--best", "f1"], "--best: invalid choice: 'f1'"),
         (["--mixup", "-1"], "--mixup must be at least 0, got -1"),
     ],
 )
