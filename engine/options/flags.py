@@ -49,6 +49,7 @@ DEVICE_FLAG: dict[str, Any] = {
     "choices": DEVICES,
     "help": "what to run on (default: the first of npu, gpu, mps, cpu that works)",
 }
+LISTS = (".csv", ".tsv", ".txt")  # lists of images
 MAX_SIDE = 4096  # pixels: a mistyped size should not look like a lack of memory
 
 # What several flags take.
@@ -135,7 +136,8 @@ def build_parser() -> OneLineParser:
 
 def _add_data(add: Add) -> None:
     add("dir", **FOLDER, nargs="?", help="the same as --data")
-    add("--data", type=nonempty_path, help="folder with train/ and val/, or CIFAR-10 (default: the embedded digits)")
+    data = "folder with train/ and val/, CIFAR-10, or a list of images (default: the embedded digits)"
+    add("--data", type=nonempty_path, help=data)
     workers = "DataLoader workers of this node, shared by its processes (default: the cores they leave; on a CPU 0)"
     add("-j", "--j", "--workers", dest="workers", **FROM_0, help=workers)
     size = "pixels per side (default: 224; CIFAR-10 and digits: 32; of a checkpoint: its own)"
@@ -272,8 +274,10 @@ def _conflicts(args: argparse.Namespace) -> list[str]:
             conflicts[f"{flag}: MIN must be at most MAX, got {bounds[0]} {bounds[1]}"] = bounds[0] > bounds[1]
     for flag, epochs in (("--start-epoch", args.start_epoch), ("--warmup-epochs", args.warmup_epochs)):
         conflicts[f"{flag} must be less than --epochs {args.epochs}, got {epochs}"] = epochs >= args.epochs
-    if args.data and not os.path.isdir(args.data):
-        conflicts[f"--data {args.data}: {'expected a' if os.path.exists(args.data) else 'no such'} folder"] = True
+    is_list = args.data and args.data.lower().endswith(LISTS) and os.path.isfile(args.data)
+    if args.data and not os.path.isdir(args.data) and not is_list:
+        found = f"expected a folder or a list ({' '.join(LISTS)})" if os.path.exists(args.data) else "no such folder"
+        conflicts[f"--data {args.data}: {found}"] = True
     reads_weights = args.rank <= 0 and os.environ.get("RANK", "0") == "0"  # only rank 0 does
     for flag, file in (("--resume", args.resume), ("--pretrained", args.pretrained)):
         if file and reads_weights and not os.path.isfile(file) and (flag, file) != ("--pretrained", "imagenet"):
