@@ -36,16 +36,7 @@ from engine.data import (
 from engine.device import Amp, ComputeDevice, MixedPrecisionOptimizer, ModelEma
 from engine.evaluation import ViewAverage, write_evaluation
 from engine.parallel import Communicator, launch
-from engine.records import (
-    AccuracyCounter,
-    Logger,
-    Predictions,
-    ProgressMeter,
-    Throughput,
-    Totals,
-    cross_entropy,
-    run_info,
-)
+from engine.records import AccuracyCounter, Logger, Predictions, ProgressMeter, Throughput, cross_entropy, run_info
 from engine.signals import StopSignals
 
 import vgg
@@ -95,6 +86,7 @@ class Training:
     counter: AccuracyCounter  # of the current epoch
     state: TrainState
     checkpointer: Checkpointer
+    class_weights: torch.Tensor | None = None  # of the loss
     profiler: Any = None
 
 
@@ -171,10 +163,7 @@ def build_training(
     args, device = job.args, job.device
     device.place(network, one_shape=True)  # so that cuDNN may search for the fastest kernels
     weights = job.amp.convert(network)  # at O2 fp32 master weights, else the network's own
-    groups: list[dict[str, Any]] = [{"params": weights}]
-    if args.no_bias_decay:  # biases and batch norm have one dimension
-        matrices, vectors = ([weight for weight in weights if (weight.dim() > 1) == large] for large in (True, False))
-        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    groups = job.amp.parameter_groups(network, weights, features_lr=args.features_lr, no_bias_decay=args.no_bias_decay)
     sgd = torch.optim.SGD(
         groups, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay, **device.sgd_options()
     )
@@ -192,7 +181,8 @@ def build_training(
     if args.compile:
         model = device.compile(model)
     mixer = BatchMixer(args.mixup, args.cutmix, classes, args.seed) if args.mixup or args.cutmix else None
-    state, counter = TrainState(epoch=args.start_epoch), AccuracyCounter(device.device, finite_only=True)
+    counter = AccuracyCounter(device.device, finite_only=True)
+    state = TrainState(epoch=args.start_epoch, best_by=args.best)
     return Training(network, model, normalize, optimizer, ema, mixer, counter, state, checkpointer)
 
 
@@ -219,8 +209,7 @@ def train_one_epoch(job: Job, training: Training, batches: Iterator[Batch], step
     """Train to the end of the epoch of `steps` steps. Returns whether to stop the run here."""
     args, state, counter = job.args, training.state, training.counter
     training.model.train()
-    if args.freeze_features:
-        training.network.features.eval()  # batch norm keeps its statistics too
+    training.network.first_blocks(args.freeze_blocks).eval()  # frozen batch norm keeps its statistics too
     global_batch = args.batch_size * args.nodes * args.accum_steps
     throughput = Throughput(int(min(steps - state.step_in_epoch, (args.stop_step_num or math.inf) - state.step)))
     prefix, totals = f"Epoch: [{state.epoch}]", counter.read()
@@ -281,7 +270,7 @@ def train_step(job: Job, training: Training, batches: Iterator[Batch], meter: Pr
         with contextlib.nullcontext() if is_last else model.no_sync():  # type: ignore[operator]
             with job.amp.autocast():
                 logits = model(images)
-                loss = cross_entropy(logits, target, args.label_smoothing)
+                loss = cross_entropy(logits, target, args.label_smoothing, training.class_weights)
             optimizer.backward(loss / args.accum_steps)
         training.counter.update(loss, logits, target)
     optimizer.step()
@@ -300,8 +289,8 @@ def validate(
     loader: DataLoader,
     state: TrainState | None = None,
     predictions: Predictions | None = None,
-) -> Totals | None:
-    """Return the totals over all processes, each validation image counted once; None if a signal stops the run.
+) -> dict[str, float] | None:
+    """Return the metrics over all processes, each validation image counted once; None if a signal stops the run.
 
     predict: from the images of a batch to logits. state: of the training that this validation belongs to, if any.
     predictions: filled with the images of this process.
@@ -309,7 +298,8 @@ def validate(
     network.eval()
     job.comm.broadcast_buffers(network)
     sampler: Any = loader.sampler
-    counter, steps = AccuracyCounter(job.device.device), sampler.steps_per_epoch
+    classes = len(loader.dataset.dataset.classes)  # type: ignore[attr-defined]
+    counter, steps = AccuracyCounter(job.device.device, classes=classes), sampler.steps_per_epoch
     meter = ProgressMeter("Test: ", steps, job.args.print_freq, job.device.log_interval, has_data=False)
     start = time.perf_counter()
     batches, vote = read_batches(loader), job.comm.stop_vote()
@@ -334,8 +324,11 @@ def validate(
     totals = counter.read(job.comm.sum)
     console.line(f"[npu id: {job.device.index} ] [AVG-ACC] * Acc@1 {totals.acc1:.3f} Acc@5 {totals.acc5:.3f}")
     timing = {"seconds": time.perf_counter() - start, **({} if state is None else state.position())}
-    job.logger.event("validate", samples=int(totals.images), **totals.metrics(), **timing)
-    return totals
+    metrics = {**totals.metrics(), **counter.macro_metrics(job.comm.sum)}
+    if job.args.best != "acc1":
+        console.line(f"=> {job.args.best} {metrics[job.args.best]:.3f}")
+    job.logger.event("validate", samples=int(totals.images), **metrics, **timing)
+    return metrics
 
 
 # --- the run, from start to end ---------------------------------------------------------------------------------------
@@ -346,30 +339,32 @@ def train(
 ) -> int:
     """Train all epochs that are left. Returns the exit code."""
     args, state = job.args, training.state
-    while not state.is_finished(args.epochs, args.stop_step_num):
+    while not state.is_finished(args.epochs, args.stop_step_num, args.patience):
         steps = state.step_in_epoch + sampler.steps_left(state.images_in_epoch)
         stopping = state.step_in_epoch < steps and train_one_epoch(job, training, batches, steps)
         if stopping:
             save(job, training, final=True)
             return 0 if state.step == args.stop_step_num else job.stop.EXIT_CODE
         job.comm.check_same_parameters(training.network)
-        best, last = False, state.epoch + 1 == args.epochs
-        validates = val is not None and (last or (state.epoch + 1) % args.eval_freq == 0)
+        done, best = state.epoch + 1, False
+        validates = val is not None and (done == args.epochs or done % args.eval_freq == 0)
         if val is not None and validates:
             with training.ema.swapped_in() if training.ema is not None else contextlib.nullcontext():
-                totals = validate(job, training.network, predictor(training.network, training.normalize), val, state)
-            if totals is None:
+                metrics = validate(job, training.network, predictor(training.network, training.normalize), val, state)
+            if metrics is None:
                 save(job, training, final=True)
                 return job.stop.EXIT_CODE
-            best = totals.acc1 >= state.best_acc1
-            state.best_acc1 = max(totals.acc1, state.best_acc1)
-        state.epoch, state.step_in_epoch, state.images_in_epoch = state.epoch + 1, 0, 0
+            best = state.add_validation(metrics)
+        state.epoch, state.step_in_epoch, state.images_in_epoch = done, 0, 0
         training.counter = AccuracyCounter(job.device.device, finite_only=True)
-        save(job, training, best=best, final=last)
+        save(job, training, best=best, final=state.is_finished(args.epochs, None, args.patience))
         if validates:
             job.logger.curves()
+    if state.epoch < args.epochs and state.has_lost_patience(args.patience):
+        console.line(f"=> stopped by --patience: {state.since_best} validations without a better {args.best}")
     if val is not None and job.comm.rank == 0:
-        console.line(f"=> best Acc@1 {state.best_acc1:.3f}: {training.checkpointer.best_path}")
+        name = "Acc@1" if args.best == "acc1" else args.best
+        console.line(f"=> best {name} {state.best_value:.3f}: {training.checkpointer.best_path}")
     return 0
 
 
@@ -410,15 +405,14 @@ def run_job(job: Job, build_network: BuildNetwork) -> int:
     device = f"{comm.world_size} × {args.device} ({job.device.name()})"
     console.line(f"=> {args.arch} on {device}, {args.precision}, torch {torch.__version__}")
     source = None if args.dummy else args.data or f"{EMBEDDED} (no --data given)"
-    run_info.log_data(source, size, data.count, info.images_per_step, data.train, data.val)
+    run_info.log_data(source, size, data.count, info.images_per_step, data.train, data.val, info.class_weights)
     if comm.rank == 0:
         run_info.write_bad_images(args.output_dir, data.train, data.val)
 
     job.device.seed(args.seed)
     network = build_network(args.arch, len(info.classes), head=args.head)
     checkpointer.load_weights(network)
-    if args.freeze_features:
-        network.features.requires_grad_(False)
+    network.first_blocks(args.freeze_blocks).requires_grad_(False)
     normalize = job.device.normalizer(data.preprocessing.mean, data.preprocessing.std, job.amp.input_dtype)
     if args.evaluate:
         return evaluate(job, network, normalize, data, checkpointer)
@@ -433,6 +427,8 @@ def fit(job: Job, training: Training, data: Data) -> int:
     sampler = build_sampler(job, data.count, training=True, start=(state.epoch, state.images_in_epoch))
     checkpointer.log_changes(state, training.ema, data.count)
     checkpointer.let_go()  # up to a gigabyte
+    if checkpointer.info.class_weights is not None:
+        training.class_weights = job.device.to_device(torch.tensor(checkpointer.info.class_weights))
     if data.train is None:
         batches = synthetic_batches(job, sampler, size)
     else:
@@ -442,7 +438,7 @@ def fit(job: Job, training: Training, data: Data) -> int:
     if data.val is not None:
         val_sampler = build_sampler(job, len(data.val), training=False)
         val_loader = build_loader(job, data.val, data.preprocessing, val_sampler)
-    if state.is_finished(args.epochs, args.stop_step_num):
+    if state.is_finished(args.epochs, args.stop_step_num, args.patience):
         console.line(f"=> nothing left to train: epochs done: {state.epoch} of {args.epochs}, steps: {state.step}")
     else:
         record = {"flags": {**vars(args), "image_size": size}, "decoder": checkpointer.info.decoder}
@@ -477,8 +473,8 @@ def evaluate(job: Job, network: vgg.VGG, normalize: Normalize, data: Data, check
     loader = build_loader(job, dataset, preprocessing, build_sampler(job, len(dataset), training=False), scales)
     job.logger.open()  # fails now, not when all is computed
     predictions = Predictions(len(dataset), len(dataset.classes)) if args.report or args.predictions else None
-    totals = validate(job, network, predict, loader, predictions=predictions)
-    assert totals is not None  # a signal ends the process, because nothing is being trained
+    metrics = validate(job, network, predict, loader, predictions=predictions)
+    assert metrics is not None  # a signal ends the process, because nothing is being trained
     if predictions is not None:
         job.comm.max_(predictions.top5)  # -1 where an image was another process's
         job.comm.max_(predictions.probabilities)
@@ -487,7 +483,7 @@ def evaluate(job: Job, network: vgg.VGG, normalize: Normalize, data: Data, check
         facts.update(image_size=preprocessing.image_size, val_split=dataset.val_split, data=args.data or EMBEDDED)
         facts.update(weights=args.resume or args.pretrained, **run_info.versions(job.device.name()))
         files = {"predictions_file": args.predictions, "report_folder": args.report}
-        write_evaluation(args.output_dir, dataset, totals, predictions, facts, preprocessing, **files)
+        write_evaluation(args.output_dir, dataset, metrics, predictions, facts, preprocessing, **files)
     return 0
 
 

@@ -56,6 +56,11 @@ class VGG(nn.Module):
             )
         self.apply(_initialize)
 
+    def first_blocks(self, count: int) -> nn.Sequential:
+        """Return the layers of the first `count` of the five blocks, each of which ends in a max-pool."""
+        pools = [number for number, layer in enumerate(self.features) if isinstance(layer, nn.MaxPool2d)]
+        return self.features[: [-1, *pools][count] + 1]
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images: (N, 3, H, W) floating point, normalized, H and W at least 32. Returns logits (N, num_classes)."""
         return self.classify(self.features(images))

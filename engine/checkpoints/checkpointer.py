@@ -168,6 +168,9 @@ class Checkpointer:
             images = state.step_in_epoch * self.continued.info.images_per_step  # older checkpoints do not say it
             state.images_in_epoch = int(progress.get("images_in_epoch", images))
             state.step, state.best_acc1 = int(progress.get("step", 0)), float(progress.get("best_acc1", 0.0))
+            if progress.get("best_by", "acc1") == state.best_by:  # older checkpoints, and the reference's, know Acc@1
+                state.best_value = float(progress.get("best_value", state.best_acc1))
+                state.since_best = int(progress.get("since_best", 0))
             if min(state.epoch, state.step_in_epoch, state.images_in_epoch, state.step) < 0:
                 raise ValueError("its progress is negative")
             if state.step_in_epoch and self.comm.rank == 0:  # the counts are sums over all processes
@@ -252,6 +255,9 @@ def _changes(start: Checkpoint, info: RunInfo, state: TrainState, ema: ModelEma 
         yield "the checkpoint has no EMA weights: the EMA starts from the current weights"
     if ema is None and start.ema_weights is not None:
         yield "the EMA weights of the checkpoint are dropped: use --ema-decay to continue them"
+    saved_by = start.progress.get("best_by", "acc1")
+    if saved_by != state.best_by:
+        yield f"resumed with --best {state.best_by}, saved with {saved_by}: the next validation is the best so far"
     # Between epochs, see Checkpointer.check. A checkpoint of the reference has no identity.
     for name, (before, now) in _changed_identity(saved, info).items() if saved.identity else []:
         if name != "data":

@@ -27,9 +27,24 @@ class TrainState:
     images_in_epoch: int = 0  # images of the current epoch that these steps have used, over all processes
     step: int = 0  # total optimizer steps
     best_acc1: float = 0.0  # percent
+    best_by: str = "acc1"  # what decides which validation is the best
+    best_value: float = 0.0  # the best of it
+    since_best: int = 0  # validations since then
 
-    def is_finished(self, epochs: int, stop_step_num: int | None) -> bool:
-        return self.epoch >= epochs or (stop_step_num is not None and self.step >= stop_step_num)
+    def add_validation(self, metrics: dict[str, float]) -> bool:
+        """Take the metrics of a validation in; return whether it is the best, or as good."""
+        value = metrics[self.best_by]
+        self.since_best = 0 if value > self.best_value else self.since_best + 1
+        self.best_value, self.best_acc1 = max(value, self.best_value), max(metrics["acc1"], self.best_acc1)
+        return value == self.best_value
+
+    def is_finished(self, epochs: int, stop_step_num: int | None, patience: int | None) -> bool:
+        stopped = stop_step_num is not None and self.step >= stop_step_num
+        return stopped or self.epoch >= epochs or self.has_lost_patience(patience)
+
+    def has_lost_patience(self, patience: int | None) -> bool:
+        """Whether so many validations have not been better than the best one."""
+        return patience is not None and self.since_best >= patience
 
     def position(self) -> dict[str, int]:
         return {"epoch": self.epoch, "step": self.step}
@@ -43,8 +58,8 @@ class RunInfo:
 
     images_per_step: over all processes and batches of a step.
     batch: the flags behind it, and the value that a resize keeps (keep_images_per_step in engine/options/resolve.py).
-    identity: {name: value} of what else decides the training images.
-    decoder: of the training images.
+    identity: {name: value} of what else decides the training images, the loss or the step.
+    class_weights: of the training loss. decoder: of the training images.
     """
 
     arch: str | None = None
@@ -56,6 +71,7 @@ class RunInfo:
     val_split: float | None = None
     identity: dict[str, Any] = field(default_factory=dict)
     batch: dict[str, int] = field(default_factory=dict)
+    class_weights: list[float] | None = None
     decoder: str | None = None
 
 
@@ -131,6 +147,7 @@ INFO: dict[str, Callable[[Any], bool]] = {
 # Where the weights are: ours, Lightning's and most others'; torchvision's references; tutorials; kuangliu; DeepSpeed.
 CONTAINERS = ("state_dict", "model", "model_state_dict", "net", "module")
 PROGRESS = ["epoch", "best_acc1", "optimizer", "amp", "step", "step_in_epoch", "images_in_epoch", "counts"]
+PROGRESS += ["best_by", "best_value", "since_best"]
 
 
 def load_checkpoint(path: str) -> Checkpoint:

@@ -18,7 +18,7 @@ from typing import Counter, Sequence, Union
 from engine import console
 from engine.data.cifar import Cifar, find_cifar, read_cifar
 from engine.data.decoding import read_file, reason_of
-from engine.data.folder_index import EXTENSIONS, FolderIndex, describe_left_out, walk
+from engine.data.folder_index import EXTENSIONS, FolderIndex, describe_left_out, open_index, walk
 from engine.data.layout import TEST, TRAIN, VAL, advice_of, find_part, open_classes
 from engine.data.transforms import BILINEAR, Preprocessing
 from engine.errors import DataError, ImageError, UsageError, counted, printable
@@ -35,21 +35,22 @@ DIGITS = Preprocessing(32, crop=False, mean=(0.3053,) * 3, std=(0.3760,) * 3)
 class ImageFolder:
     """ROOT/class/**/image, read as torchvision's ImageFolder reads it: the same classes, files and order.
 
-    part: (training or validation, --val-split, positions of its images) if this is a part of the folder.
+    Or the images of a list file, in its order. part: (training or validation, --val-split, positions of its images) if
+    this is a part.
     """
 
     preprocessing = Preprocessing()
     default_hflip = 0.5
     val_split: float | None = None
 
-    def __init__(self, index: FolderIndex, part: tuple[str, float, np.ndarray] | None = None) -> None:
+    def __init__(self, index: FolderIndex, part: tuple[str, float | None, np.ndarray] | None = None) -> None:
         self.index, self.classes, self.labels, self.fingerprint = index, index.classes, index.labels, index.fingerprint
         self.unreadable = index.unreadable
         self.positions: Sequence[int] | np.ndarray = range(len(self.labels))
         if part is not None:
             name, self.val_split, self.positions = part
             self.labels = self.labels[self.positions]
-            self.fingerprint += f" {name} part, --val-split {self.val_split}"
+            self.fingerprint += f" {name} part" + (f", --val-split {self.val_split}" if self.val_split else "")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -160,14 +161,20 @@ def open_datasets(
     val_split: float | None = None,
     saved_val_split: float | None = None,
 ) -> tuple[ImageDataset | None, ImageDataset | None]:
-    """Return (training, validation) datasets below a folder, or the embedded digits; no training dataset to evaluate.
+    """Return (training, validation) datasets of a folder or a list file; the embedded digits without one.
 
-    skip_unreadable: leaves unreadable images of a folder out. val_split: the share of a single folder that is for
-    validation; saved_val_split: that of a checkpoint, for a folder that is not split already.
-    Raises DataError, or UsageError if the classes of the two differ or --val-split does not fit.
+    No training dataset to evaluate. skip_unreadable: leaves unreadable images out. val_split: the share of a single
+    folder, or of a list without a split, that is for validation; saved_val_split: that of a checkpoint, for what is not
+    split already. Raises DataError, or UsageError if the classes of the two differ or --val-split does not fit.
     """
     if root is None:
         return None if evaluate else read_digits(training=True), read_digits(training=False)
+    share = saved_val_split if val_split is None else val_split
+    if os.path.isfile(root):
+        training, validation = _open_list(open_index(root, skip_unreadable), root, share, val_split, evaluate)
+        if training is not None and training.index.is_new and not console.is_quiet():
+            log_duplicates(training, validation)
+        return training, validation
     name, cifar = printable(root), find_cifar(root)
     train, val, test = (None, None, None) if cifar else (find_part(root, names) for names in (TRAIN, VAL, TEST))
     if val_split is not None and (cifar or train or val):
@@ -175,8 +182,6 @@ def open_datasets(
     if cifar:
         training_part = None if evaluate else _open_cifar(*cifar, training=True)
         return training_part, _open_cifar(*cifar, training=False)
-    share = saved_val_split if val_split is None else val_split
-    training: ImageFolder | None
     if val is not None:
         if train is None and not evaluate:
             raise DataError(f"{name}: no train/ in it, only {printable(os.path.basename(val))}/")
@@ -196,6 +201,33 @@ def open_datasets(
         training, validation = split_by_name(open_classes(root, skip_unreadable), share, evaluate=evaluate)
     if training is not None and (training.index.is_new or validation.index.is_new) and not console.is_quiet():
         log_duplicates(training, validation)
+    return training, validation
+
+
+def _open_list(
+    index: FolderIndex, path: str, share: float | None, val_split: float | None, evaluate: bool
+) -> tuple[ImageFolder | None, ImageFolder]:
+    name, training = printable(path), None
+    if len(index.parts) and val_split is not None:
+        raise UsageError(f"--val-split: {name} has a column for the split already: leave it out")
+    if len(index.parts):
+        parts = [np.flatnonzero(index.parts == number) for number in (0, 1)]
+        training, validation = (
+            ImageFolder(index, (part, None, positions)) for part, positions in zip(("training", "validation"), parts)
+        )
+    elif share is not None:
+        training, validation = split_by_name(index, share, evaluate=evaluate)
+    elif evaluate:
+        validation = ImageFolder(index)
+    else:
+        raise DataError(f"{name}: no column for the split: add train or val to each line, or use --val-split 0.1")
+    if len(index.classes) < 2 or not len(validation):
+        raise DataError(f"{name}: expected at least two classes and one image for validation")
+    if training is None or evaluate:
+        return None, validation
+    empty = np.flatnonzero(np.bincount(training.labels, minlength=len(index.classes)) == 0)
+    if len(empty):
+        raise DataError(f"{name}: no training image of class {printable(index.classes[empty[0]])}")
     return training, validation
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The files of an image folder, listed once and cached in three arrays.
+"""The files of an image folder, or of a list of images, listed once and cached in four arrays.
 
 A list of ImageNet's 1.28 million paths would take 150 MB in every process, and DataLoader workers would copy it page by
 page as reference counts change. The arrays are memory-mapped from a file in the user's cache folder, so a later start
@@ -22,11 +22,12 @@ from typing import Any, Callable, Counter, Dict, Iterator, List
 
 from engine import console
 from engine.data.decoding import UnreadableError, read_file, read_rgb, reason_of
+from engine.data.list_file import Listing, read_list
 from engine.errors import DataError, counted, printable
 
 import numpy as np
 
-FORMAT = 3  # part of the cache file's name: raise it if other files are listed, or if the layout changes
+FORMAT = 4  # part of the cache file's name: raise it if other files are listed, or if the layout changes
 # Those of torchvision's ImageFolder, and the other names of JPEGs.
 EXTENSIONS: tuple[str, ...] = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 EXTENSIONS += (".jfif", ".jpe")
@@ -42,18 +43,23 @@ KINDS = 5  # of what is left out, that are named
 
 Folders = List[List[Any]]  # [name below the root, *its stamp]
 
-# labels: (N,) int64. names: the paths below the root, one after the other: uint8. ends: (N + 1,) int64, where they end.
-# header: JSON, with the rest and with what tells whether the index is out of date.
+
+# labels: (N,) int64. parts: (N,) uint8, see Listing. names: the paths below the root, one after the other: uint8. ends:
+# (N + 1,) int64, where they end. header: JSON, with the rest and with what tells whether the index is out of date.
 Parts = Dict[str, Any]
 
 
 class FolderIndex:
-    """The images of a folder: classes, labels, fingerprint, and unreadable: (path, reason) of the images left out."""
+    """The images of a folder or a list: classes, labels, parts (see Listing), fingerprint.
+
+    unreadable: (path, reason) of the images left out.
+    """
 
     def __init__(self, root: str, parts: Parts) -> None:
         header = json.loads(bytes(parts["header"]).decode())
-        self.labels, self._ends, self._names = (np.asarray(parts[name]) for name in ("labels", "ends", "names"))
-        self.root, self.header = os.fsencode(root), header
+        arrays = (np.asarray(parts[name]) for name in ("labels", "parts", "ends", "names"))
+        self.labels, self.parts, self._ends, self._names = arrays
+        self.listed, self.root, self.header = root, os.fsencode(_root_of(root)), header
         self.classes: list[str] = header["classes"]
         self.fingerprint: str = header["fingerprint"]
         self.unreadable = [(printable(os.path.join(root, name)), reason) for name, reason in header["bad"]]
@@ -77,7 +83,7 @@ class FolderIndex:
         folders = self.header["folders"]
         times = [time for _, modified, changed, *_ in folders for time in (modified, changed)]
         return (
-            self.header["root"] == os.path.realpath(os.fsdecode(self.root))
+            self.header["root"] == os.path.realpath(self.listed)
             and min(changed for _, _, changed, *_ in folders) > 0
             and min(times) < max(times) <= (self.header["scanned"] - SETTLING_SECONDS) * 1e9
             and all(_stamp(self.root, name) == old for name, *old in folders)
@@ -85,11 +91,15 @@ class FolderIndex:
         )
 
 
-def open_index(root: str, skip_unreadable: bool = False) -> FolderIndex:
-    """Return the index of a folder: the cached one unless a folder in it has changed, else a new one.
+def _root_of(listed: str) -> str:
+    """Return the folder that names are relative to: that of a list file."""
+    return (os.path.dirname(listed) or ".") if os.path.isfile(listed) else listed
 
-    skip_unreadable: leaves unreadable images out. Raises DataError if the folder is missing or has no classes, or if a
-    class is empty.
+
+def open_index(root: str, skip_unreadable: bool = False) -> FolderIndex:
+    """Return the index of a folder or a list file: the cached one unless a folder has changed, else a new one.
+
+    skip_unreadable: leaves unreadable images out. Raises DataError if there is no folder or no class, or an empty one.
     """
     try:
         path = _cache_path(root, checked=skip_unreadable)
@@ -117,10 +127,10 @@ def _open_cached(path: str | None, root: str) -> FolderIndex | None:
 def _list_again(path: str | None, root: str, skip_unreadable: bool) -> FolderIndex:
     """Return a new index, and keep it in a file if there is a place for one."""
     begin = time.time()
-    folders, classes, images, left_out = _list_folder(root)
-    unreadable = _find_unreadable(root, images) if skip_unreadable else {}
-    parts = _build(root, begin, folders, classes, images, unreadable, left_out)
-    del images
+    listing = _list_file(root) if os.path.isfile(root) else _list_folder(root)
+    unreadable = _find_unreadable(_root_of(root), listing.names) if skip_unreadable else {}
+    parts = _build(root, begin, listing, unreadable)
+    del listing
     index = None
     if path is not None:
         # If there is no place, the next start lists the files again. NumPy's records end at 2 GiB.
@@ -185,8 +195,13 @@ def _stamp_of(status: os.stat_result) -> list[int]:
 # --- a new index ------------------------------------------------------------------------------------------------------
 
 
-def _list_folder(root: str) -> tuple[Folders, dict[str, str], list[list[bytes]], Counter[str]]:
-    """Return (folders, {class: its folder}, the images of each class relative to root, what is left out by kind).
+def _list_file(path: str) -> Listing:
+    listing, root = read_list(path), os.fsencode(_root_of(path))
+    return listing._replace(folders=[[name, *_stamp(root, name)] for (name,) in listing.folders])
+
+
+def _list_folder(root: str) -> Listing:
+    """List the images of a folder.
 
     Classes are normalized (NFC) and in that order, because macOS spells the same names in other characters.
     """
@@ -207,7 +222,9 @@ def _list_folder(root: str) -> tuple[Folders, dict[str, str], list[list[bytes]],
         found = f"; {describe_left_out(left_out)}" if left_out else ""
         raise DataError(f"{printable(root)}: no classes in it (expected one folder per class{found})")
     images = [_list_class(os.fsencode(root), name, folders, left_out) for name in classes.values()]
-    return folders, classes, images, left_out
+    labels = np.repeat(np.arange(len(classes)), [len(group) for group in images])
+    flat = [name for group in images for name in group]
+    return Listing(folders, list(classes), flat, labels, np.zeros(0, np.uint8), list(classes.values()), left_out)
 
 
 def _list_class(root: bytes, name: str, folders: Folders, left_out: Counter[str]) -> list[bytes]:
@@ -283,9 +300,8 @@ def describe_left_out(left_out: Counter[str]) -> str:
     return f"{counted(total, 'file')} and folders left out: {', '.join(kinds)}"
 
 
-def _find_unreadable(root: str, images: list[list[bytes]]) -> dict[bytes, str]:
+def _find_unreadable(root: str, names: list[bytes]) -> dict[bytes, str]:
     """Read each image once, in one thread per core. Returns {name: reason} of those that cannot be read."""
-    names = [name for group in images for name in group]
 
     def check(first: int) -> dict[bytes, str]:
         bad = {}
@@ -305,36 +321,30 @@ def _find_unreadable(root: str, images: list[list[bytes]]) -> dict[bytes, str]:
     return unreadable
 
 
-def _build(
-    root: str,
-    begin: float,
-    folders: Folders,
-    classes: dict[str, str],
-    images: list[list[bytes]],
-    unreadable: dict[bytes, str],
-    left_out: Counter[str],
-) -> Parts:
+def _build(listed: str, begin: float, listing: Listing, unreadable: dict[bytes, str]) -> Parts:
     """Return the index of the images that are readable."""
-    images = [[name for name in group if name not in unreadable] for group in images]
-    for name, group in zip(classes.values(), images):
-        if not group:
+    root = _root_of(listed)
+    names = [name for name in listing.names if name not in unreadable]
+    kept = np.array([name not in unreadable for name in listing.names], bool)
+    labels, parts = listing.labels[kept], listing.parts[kept[: len(listing.parts)]]
+    for images, folder in zip(np.bincount(labels, minlength=len(listing.classes)), listing.class_folders):
+        if not images:
             what = "no readable image" if unreadable else "no images"
-            found = f"; {describe_left_out(left_out)}" if left_out else ""
-            raise DataError(f"{printable(os.path.join(root, name))}: {what} in it ({' '.join(EXTENSIONS)}{found})")
-    labels = np.repeat(np.arange(len(classes)), [len(group) for group in images])
-    ends = np.cumsum([0] + [len(name) for group in images for name in group], dtype=np.int64)
-    names = b"".join(name for group in images for name in group)
+            found = f"; {describe_left_out(listing.left_out)}" if listing.left_out else ""
+            raise DataError(f"{printable(os.path.join(root, folder))}: {what} in it ({' '.join(EXTENSIONS)}{found})")
+    ends = np.cumsum([0] + [len(name) for name in names], dtype=np.int64)
+    text = b"".join(names)
     bad = [[os.fsdecode(name), reason] for name, reason in unreadable.items()]
     header = {
-        "root": os.path.realpath(root),
+        "root": os.path.realpath(listed),
         "scanned": begin,
-        "folders": folders,
-        "classes": list(classes),
-        "left_out": left_out,
+        "folders": listing.folders,
+        "classes": listing.classes,
+        "left_out": listing.left_out,
         "bad": bad,
         # Repairing a file does not change its folder's time stamp, so the stamps of unreadable files are kept too.
         "stamps": [_stamp(os.fsencode(root), name) for name, _ in bad],
-        "fingerprint": hashlib.sha256(names + ends.tobytes() + labels.tobytes()).hexdigest(),
+        "fingerprint": hashlib.sha256(text + ends.tobytes() + labels.tobytes() + parts.tobytes()).hexdigest(),
     }
-    columns = [np.frombuffer(text, np.uint8) for text in (names, json.dumps(header).encode())]
-    return {"ends": ends, "labels": labels, "names": columns[0], "header": columns[1]}
+    columns = [np.frombuffer(content, np.uint8) for content in (text, json.dumps(header).encode())]
+    return {"ends": ends, "labels": labels, "parts": parts, "names": columns[0], "header": columns[1]}

@@ -8,9 +8,8 @@ import os
 from typing import Sequence
 
 from engine.data.folder_index import FolderIndex, open_index
+from engine.data.list_file import TEST, TRAIN, VAL
 from engine.errors import DataError, printable
-
-TRAIN, VAL, TEST = ("train", "training"), ("val", "valid", "validation"), ("test", "testing")  # in any case
 
 
 def _folders(path: str) -> list[str]:

@@ -53,6 +53,28 @@ class Amp:
                 layer.to(self.half)
         return weights
 
+    def parameter_groups(
+        self, model: nn.Module, weights: list[torch.Tensor], *, features_lr: float, no_bias_decay: bool
+    ) -> list[dict[str, Any]]:
+        """Return the weights that `convert` has returned in groups for torch.optim.SGD.
+
+        features_lr: factor of the learning rate of model.features. no_bias_decay: no weight decay for biases and batch
+        norm, which have one dimension.
+        """
+        groups: dict[tuple[bool, bool], list[torch.Tensor]] = {}
+        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        for name, weight in zip(names, weights):
+            slow, plain = features_lr != 1 and name.startswith("features."), no_bias_decay and weight.dim() == 1
+            groups.setdefault((slow, plain), []).append(weight)
+        return [
+            {
+                "params": groups[slow, plain],
+                **({"lr_factor": features_lr} if slow else {}),
+                **({"weight_decay": 0.0} if plain else {}),
+            }
+            for slow, plain in sorted(groups)  # first the classifier's matrices: optimizer_state_dict has their options
+        ]
+
     def optimizer(
         self,
         model: nn.Module,
@@ -219,7 +241,7 @@ class MixedPrecisionOptimizer:
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_factor", 1.0)
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain numbers, and apex's own state if it is used. A synchronization."""
@@ -250,7 +272,7 @@ class MixedPrecisionOptimizer:
     def optimizer_state_dict(self) -> dict[str, Any]:
         """Return what torch.optim.SGD.state_dict returns on current torch, in fp32, from any torch and device.
 
-        It is one group even with --no-bias-decay; its weight decay is that of the matrices.
+        It is one group even with --no-bias-decay and --features-lr; its options are those of the classifier's matrices.
         """
         options = {key: value for key, value in self.optimizer.param_groups[0].items() if key != "params"}
         momentum = {}
@@ -268,7 +290,10 @@ class MixedPrecisionOptimizer:
         """
         order = [key for group in state["param_groups"] for key in group["params"]]  # torch 1.5 numbers them by id()
         if len(order) != len(self.master_weights):
-            raise ValueError(f"expected the state of {len(self.master_weights)} parameters, got {len(order)}")
+            raise ValueError(
+                f"expected the state of {len(self.master_weights)} parameters, got {len(order)}, as with another "
+                "--freeze-blocks"
+            )
         for position, (key, parameter) in enumerate(zip(order, self.master_weights)):
             momentum = state["state"].get(key, {}).get("momentum_buffer")
             if momentum is None:  # never stepped

@@ -97,8 +97,10 @@ class ComputeDevice:
         if self.type == "npu" and groups[0]["params"][0].dtype != torch.bfloat16:  # O3; the fused one takes fp32, fp16
             fused = _npu_fused_sgd()
             if fused is not None:
-                names = ("params", "lr", "momentum", "weight_decay")
-                return fused([{name: group[name] for name in names} for group in groups], lr=groups[0]["lr"])
+                names = ("params", "lr", "lr_factor", "momentum", "weight_decay")
+                return fused(
+                    [{name: group[name] for name in names if name in group} for group in groups], lr=groups[0]["lr"]
+                )
             console.line("=> neither torch_npu nor apex has NpuFusedSGD: using torch's SGD, which is slower")
         for group in groups:
             for parameter in group["params"] if group["momentum"] else []:

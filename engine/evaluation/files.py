@@ -12,14 +12,14 @@ from typing import Any
 
 from engine import console
 from engine.data import ImageDataset, Preprocessing
-from engine.evaluation.page import render_page
-from engine.records import Predictions, Totals, run_info
+from engine.evaluation.page import Confusion, render_page
+from engine.records import Predictions, class_scores, run_info
 
 
 def write_evaluation(
     folder: str,
     dataset: ImageDataset,
-    totals: Totals,
+    metrics: dict[str, float],
     predictions: Predictions | None,
     facts: dict[str, Any],
     preprocessing: Preprocessing,
@@ -36,10 +36,11 @@ def write_evaluation(
         facts: how `weights` were evaluated on what `data` and `hardware`, and versions.
         preprocessing: what makes the network's input of an image.
     """
-    metrics = {name: value if math.isfinite(value) else None for name, value in totals.metrics().items()}
-    record = {**metrics, "images": int(totals.images), **facts}
+    finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    record = {**finite, "images": len(dataset), **facts}
     path = os.path.join(folder, "metrics.json")
     run_info.write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    console.line(f"=> balanced accuracy {metrics['balanced_acc']:.3f}, macro F1 {metrics['macro_f1']:.3f}")
     console.line(f"=> metrics written to {path}")
     if predictions_file and predictions is not None:
         write_predictions(predictions_file, dataset, predictions)
@@ -49,7 +50,8 @@ def write_evaluation(
         parent, name = os.path.split(facts["weights"])
         # Beside its checkpoints a training leaves its flags and curves.
         training_folder = (parent or ".") if name.startswith(("checkpoint.pth.tar", "model_best.pth.tar")) else None
-        run_info.write_text(path, render_page(dataset, totals, predictions, facts, preprocessing, training_folder))
+        run_info.write_text(path, render_page(dataset, metrics, predictions, facts, preprocessing, training_folder))
+        write_classes(report_folder, dataset, predictions)
         console.line(f"=> report written to {path}")
 
 
@@ -70,3 +72,22 @@ def write_predictions(path: str, dataset: ImageDataset, predictions: Predictions
             row += [dataset.classes[label], f"{probability:.6f}"]
         writer.writerow(row)
     run_info.write_text(path, text.getvalue())
+
+
+def write_classes(folder: str, dataset: ImageDataset, predictions: Predictions) -> None:
+    """Write folder/per_class.csv and folder/confusion.csv. Raises UsageError if one cannot be written.
+
+    per_class.csv: a line per class with its number of images, of those predicted as it, of both, and its scores in
+    percent. confusion.csv: a line per actual, a column per predicted class.
+    """
+    confusion = Confusion(dataset.labels, predictions.predicted, len(dataset.classes))
+    names = ("class", "images", "predicted", "correct", "precision", "recall", "f1")
+    columns = confusion.counts(), class_scores(confusion.counts())
+    rows = [[*counts, *(f"{score:.6f}" for score in scores)] for counts, scores in zip(*(part.T for part in columns))]
+    tables = {"per_class.csv": (names, rows), "confusion.csv": (("actual", *dataset.classes), confusion.matrix())}
+    for file, (header, lines) in tables.items():
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows([name, *line] for name, line in zip(dataset.classes, lines))
+        run_info.write_text(os.path.join(folder, file), text.getvalue())

@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any, Iterator
 
 from engine.data import ImageDataset, Preprocessing
-from engine.records import Predictions, Totals, svg_curves
+from engine.records import Predictions, svg_curves
 
 import numpy as np
 from PIL import Image
@@ -25,7 +25,7 @@ LIGHT, DARK = "#4b5563", "#aab3bf"  # text of the curves on a light and on a dar
 
 def render_page(
     dataset: ImageDataset,
-    totals: Totals,
+    metrics: dict[str, float],
     predictions: Predictions,
     facts: dict[str, Any],
     preprocessing: Preprocessing,
@@ -45,15 +45,15 @@ def render_page(
     page = template.render(
         percent=percent,
         data_uri=data_uri,
-        title=f"{facts['arch']}: {totals.acc1:.2f}% Acc@1",
+        title=f"{facts['arch']}: {metrics['acc1']:.2f}% Acc@1",
         subtitle=", ".join(str(facts[key]) for key in ("weights", "data", "hardware") if key in facts),
-        totals=totals,
+        metrics=metrics,
         images=int(evaluated.sum()),
         classes=classes,
         curves=list(zip(*(svg_curves(training_folder, color) for color in (LIGHT, DARK)))) if training_folder else [],
         wrong=len(mistakes),
         mistakes=list(islice(read_mistakes(dataset, predictions, mistakes, preprocessing), MAX_MISTAKES)),
-        matrix=confusion.matrix() if len(classes) <= MAX_MATRIX_CLASSES else None,
+        matrix=list(confusion.matrix()) if len(classes) <= MAX_MATRIX_CLASSES else None,
         pairs=confusion.pairs(),
         rows=confusion.by_class(),
         tables={"This evaluation": facts, "Flags of the training": read_flags(training_folder)},
@@ -86,11 +86,15 @@ class Confusion:
         """Return the number of images by self.actual or self.predicted."""
         return np.bincount(labels[counted], self.images[counted], self.classes).astype(np.int64)
 
-    def matrix(self) -> list[list[int]]:
-        """Return a row per actual, a column per predicted class."""
-        matrix = np.zeros((self.classes, self.classes), np.int64)
-        matrix[self.actual, self.predicted] = self.images
-        return matrix.tolist()
+    def counts(self) -> np.ndarray:
+        """Return (3, classes) int64: the images of each class, those predicted as it, and those of both."""
+        correct = self.actual == self.predicted
+        return np.stack([*map(self.per_class, (self.actual, self.predicted)), self.per_class(self.actual, correct)])
+
+    def matrix(self) -> Iterator[list[int]]:
+        """Yield a row per actual, with a column per predicted class."""
+        for label in range(self.classes):
+            yield self.per_class(self.predicted, self.actual == label).tolist()
 
     def pairs(self) -> list[tuple[int, int, int, int]]:
         """Return (actual, predicted, images, images of the actual class) of the pairs confused most often."""
@@ -103,8 +107,7 @@ class Confusion:
 
         The last two: the class that it is confused with most, and how often.
         """
-        images, predicted = self.per_class(self.actual), self.per_class(self.predicted)
-        correct = self.per_class(self.actual, self.actual == self.predicted)
+        images, predicted, correct = self.counts()
         pairs = self.wrong[np.lexsort((-self.images[self.wrong], self.actual[self.wrong]))]
         confused, first = np.unique(self.actual[pairs], return_index=True)
         most = np.zeros((2, self.classes), np.int64)

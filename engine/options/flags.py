@@ -9,7 +9,7 @@ from typing import Any, Callable, Mapping, Sequence
 
 from engine.data import Augmentation
 from engine.evaluation import VIEWS
-from engine.options.parser import OneLineParser, device_list, loss_scale, nonempty_path, number
+from engine.options.parser import OneLineParser, class_weights, device_list, loss_scale, nonempty_path, number
 
 import vgg
 
@@ -49,6 +49,7 @@ DEVICE_FLAG: dict[str, Any] = {
     "choices": DEVICES,
     "help": "what to run on (default: the first of npu, gpu, mps, cpu that works)",
 }
+LISTS = (".csv", ".tsv", ".txt")  # lists of images
 MAX_SIDE = 4096  # pixels: a mistyped size should not look like a lack of memory
 
 # What several flags take.
@@ -135,7 +136,8 @@ def build_parser() -> OneLineParser:
 
 def _add_data(add: Add) -> None:
     add("dir", **FOLDER, nargs="?", help="the same as --data")
-    add("--data", type=nonempty_path, help="folder with train/ and val/, or CIFAR-10 (default: the embedded digits)")
+    data = "folder with train/ and val/, CIFAR-10, or a list of images (default: the embedded digits)"
+    add("--data", type=nonempty_path, help=data)
     workers = "DataLoader workers of this node, shared by its processes (default: the cores they leave; on a CPU 0)"
     add("-j", "--j", "--workers", dest="workers", **FROM_0, help=workers)
     size = "pixels per side (default: 224; CIFAR-10 and digits: 32; of a checkpoint: its own)"
@@ -157,7 +159,11 @@ def _add_model(add: Add) -> None:
         "to start from; imagenet downloads torchvision's weights. For other classes the last layer is initialized again"
     )
     add("--pretrained", **PATH, help=weights)
-    add("--freeze-features", **SWITCH, help="train only the classifier, on the features of --pretrained or --resume")
+    freeze = {"dest": "freeze_blocks", "default": 0}
+    blocks = "keep the first N of the five blocks of convolutions as they are in --pretrained or --resume"
+    add("--freeze-blocks", type=number(int, 0, 5), metavar="N", **freeze, help=f"{blocks} {DEFAULT}")
+    add("--freeze-features", action="store_const", const=5, **freeze, help="train only the classifier: all five blocks")
+    add("--features-lr", type=POSITIVE, metavar="FACTOR", default=1.0, help=f"of the convolutions' --lr {DEFAULT}")
 
 
 def _add_training(add: Add) -> None:
@@ -177,6 +183,8 @@ def _add_training(add: Add) -> None:
     add("--momentum", type=SHARE, metavar="M", default=0.9, help=DEFAULT)
     add("--wd", "--weight-decay", dest="weight_decay", type=number(float, 0), metavar="W", help=DEFAULT)
     add("--label-smoothing", type=SHARE, metavar="S", help=DEFAULT)
+    weights = "a weight per class in the loss: auto (inverse frequency), or a file (default: all 1)"
+    add("--class-weights", type=class_weights, metavar="auto|FILE", help=weights)
     add("--clip-grad-norm", type=POSITIVE, metavar="NORM", help="of all gradients together (default: no limit)")
     ema = "keep an EMA of the weights, such as 0.9999, and validate it (default: off)"
     add("--ema-decay", type=number(float, 0, below=1), metavar="DECAY", default=0.0, help=ema)
@@ -195,6 +203,10 @@ def _add_run(add: Add) -> None:
     add("--predictions", type=nonempty_path, metavar="FILE.csv", help="with -e: also write one line per image")
     add("--report", **FOLDER, help="with -e: also write a page, DIR/index.html")
     add("--eval-freq", **COUNT, help=f"epochs between validations; the last epoch always validates {DEFAULT}")
+    best = f"what decides model_best.pth.tar: Acc@1, the mean F1 or the mean recall of the classes {DEFAULT}"
+    add("--best", default="acc1", choices=["acc1", "macro_f1", "balanced_acc"], help=best)
+    patience = "stop after N validations without a better --best (default: train all epochs)"
+    add("--patience", **COUNT, help=patience)
     add("-p", "--p", "--print-freq", dest="print_freq", **COUNT, default=10, help=f"steps between log lines {DEFAULT}")
     add("--resume", **PATH, help="checkpoint to continue")
     auto = "continue from the newest intact checkpoint in --output-dir; start fresh only if there is none at all"
@@ -246,8 +258,13 @@ def _conflicts(args: argparse.Namespace) -> list[str]:
         "--evaluate cannot be combined with --auto-resume: name the checkpoint with --resume": evaluate and auto,
         "--resume cannot be combined with --auto-resume: give one of them": args.resume and auto,
         "--crop-scale cannot be combined with --train-scale: give one of them": args.crop_scale and args.train_scale,
-        "--freeze-features requires weights: --resume PATH or --pretrained PATH": args.freeze_features and not weights,
+        "--freeze-blocks or --freeze-features requires weights: --resume PATH or --pretrained PATH": args.freeze_blocks
+        and not weights,
+        "--features-lr has no effect with --freeze-features: leave one of them out": args.features_lr != 1
+        and args.freeze_blocks == 5,
         "--dummy cannot be combined with --data, --val-split or --evaluate: leave it out": args.dummy and real_data,
+        "--class-weights requires training images: leave --dummy out": args.class_weights and args.dummy,
+        "--patience requires validation images: leave --dummy out": args.patience and args.dummy,
         "--val-split requires --data DIR, a folder of classes": args.val_split and not args.data,
         "--world-size must be at least 1, got 0": args.world_size == 0,
         f"--min-lr must be at most --lr {args.lr}, got {args.min_lr}": args.min_lr > args.lr,
@@ -257,8 +274,10 @@ def _conflicts(args: argparse.Namespace) -> list[str]:
             conflicts[f"{flag}: MIN must be at most MAX, got {bounds[0]} {bounds[1]}"] = bounds[0] > bounds[1]
     for flag, epochs in (("--start-epoch", args.start_epoch), ("--warmup-epochs", args.warmup_epochs)):
         conflicts[f"{flag} must be less than --epochs {args.epochs}, got {epochs}"] = epochs >= args.epochs
-    if args.data and not os.path.isdir(args.data):
-        conflicts[f"--data {args.data}: {'expected a' if os.path.exists(args.data) else 'no such'} folder"] = True
+    is_list = args.data and args.data.lower().endswith(LISTS) and os.path.isfile(args.data)
+    if args.data and not os.path.isdir(args.data) and not is_list:
+        found = f"expected a folder or a list ({' '.join(LISTS)})" if os.path.exists(args.data) else "no such folder"
+        conflicts[f"--data {args.data}: {found}"] = True
     reads_weights = args.rank <= 0 and os.environ.get("RANK", "0") == "0"  # only rank 0 does
     for flag, file in (("--resume", args.resume), ("--pretrained", args.pretrained)):
         if file and reads_weights and not os.path.isfile(file) and (flag, file) != ("--pretrained", "imagenet"):

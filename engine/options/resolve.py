@@ -12,6 +12,7 @@ import math
 import os
 import tempfile
 from typing import Any, Sequence
+from zlib import crc32
 
 from engine import console
 from engine.checkpoints import Checkpoint, RunInfo
@@ -29,6 +30,7 @@ from engine.errors import UsageError, counted
 from engine.options.flags import AUGMENTATION, SMALL, complete_defaults, parse_args
 from engine.options.parser import check_file, check_folder
 from engine.parallel import Topology, resolve_topology, under_torchrun
+from engine.records import class_weights
 
 import vgg
 
@@ -327,6 +329,11 @@ def describe_run(
         identity["augmentation"] = ", ".join(given)
     if preprocessing.exif_rotate:
         identity["--exif-rotate"] = True
+    if args.features_lr != 1:
+        identity["--features-lr"] = args.features_lr
+    if args.class_weights:
+        given = args.class_weights
+        identity["--class-weights"] = given if given == "auto" else f"a file (CRC {crc32(repr(given).encode()):08x})"
     return RunInfo(
         args.arch,
         val_set.classes if val_set is not None else [str(number) for number in range(1000)],
@@ -337,5 +344,8 @@ def describe_run(
         val_split=None if val_set is None else val_set.val_split,
         identity=identity,
         batch=batch,
+        class_weights=None
+        if train_set is None
+        else class_weights(args.class_weights, train_set.classes, train_set.labels),
         decoder=Augmentation.decoder,
     )

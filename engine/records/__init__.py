@@ -5,7 +5,15 @@ from engine.records import run_info
 from engine.records.curves import svg_curves
 from engine.records.feature_file import feature_file, feature_files
 from engine.records.logger import Logger, ProgressMeter
-from engine.records.metrics import AccuracyCounter, Predictions, Throughput, Totals, cross_entropy
+from engine.records.metrics import (
+    AccuracyCounter,
+    Predictions,
+    Throughput,
+    Totals,
+    class_scores,
+    class_weights,
+    cross_entropy,
+)
 
 __all__ = [
     "AccuracyCounter",
@@ -14,6 +22,8 @@ __all__ = [
     "ProgressMeter",
     "Throughput",
     "Totals",
+    "class_scores",
+    "class_weights",
     "cross_entropy",
     "feature_file",
     "feature_files",

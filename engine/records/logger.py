@@ -129,7 +129,7 @@ class Logger:
             self.jsonl.flush()
         if self.tensorboard is not None and "step" in fields:
             with console.warn_once():
-                for key in ("loss", "acc1", "acc5", "lr", "images_per_second"):
+                for key in ("loss", "acc1", "acc5", "macro_f1", "balanced_acc", "lr", "images_per_second"):
                     if key in fields:
                         self.tensorboard.add_scalar(f"{event}/{key}", fields[key], fields["step"])
 

@@ -4,24 +4,61 @@
 from __future__ import annotations
 
 import time
-from typing import Callable, NamedTuple, Sequence
+import unicodedata
+from typing import Any, Callable, NamedTuple, Sequence
+
+from engine.errors import UsageError
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 
-def cross_entropy(logits: torch.Tensor, target: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+def cross_entropy(
+    logits: torch.Tensor, target: torch.Tensor, label_smoothing: float = 0.0, class_weights: torch.Tensor | None = None
+) -> torch.Tensor:
     """Mean loss in fp32. logits: (N, classes); target: (N,) int64, or (N, classes) probabilities of mixed images.
 
     Label smoothing as in Szegedy et al., arXiv:1512.00567, section 7; F.cross_entropy has it only since torch 1.10.
+    class_weights: (classes,). The sum is divided by N, as F.cross_entropy does for probabilities, and not by the
+    weights of the batch, so that the loss does not depend on how a step is shared out over batches and processes.
     """
     log_probabilities = F.log_softmax(logits.float(), dim=1)
+    if class_weights is not None:
+        log_probabilities = log_probabilities * class_weights
     mixed = target.dim() == 2
     loss = -(target * log_probabilities).sum(1).mean() if mixed else F.nll_loss(log_probabilities, target)
     if label_smoothing:
         loss = (1 - label_smoothing) * loss - label_smoothing * log_probabilities.mean()
     return loss
+
+
+def class_weights(
+    given: str | list[list[Any]] | None, classes: Sequence[str], labels: np.ndarray
+) -> list[float] | None:
+    """Return the weight of each class in the training loss. Their mean over the training images is 1, as without any.
+
+    given: what --class-weights has: `auto` weights by the inverse of the number of images, images / (classes · images
+    of the class), after King & Zeng, "Logistic Regression in Rare Events Data", 2001. Raises UsageError.
+    """
+    if given is None:
+        return None
+    counts = np.bincount(labels, minlength=len(classes))
+    if isinstance(given, str):
+        weights = 1 / np.maximum(counts, 1)
+    else:
+        named = {unicodedata.normalize("NFC", name): weight for name, weight in given}
+        names = named.keys() - {""}
+        wrong = sorted(names ^ set(classes)) if names else []
+        if wrong:
+            where = "the file" if wrong[0] in classes else "the data"
+            raise UsageError(f"--class-weights: {where} has no class {wrong[0]!r}")
+        if len(given) != len(classes):
+            raise UsageError(f"--class-weights: expected {len(classes)} weights, one per class, got {len(given)}")
+        weights = np.array([named[name] for name in classes] if names else [weight for _, weight in given])
+    if not (weights * counts).any():
+        raise UsageError("--class-weights: the weights of all training images are 0")
+    return (weights * (len(labels) / (weights * counts).sum())).tolist()
 
 
 class Totals(NamedTuple):
@@ -54,6 +91,26 @@ class Totals(NamedTuple):
         return Totals(*(now - before for now, before in zip(self, earlier)))
 
 
+def class_scores(counts: np.ndarray) -> np.ndarray:
+    """Return precision, recall and F1 of each class in percent, (3, classes); 0 where they are not defined.
+
+    counts: (3, classes), the images of each class, those predicted as it, and those of both.
+    """
+    images, predicted, correct = np.asarray(counts, np.float64)
+    return np.stack([100 * correct / np.maximum(1, total) for total in (predicted, images, (images + predicted) / 2)])
+
+
+def macro_metrics(counts: np.ndarray) -> dict[str, float]:
+    """Return the means over the classes, as scikit-learn computes them: of those that are a target or a prediction.
+
+    Balanced accuracy is the mean recall of those that are a target.
+    """
+    scores, (images, predicted, _) = class_scores(counts), counts
+    means = scores[:, images + predicted > 0].mean(1)
+    names = ("macro_precision", "macro_recall", "macro_f1")
+    return {**dict(zip(names, means.tolist())), "balanced_acc": scores[1, images > 0].mean().item()}
+
+
 class Snapshot(NamedTuple):
     """What an AccuracyCounter held after a step; nothing of it was read yet."""
 
@@ -66,10 +123,12 @@ class AccuracyCounter:
     """Loss and correct predictions, summed on the device: `update` and `snapshot` never synchronize, `read` does.
 
     finite_only: count a loss that is not finite as 0, for training, which skips the step of such a loss.
+    classes: also count by class.
     """
 
-    def __init__(self, device: torch.device, *, finite_only: bool = False) -> None:
-        self.finite_only = finite_only
+    def __init__(self, device: torch.device, *, finite_only: bool = False, classes: int = 0) -> None:
+        self.finite_only, self.classes = finite_only, torch.arange(classes, device=device)
+        self.by_class = torch.zeros(3, classes, dtype=torch.int64, device=device)  # see class_scores
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)  # images, top-1 correct, top-5 correct
         # The mean of a few steps is a difference of two sums, so they need more digits than fp32 has.
         dtype = torch.float32 if device.type in ("npu", "mps") else torch.float64
@@ -87,6 +146,9 @@ class AccuracyCounter:
         images = torch.full_like(self.counts[0], len(target))
         # Not in place: a snapshot may hold the tensor.
         self.counts = self.counts + torch.stack([images, correct[:, 0].sum(), correct.sum()])
+        if len(self.classes):  # compared, not scattered: every device can, and repeats it bit for bit
+            actual, predicted = (labels.unsqueeze(1).eq(self.classes) for labels in (target, top5[:, 0]))
+            self.by_class += torch.stack([part.sum(0) for part in (actual, predicted, actual & predicted)])
         loss = loss.detach()
         self.batches.append((loss, len(target)))
         if self.finite_only:
@@ -102,6 +164,10 @@ class AccuracyCounter:
         """Return the totals so far. A synchronization. sum: adds up lists of numbers over all processes."""
         totals = [*self.counts.tolist(), self.loss_sum.item()]
         return Totals(*(totals if sum is None else sum(totals)))
+
+    def macro_metrics(self, sum: Callable[[list[float]], Sequence[float]]) -> dict[str, float]:
+        """Return the metrics that count every class alike, see macro_metrics. A synchronization. sum: as in read."""
+        return macro_metrics(np.array(sum(self.by_class.flatten().tolist())).reshape(self.by_class.shape))
 
     def load(self, totals: Sequence[float]) -> None:
         """Continue from earlier totals."""

@@ -16,6 +16,7 @@ from engine.errors import UsageError, counted, printable
 import numpy as np
 import torch
 
+UNBALANCED = 5  # times as large as the smallest class is the largest
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
@@ -28,23 +29,37 @@ def write_text(path: str, text: str) -> None:
         raise UsageError(f"{path}: {error.strerror}") from error
 
 
-def describe_balance(classes: Sequence[str], labels: np.ndarray) -> str:
-    """Return the number of classes, and the smallest and the largest of them."""
+def describe_balance(classes: Sequence[str], labels: np.ndarray, weights: Sequence[float] | None = None) -> str:
+    """Return the number of classes, and the smallest and the largest of them. weights: of the classes in the loss."""
     counts = np.bincount(labels, minlength=len(classes))
     smallest, largest = int(counts.argmin()), int(counts.argmax())
     number = counted(len(classes), "class")
     if counts[smallest] == counts[largest]:
         return f"{number} of {counted(counts[largest], 'training image')} each"
+    if weights is not None:
+        more = f"; --class-weights: {weights[smallest]:.3g} and {weights[largest]:.3g}"
+    elif counts[largest] > UNBALANCED * counts[smallest]:
+        more = "; --class-weights auto would give every class the same weight in the loss"
+    else:
+        more = ""
     return (
         f"{number}: the smallest, {printable(classes[smallest])}, has {counted(counts[smallest], 'training image')}, "
-        f"the largest, {printable(classes[largest])}, {counts[largest]:,}"
+        f"the largest, {printable(classes[largest])}, {counts[largest]:,}{more}"
     )
 
 
-def log_data(source: str | None, size: int, count: int, images_per_step: int, train_set: Any, val_set: Any) -> None:
+def log_data(
+    source: str | None,
+    size: int,
+    count: int,
+    images_per_step: int,
+    train_set: Any,
+    val_set: Any,
+    weights: Sequence[float] | None = None,
+) -> None:
     """Log what a run trains and validates on: its name, pixels per side, and the datasets, None if there is none.
 
-    source: None for synthetic images. count: of training images, 0 for an evaluation.
+    source: None for synthetic images. count: of training images, 0 for an evaluation. weights: of the classes.
     """
     parts = [source or counted(count, "synthetic image")]
     for kind, images in (("training", train_set), ("validation", val_set)):
@@ -60,7 +75,7 @@ def log_data(source: str | None, size: int, count: int, images_per_step: int, tr
             f"{images_per_step:,}: use a smaller --batch-size"
         )
     if train_set is not None:
-        console.line(f"=> {describe_balance(train_set.classes, train_set.labels)}")
+        console.line(f"=> {describe_balance(train_set.classes, train_set.labels, weights)}")
 
 
 def write_bad_images(folder: str, *datasets: Any) -> None:

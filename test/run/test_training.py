@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -87,6 +88,68 @@ def test_a_run_with_every_augmentation_continues_bit_for_bit(folder: str, tmp_pa
             other = run_main(folder, *SMALL, "-b", 6, "--epochs", 2, "--resume", path, "--output-dir", parts)
             assert other.code == 2 and "within an epoch with augmentation train_scale [32, 64]" in other.err, other.err
     assert_same_weights(weights(whole / "checkpoint.pth.tar"), weights(path))
+
+
+# --- a list of images, unbalanced classes, parts of the network -------------------------------------------------------
+
+
+def test_a_list_trains_the_weights_of_the_folder_bit_for_bit_and_continues(folder: str, tmp_path: Any) -> None:
+    rows = []
+    for part in ("train", "val"):
+        for name in sorted(os.listdir(os.path.join(folder, part))):
+            images = sorted(os.listdir(os.path.join(folder, part, name)))
+            rows += [f"{part}/{name}/{image}\t{name}\t{part}\n" for image in images]
+    path = os.path.join(folder, "images.tsv")
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(rows)
+    checkpoints = [tmp_path / name / "checkpoint.pth.tar" for name in ("folder", "list")]
+    flags = [*SMALL, "-b", 6, "--epochs", 2]
+    try:
+        results = [run_main(folder, *flags, "--output-dir", tmp_path / "folder")]
+        for stop in (2, 100):
+            more = ["--auto-resume", "--stop-step-num", stop, "--output-dir", tmp_path / "list"]
+            results.append(run_main(path, *flags, *more))
+    finally:
+        os.remove(path)
+    assert [result.code for result in results] == [0, 0, 0], [result.err for result in results]
+    assert results[0].accuracy() == results[2].accuracy()
+    assert_same_weights(*(weights(checkpoint) for checkpoint in checkpoints))
+
+
+UNBALANCED = ["--class-weights", "auto", "--best", "macro_f1", "--no-bias-decay", "--label-smoothing", 0.1]
+PARTS = ["--freeze-blocks", 2, "--features-lr", 0.1]
+
+
+def test_a_run_with_class_weights_and_parts_of_the_network_continues_bit_for_bit(
+    frozen: Any, folder: str, tmp_path: Any
+) -> None:
+    flags = [folder, *FLAGS, "--epochs", 1, *UNBALANCED, *PARTS, "--pretrained", frozen[0] / PRETRAINED]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for output, more in ((whole, []), (parts, ["--stop-step-num", 2]), (parts, ["--auto-resume"])):
+        result = run_main(*flags, "--output-dir", output, *more)
+        assert result.code == 0, result.err
+    saved = [load(str(output / "checkpoint.pth.tar")) for output in (whole, parts)]
+    assert_same_weights(saved[0]["state_dict"], saved[1]["state_dict"])
+    assert saved[0]["best_by"] == saved[1]["best_by"] and saved[0]["best_by"]["measure"] == "macro_f1"
+    assert f"=> best macro_f1 {saved[0]['best_by']['value']:.3f}: " in result.out
+    before = torch.load(str(frozen[0] / PRETRAINED))
+    for name, tensor in saved[0]["state_dict"].items():
+        if "running" in name or (tensor.dim() > 1 and not name.startswith("classifier.6")):
+            is_frozen = name.startswith("features") and int(name.split(".")[1]) < 8
+            assert torch.equal(tensor, before[name]) == is_frozen, name
+
+
+@pytest.mark.parametrize("processes", [[], TWO], ids=["one process", "two processes"])
+def test_patience_ends_a_run_and_a_resumed_one_counts_on(folder: str, tmp_path: Any, processes: list[str]) -> None:
+    """A rate so small that no validation is better than the first one."""
+    flags = [folder, *SMALL, "-b", 6, "--epochs", 9, "--lr", 1e-9, "--best", "balanced_acc", *processes]
+    epochs = []
+    for patience, resume in ((1, []), (1, ["--auto-resume"]), (2, ["--auto-resume"])):
+        result = run_main(*flags, "--patience", patience, *resume, "--output-dir", tmp_path)
+        assert result.code == 0, result.err
+        assert f"=> stopped by --patience: {patience} validations without a better balanced_acc" in result.out
+        epochs.append(load(str(tmp_path / "checkpoint.pth.tar"))["epoch"])
+    assert epochs == [2, 2, 3]
 
 
 # --- accumulated batches ----------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from engine.options.flags import parse_args
 from engine.versions import TORCH
 
 import main
+import vgg
 from helpers.step import Built, Net, batch, build, optimizer_of, parameters, step
 
 import pytest
@@ -213,6 +214,26 @@ def test_biases_and_batch_norm_can_be_left_out_of_weight_decay(no_bias_decay: bo
     for mine, theirs in zip(optimizer.master_weights, other.master_weights):
         buffers = [s.optimizer.state[p]["momentum_buffer"] for s, p in ((optimizer, mine), (other, theirs))]
         assert torch.equal(*buffers)
+
+
+def test_the_features_can_have_a_learning_rate_of_their_own() -> None:
+    """With --no-bias-decay too: each weight moves by its rate and its decay, and the checkpoint has one group."""
+    net: Any = vgg.VGG("vgg11_bn", 3, [4] * 5, 4)
+    job: Any = SimpleNamespace(device=ComputeDevice("cpu"), comm=SimpleNamespace(world_size=1))
+    words = ["--lr", "0.1", "--momentum", "0", "--wd", "0.5", "--features-lr", "0.1", "--no-bias-decay"]
+    job.amp, job.args = Amp(job.device), parse_args(words)
+    job.args.clip_grad_norm = None
+    optimizer: Any = main.build_training(job, net, 3, None, None).optimizer
+    optimizer.set_lr(0.2)
+    for parameter in net.parameters():
+        parameter.data.fill_(1.0)
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for name, parameter in net.named_parameters():
+        lr, gradient = 0.02 if name.startswith("features") else 0.2, 1.0 if parameter.dim() == 1 else 1.5
+        assert torch.allclose(parameter, torch.tensor(1 - lr * gradient)), name
+    (group,) = optimizer.optimizer_state_dict()["param_groups"]
+    assert group["lr"] == 0.2 and group["weight_decay"] == 0.5 and "lr_factor" not in group
 
 
 # --- precision --------------------------------------------------------------------------------------------------------

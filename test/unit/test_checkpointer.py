@@ -86,9 +86,12 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(tmp_path: Any) -> None
     """Through a file: weights, momentum and averages."""
     stopped = Run().train(3)
     stopped.state.epoch, stopped.state.best_acc1 = 1, 61.5
+    stopped.state.best_value, stopped.state.since_best = 60.5, 2
     path = save(stopped.content(), tmp_path / "x")
     resumed = Run(seed=1).resume(path)
-    assert resumed.state == TrainState(epoch=1, step_in_epoch=3, images_in_epoch=0, step=3, best_acc1=61.5)
+    assert resumed.state == TrainState(
+        epoch=1, step_in_epoch=3, images_in_epoch=0, step=3, best_acc1=61.5, best_value=60.5, since_best=2
+    )
     assert resumed.counter.read() == COUNTS
     ours, theirs = resumed.train(4).content(), stopped.train(4).content()
     assert list(ours) == list(theirs)
@@ -186,6 +189,24 @@ def test_what_differs_from_the_run_that_saved_is_logged(
     Run(**now).resume(save(Run(**saved).train(2).content(), tmp_path / "x"))
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("=> ") and all(word in line for word in words), line
+
+
+def test_another_measure_of_the_best_starts_again_and_an_older_checkpoint_knows_acc1(
+    tmp_path: Any, capsys: Any
+) -> None:
+    stopped = Run().train(2)
+    stopped.state.best_acc1 = stopped.state.best_value = 61.5
+    resumed = Run()
+    resumed.state.best_by = "macro_f1"
+    assert (
+        resumed.resume(save(stopped.content(), tmp_path / "x")).state.best_value == 0.0
+        and resumed.state.best_acc1 == 61.5
+    )
+    assert "resumed with --best macro_f1, saved with acc1" in capsys.readouterr().out
+    older = stopped.content()
+    for key in ("best_by", "best_value", "since_best"):
+        del older[key]
+    assert Run().resume(save(older, tmp_path / "y")).state.best_value == 61.5 and capsys.readouterr().out == ""
 
 
 # --- pretrained weights -----------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from engine.checkpoints.contents import CONTAINERS, load_checkpoint, load_weights
+from engine.checkpoints.contents import CONTAINERS, TrainState, load_checkpoint, load_weights
 from engine.errors import CheckpointError, UsageError
 
 import vgg
@@ -98,3 +98,23 @@ def test_weights_that_do_not_fit_are_named() -> None:
     message = r"x.pth: features.0.weight: expected shape \(4, 3, 3, 3\), got \(5, 3, 3, 3\)"
     with pytest.raises(UsageError, match=message):
         load_weights(network, weights, "x.pth")
+
+
+# --- the best validation ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("measure, best", [("acc1", [1, 0, 1, 0]), ("macro_f1", [1, 1, 0, 1])])
+def test_the_measure_decides_which_validation_is_the_best(measure: str, best: list[int]) -> None:
+    state = TrainState(best_by=measure)
+    values = [(60.0, 30.0), (50.0, 40.0), (60.0, 35.0), (59.0, 40.0)]
+    assert [state.add_validation({"acc1": acc1, "macro_f1": f1}) for acc1, f1 in values] == best  # as good is the best
+    assert state.best_acc1 == 60.0 and state.best_value == max(value[measure != "acc1"] for value in values)
+
+
+def test_patience_ends_after_validations_that_are_not_better() -> None:
+    state, lost = TrainState(), []
+    for acc1 in (50.0, 50.0, 51.0, 40.0, 51.0):
+        state.add_validation({"acc1": acc1})
+        lost.append(state.has_lost_patience(2))
+    assert lost == [False, False, False, False, True] and not state.has_lost_patience(None)
+    assert state.is_finished(9, None, 2) and not state.is_finished(9, None, 3)

@@ -127,11 +127,83 @@ def test_the_split_of_a_checkpoint_is_used_only_where_it_can_be(tmp_path):
     assert shares(split, saved_val_split=0.3) == shares(None, saved_val_split=0.3) == [None, None]
 
 
-# --- the same file in both parts --------------------------------------------------------------------------------------
+# --- a list of images -------------------------------------------------------------------------------------------------
 
 
 def open_both(root, **options):
     return open_datasets(str(root), evaluate=False, skip_unreadable=False, **options)
+
+
+def list_of(root, split=True, parts=("train", "val")):
+    """ROOT/list.csv with the images of make_folder in the order of the folder."""
+    rows = []
+    for part in parts:
+        index = open_index(os.path.join(root, part))
+        names = [os.fsdecode(index.name(position)) for position in range(len(index.labels))]
+        rows += [f"{part}/{name},{name.split('/')[0]}" + f",{part}" * split for name in names]
+    path = os.path.join(root, "list.csv")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("\n".join(rows))
+    return path
+
+
+def test_a_list_with_a_split_has_the_images_of_the_folder_in_its_order(tmp_path):
+    root = make_folder(tmp_path, classes=2, train=3, val=2)
+    path, paths = list_of(root), {}
+    for name in (root, path):
+        training, validation = open_both(name)
+        paths[name] = [(d.classes, list(d.labels), [d.name(i) for i in range(len(d))]) for d in (training, validation)]
+    assert paths[root] == paths[path] and training.fingerprint != validation.fingerprint
+    none, evaluated = open_datasets(path, evaluate=True, skip_unreadable=False)
+    assert none is None and evaluated.fingerprint == validation.fingerprint
+    assert evaluated.short_name(0) == "val/class 0/图 000.JPEG"
+    with pytest.raises(UsageError, match="list.csv has a column for the split already"):
+        open_both(path, val_split=0.1)
+
+
+def test_a_list_without_a_split_is_split_by_name_or_evaluated_as_a_whole(tmp_path):
+    root = make_folder(tmp_path, classes=2, train=9, val=1)
+    path = list_of(root, split=False, parts=["train"])
+    with pytest.raises(DataError, match="list.csv: no column for the split: .*--val-split 0.1"):
+        open_both(path)
+    training, validation = open_both(path, val_split=0.3)
+    assert len(training) + len(validation) == 18 and validation.val_split == 0.3
+    assert len(open_datasets(path, evaluate=True, skip_unreadable=False, saved_val_split=0.3)[1]) == len(validation)
+    assert len(open_datasets(path, evaluate=True, skip_unreadable=False)[1]) == 18
+
+
+def test_a_list_is_cached_until_it_or_a_folder_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.data.folder_index.SETTLING_SECONDS", -3600)
+    root = make_folder(tmp_path, classes=2, train=3, val=2)
+    path = list_of(root)
+    assert [open_both(path)[0].index.is_new for _ in range(2)] == [True, False]
+    os.remove(open_both(path)[1].name(3))
+    with pytest.raises(DataError, match="list.csv, line 10: no such file"):
+        open_both(path)
+    with open(path, encoding="utf-8") as file:
+        rows = file.read().split("\n")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("\n".join(rows[:-1]))
+    training, validation = open_both(path)
+    assert training.index.is_new and (len(training), len(validation)) == (6, 3)
+
+
+def test_unreadable_images_of_a_list_are_left_out_and_an_empty_class_is_named(tmp_path):
+    root = make_folder(tmp_path, classes=2, train=2, val=1)
+    path = list_of(root)
+    with open(open_both(path)[0].name(2), "wb") as file:
+        file.write(b"no image")
+    training, validation = open_datasets(path, evaluate=False, skip_unreadable=True)
+    assert list(training.labels) == [0, 0, 1] and len(validation) == 2
+    assert [os.path.basename(name) for name, _ in training.unreadable] == ["图 000.JPEG"]
+    with open(training.name(2), "wb") as file:
+        file.write(b"no image")
+    os.utime(path)
+    with pytest.raises(DataError, match="no training image of class class 1"):
+        open_datasets(path, evaluate=False, skip_unreadable=True)
+
+
+# --- the same file in both parts --------------------------------------------------------------------------------------
 
 
 def open_bytes(path):

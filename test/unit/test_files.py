@@ -11,7 +11,7 @@ from typing import Any
 from engine.data import Preprocessing
 from engine.data.datasets import DIGITS, ArrayDataset
 from engine.errors import UsageError
-from engine.evaluation.files import write_evaluation, write_predictions
+from engine.evaluation.files import write_classes, write_evaluation, write_predictions
 from engine.records import Predictions, Totals
 
 import numpy as np
@@ -50,9 +50,31 @@ def test_a_predictions_file_that_cannot_be_written_is_named(dataset: Any, tmp_pa
 def test_metrics_are_valid_json_whatever_the_loss(dataset: Any, tmp_path: Any, loss: float) -> None:
     facts = {"weights": "图.pth", "data": None}
     files: dict[str, Any] = {"predictions_file": None, "report_folder": None}
-    write_evaluation(str(tmp_path), dataset, Totals(3, 2, 3, 3 * loss), None, facts, Preprocessing(32), **files)
+    metrics = {**Totals(3, 2, 3, 3 * loss).metrics(), "macro_f1": 55.0, "balanced_acc": 66.0}
+    write_evaluation(str(tmp_path), dataset, metrics, None, facts, Preprocessing(32), **files)
     text = (tmp_path / "metrics.json").read_text(encoding="utf-8")
     metrics = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert metrics["loss"] == (1.5 if loss == 1.5 else None)
     assert (metrics["images"], metrics["weights"], metrics["data"]) == (3, "图.pth", None)
-    assert metrics["acc1"] == pytest.approx(200 / 3)
+    assert metrics["acc1"] == pytest.approx(200 / 3) and metrics["macro_f1"] == 55.0
+
+
+def test_the_tables_of_classes_are_those_of_scikit_learn(tmp_path: Any) -> None:
+    """precision_recall_fscore_support and confusion_matrix of the same lists, scikit-learn 1.9.1."""
+    labels, predicted = [0] * 6 + [1] * 3 + [2] * 2, [0, 0, 0, 1, 2, 0, 1, 1, 0, 2, 1]
+    names = ["a", 'b, "c"', "图"]
+    dataset = ArrayDataset(np.zeros((11, 2, 2, 3), np.uint8), np.array(labels), names, DIGITS, 0.0)
+    predictions = Predictions(11, 3)
+    predictions.top5[:, 0] = predicted
+    write_classes(str(tmp_path), dataset, predictions)
+    tables = {}
+    for name in ("per_class", "confusion"):
+        with open(str(tmp_path / f"{name}.csv"), encoding="utf-8", newline="") as file:
+            tables[name] = list(csv.reader(file))
+    assert tables["confusion"] == [["actual", *names], *([n, *r] for n, r in zip(names, ("411", "120", "011")))]
+    assert tables["per_class"] == [
+        ["class", "images", "predicted", "correct", "precision", "recall", "f1"],
+        [names[0], "6", "5", "4", "80.000000", "66.666667", "72.727273"],
+        [names[1], "3", "4", "2", "50.000000", "66.666667", "57.142857"],
+        [names[2], "2", "2", "1", "50.000000", "50.000000", "50.000000"],
+    ]

@@ -125,6 +125,13 @@ def test_the_reference_lists_augmentation_as_the_table_does(name: str, heading: 
     assert re.findall(r"^\| `(--[a-z-]+)", section, re.MULTILINE) == list(AUGMENTATION_FLAGS)
 
 
+def test_class_weights_are_part_of_the_identity(tmp_path: Any) -> None:
+    (tmp_path / "w.txt").write_text("1\n2\n")
+    given = [["--class-weights", value] for value in ("auto", str(tmp_path / "w.txt"))]
+    found = [identity(parse_args(["--image-size", "32", *words])).get("--class-weights") for words in ([], *given)]
+    assert found[:2] == [None, "auto"] and found[2].startswith("a file (CRC ")
+
+
 # --- paths and devices ------------------------------------------------------------------------------------------------
 
 
@@ -175,6 +182,13 @@ def test_every_path_flag_knows_the_home_folder(monkeypatch: Any, tmp_path: Any) 
         (["--world-size", "0"], "--world-size must be at least 1, got 0"),
         (["--epochs", "3", "--start-epoch", "3"], "--start-epoch must be less than --epochs 3, got 3"),
         (["--warmup-epochs", "16"], "--warmup-epochs must be less than --epochs 16, got 16"),
+        (["--dummy", "8", "--class-weights", "auto"], "--class-weights requires training images: leave --dummy out"),
+        (["--freeze-blocks", "2"], "--freeze-blocks or --freeze-features requires weights"),
+        (["--freeze-blocks", "6"], "--freeze-blocks must be at least 0 and at most 5, got 6"),
+        (["--freeze-features", "--features-lr", "0.1", "--resume", sys.executable], "--features-lr has no effect with"),
+        (["--features-lr", "0"], "--features-lr must be above 0, got 0"),
+        (["--dummy", "8", "--patience", "2"], "--patience requires validation images: leave --dummy out"),
+        (["--best", "f1"], "--best: invalid choice: 'f1'"),
         (["--mixup", "-1"], "--mixup must be at least 0, got -1"),
     ],
 )

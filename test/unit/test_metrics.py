@@ -6,8 +6,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from engine.errors import UsageError
 from engine.records import metrics
-from engine.records.metrics import AccuracyCounter, Predictions, Throughput, Totals, cross_entropy
+from engine.records.metrics import AccuracyCounter, Predictions, Throughput, Totals, class_weights, cross_entropy
+from engine.versions import TORCH
 
 import numpy as np
 import pytest
@@ -36,6 +38,61 @@ def test_the_loss_of_half_precision_logits_is_computed_in_fp32() -> None:
     half = logits.half()
     assert cross_entropy(half, target).dtype == torch.float32
     assert torch.equal(cross_entropy(half, target), cross_entropy(half.float(), target))
+
+
+# --- class weights ----------------------------------------------------------------------------------------------------
+
+LABELS = np.repeat([0, 1, 2], [6, 3, 1])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_class_weights_weigh_the_loss_as_torch_does_for_probabilities(smoothing: float) -> None:
+    logits, target = batch()
+    weights = torch.rand(10, generator=torch.Generator().manual_seed(3))
+    one_hot = torch.zeros(7, 10).scatter_(1, target.unsqueeze(1), 1.0)
+    soft = one_hot * (1 - smoothing) + smoothing / 10
+    expected = -(soft * weights * logits.log_softmax(1)).sum() / 7
+    for given in (target, one_hot):
+        assert torch.allclose(cross_entropy(logits, given, smoothing, weights), expected, atol=1e-6)
+    if TORCH >= (1, 10):
+        theirs = torch.nn.functional.cross_entropy(logits, one_hot, weights, label_smoothing=smoothing)
+        assert torch.allclose(expected, theirs, atol=1e-6)
+    parts = [cross_entropy(logits[i:j], target[i:j], smoothing, weights) * (j - i) for i, j in ((0, 2), (2, 7))]
+    assert torch.allclose(sum(parts) / 7, expected, atol=1e-6)  # type: ignore[arg-type]
+
+
+def test_automatic_class_weights_are_those_of_scikit_learn_with_a_mean_of_1_over_the_images() -> None:
+    weights = class_weights("auto", ["a", "b", "c"], LABELS)
+    # sklearn.utils.class_weight.compute_class_weight("balanced", classes=[0, 1, 2], y=LABELS), scikit-learn 1.9.1
+    assert weights == pytest.approx([0.5555555555555556, 1.1111111111111112, 3.3333333333333335])
+    assert np.array(weights)[LABELS].mean() == pytest.approx(1)
+    assert class_weights(None, ["a", "b", "c"], LABELS) is None
+
+
+@pytest.mark.parametrize(
+    "rows", [[["", 1], ["", 2], ["", 4]], [["c", 4], ["e\u0301", 1], ["b", 2]]], ids=["in order", "by name"]
+)
+def test_given_class_weights_keep_their_ratios(rows: list[list[Any]]) -> None:
+    weights = class_weights(rows, ["\u00e9", "b", "c"], LABELS)
+    assert weights == pytest.approx([value / 1.6 for value in (1, 2, 4)])
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([["", 1], ["", 2]], "expected 3 weights, one per class, got 2"),
+        ([["a", 1], ["b", 2], ["c", 1], ["a", 5]], "expected 3 weights, one per class, got 4"),
+        ([["a", 1], ["b", 2]], "the file has no class 'c'"),
+        ([["a", 1], ["b", 2], ["c", 1], ["d", 1]], "the data has no class 'd'"),
+        ([["", 0], ["", 0], ["", 0]], "weights of all training images are 0"),
+    ],
+)
+def test_class_weights_that_do_not_fit_the_classes_are_refused(rows: list[list[Any]], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        class_weights(rows, ["a", "b", "c"], LABELS)
+
+
+# --- accuracy ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("classes", [3, 10])
@@ -92,6 +149,31 @@ def test_totals_are_summed_over_processes_on_request() -> None:
     counter.update(torch.tensor(2.0), logits, target)
     alone = counter.read()
     assert counter.read(lambda values: [2 * value for value in values]) == tuple(2 * value for value in alone)
+
+
+# precision, recall, F1 of precision_recall_fscore_support(average="macro", zero_division=0), balanced_accuracy_score
+SCIKIT_LEARN = [  # 1.9.1
+    ([0, 0, 0, 1, 2, 0, 1, 1, 0, 2, 1], [0.6, 0.611111111111111, 0.5995670995670995, 0.611111111111111]),
+    (
+        [0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 1],
+        [0.47222222222222215, 0.5555555555555555, 0.5079365079365079, 0.5555555555555555],
+    ),
+    ([0, 0, 0, 1, 2, 0, 1, 1, 0], [0.48888888888888893, 0.4444444444444444, 0.4646464646464647, 0.6666666666666666]),
+]
+
+
+@pytest.mark.parametrize("predicted, expected", SCIKIT_LEARN, ids=["usual", "never predicted", "never a target"])
+@pytest.mark.parametrize("classes", [3, 5], ids=["all classes occur", "two do not"])
+def test_macro_metrics_are_those_of_scikit_learn(predicted: list[int], expected: list[float], classes: int) -> None:
+    """Over two processes and batches of several sizes."""
+    target = torch.tensor(([0] * 6 + [1] * 3 + [2] * 2)[: len(predicted)])
+    logits = torch.eye(classes)[torch.tensor(predicted)]
+    counters = [AccuracyCounter(CPU, classes=classes) for _ in range(2)]
+    for counter, begin, end in ((counters[0], 0, 5), (counters[1], 5, 8), (counters[1], 8, 11)):
+        counter.update(torch.tensor(1.0), logits[begin:end], target[begin:end])
+    found = counters[0].macro_metrics(lambda own: (counters[1].by_class.flatten() + torch.tensor(own)).tolist())
+    assert list(found) == ["macro_precision", "macro_recall", "macro_f1", "balanced_acc"]
+    assert [value / 100 for value in found.values()] == pytest.approx(expected, rel=1e-12)
 
 
 def test_no_images_are_zero_percent() -> None:

@@ -28,7 +28,7 @@ def render(labels: np.ndarray, predicted: np.ndarray, classes: list[str], prepro
     predictions.top5[:, 0], predictions.probabilities[:, 0] = predicted, np.linspace(0.1, 0.9, len(labels))
     correct = int((labels == predicted).sum())
     totals = Totals(len(labels), correct, correct, 1.0)
-    return render_page(dataset, totals, predictions, FACTS, preprocessing or (lambda source: source), None)
+    return render_page(dataset, totals.metrics(), predictions, FACTS, preprocessing or (lambda source: source), None)
 
 
 def dense(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
@@ -43,7 +43,8 @@ def test_confusions_are_those_of_the_dense_matrix(classes: int) -> None:
     labels, predicted = rng.randint(0, classes, (2, 300))
     labels[labels == 3] = 0  # a class without images
     matrix, confusion = dense(labels, predicted, classes), Confusion(labels, predicted, classes)
-    assert confusion.matrix() == matrix.tolist()
+    assert list(confusion.matrix()) == matrix.tolist()
+    assert confusion.counts().tolist() == [matrix.sum(1).tolist(), matrix.sum(0).tolist(), np.diag(matrix).tolist()]
     errors = matrix - np.diag(np.diag(matrix))
     expected = [divmod(cell, classes) for cell in np.argsort(-errors, axis=None, kind="stable").tolist()]
     pairs = [(a, p, int(matrix[a, p]), int(matrix[a].sum())) for a, p in expected if errors[a, p]]

@@ -22,6 +22,13 @@ def test_the_smallest_and_the_largest_class_are_named() -> None:
     assert describe_balance(["cat", "dog"], np.array([0, 1, 1, 0])) == "2 classes of 2 training images each"
     unequal = describe_balance(["cat", "d\udcffg", "emu"], np.array([0, 1, 1, 2, 1, 0]))
     assert "3 classes" in unequal and "emu, has 1 " in unequal and r"d\xffg, 3" in unequal
+    assert "--class-weights" not in unequal
+
+
+def test_unbalanced_classes_are_told_of_class_weights() -> None:
+    labels = np.repeat([0, 1], [1, 6])
+    assert "6; --class-weights auto" in describe_balance(["cat", "dog"], labels)
+    assert describe_balance(["cat", "dog"], labels, [3.5, 0.5833]).endswith("6; --class-weights: 3.5 and 0.583")
 
 
 def test_versions_name_the_torch_and_the_hardware() -> None:

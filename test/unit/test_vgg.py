@@ -480,3 +480,16 @@ def test_weights_that_cannot_be_used_have_no_architecture_and_say_why(kind: str)
     weights = vgg.to_torchvision_names(build())
     assert vgg.architecture_of(weights) is None and vgg.network_of(weights) is None
     assert reason in vgg.describe_weights(weights)
+
+
+@pytest.mark.parametrize("arch, ends", [("vgg11", [3, 6, 11, 16, 21]), ("vgg16_bn", [7, 14, 24, 34, 44])])
+def test_the_first_blocks_end_at_the_pools_of_torchvision(arch: str, ends: list[int]) -> None:
+    """The ReLU after our pool is the one before theirs; frozen batch norm is that of the block."""
+    network = vgg.VGG(arch, 2, [4] * 5, 4)
+    names = [name for name, _ in network.features.named_parameters()]
+    for count, end in enumerate([0, *ends]):
+        frozen = [name for name, _ in network.first_blocks(count).named_parameters()]
+        assert frozen == [name for name in names if int(name.split(".")[0]) < end]
+    network.train().first_blocks(2).eval()
+    states = [layer.training for layer in network.features]
+    assert not any(states[: ends[1] - 1]) and all(states[ends[1] :])
