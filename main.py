@@ -36,7 +36,16 @@ from engine.data import (
 from engine.device import Amp, ComputeDevice, MixedPrecisionOptimizer, ModelEma
 from engine.evaluation import ViewAverage, write_evaluation
 from engine.parallel import Communicator, launch
-from engine.records import AccuracyCounter, Logger, Predictions, ProgressMeter, Throughput, cross_entropy, run_info
+from engine.records import (
+    AccuracyCounter,
+    LearningCheck,
+    Logger,
+    Predictions,
+    ProgressMeter,
+    Throughput,
+    cross_entropy,
+    run_info,
+)
 from engine.signals import StopSignals
 
 import vgg
@@ -335,7 +344,12 @@ def validate(
 
 
 def train(
-    job: Job, training: Training, sampler: ResumableBatchSampler, batches: Iterator[Batch], val: DataLoader | None
+    job: Job,
+    training: Training,
+    sampler: ResumableBatchSampler,
+    batches: Iterator[Batch],
+    val: DataLoader | None,
+    learning: LearningCheck,
 ) -> int:
     """Train all epochs that are left. Returns the exit code."""
     args, state = job.args, training.state
@@ -346,7 +360,7 @@ def train(
             save(job, training, final=True)
             return 0 if state.step == args.stop_step_num else job.stop.EXIT_CODE
         job.comm.check_same_parameters(training.network)
-        done, best = state.epoch + 1, False
+        done, best, metrics = state.epoch + 1, False, None
         validates = val is not None and (done == args.epochs or done % args.eval_freq == 0)
         if val is not None and validates:
             with training.ema.swapped_in() if training.ema is not None else contextlib.nullcontext():
@@ -355,6 +369,7 @@ def train(
                 save(job, training, final=True)
                 return job.stop.EXIT_CODE
             best = state.add_validation(metrics)
+        learning.add_epoch(steps, training.counter.read(job.comm.sum), metrics)
         state.epoch, state.step_in_epoch, state.images_in_epoch = done, 0, 0
         training.counter = AccuracyCounter(job.device.device, finite_only=True)
         save(job, training, best=best, final=state.is_finished(args.epochs, None, args.patience))
@@ -434,7 +449,10 @@ def fit(job: Job, training: Training, data: Data) -> int:
     else:
         augmentation = options.resolve_augmentation(args, data.train, size)
         batches = read_batches(build_loader(job, data.train, augmentation, sampler))
-    val_loader = None
+    val_loader, learning = (
+        None,
+        LearningCheck(data.train, data.val, weighted=checkpointer.info.class_weights is not None),
+    )
     if data.val is not None:
         val_sampler = build_sampler(job, len(data.val), training=False)
         val_loader = build_loader(job, data.val, data.preprocessing, val_sampler)
@@ -448,7 +466,7 @@ def fit(job: Job, training: Training, data: Data) -> int:
     try:
         trace_path = os.path.join(args.output_dir, "trace.json") if args.profile and job.comm.rank == 0 else None
         with job.device.trace(trace_path) as training.profiler:
-            code = train(job, training, sampler, batches, val_loader)
+            code = train(job, training, sampler, batches, val_loader, learning)
     finally:
         checkpointer.wait()  # a failure does not cost the checkpoint being written
     stopped = code == job.stop.EXIT_CODE

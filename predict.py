@@ -28,7 +28,7 @@ from engine.data import FileList, ImageBatches, describe_left_out, read_batches,
 from engine.device import ComputeDevice, available_cores, resolve_device, resolve_device_list
 from engine.errors import EXIT_USAGE, UsageError
 from engine.options import DEVICE_FLAG, OneLineParser, check_file, nonempty_path, number
-from engine.records import feature_file, feature_files
+from engine.records import feature_file
 
 import vgg
 
@@ -95,7 +95,7 @@ def check_layer(layer: str, network: vgg.VGG, output: str) -> None:
     known = network.layer_names()
     if layer not in known:
         raise UsageError(f"--features {layer}: no such layer in this {network.arch}; its layers: {', '.join(known)}")
-    for file in feature_files(output):
+    for file in feature_file.paths(output):
         check_file("--output", file)
 
 
@@ -243,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     code, rows = 0, []
     if args.csv:
         print_result("image,rank,class,probability")
-    output: Any = feature_file(args.output, len(files)) if args.features else contextlib.nullcontext()
+    output: Any = feature_file.write(args.output, len(files)) if args.features else contextlib.nullcontext()
     with torch.no_grad(), console.progress(len(files), 0, "Images"), output as add_features:
         for images, _, indices, errors in read_batches(load_images(files, model, args.batch_size, device)):
             console.advance(len(indices) + len(errors))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Counts, log lines and the files that a run writes about itself."""
 
-from engine.records import run_info
+from engine.records import feature_file, run_info
 from engine.records.curves import svg_curves
-from engine.records.feature_file import feature_file, feature_files
+from engine.records.learning import LearningCheck
 from engine.records.logger import Logger, ProgressMeter
 from engine.records.metrics import (
     AccuracyCounter,
@@ -17,6 +17,7 @@ from engine.records.metrics import (
 
 __all__ = [
     "AccuracyCounter",
+    "LearningCheck",
     "Logger",
     "Predictions",
     "ProgressMeter",
@@ -26,7 +27,6 @@ __all__ = [
     "class_weights",
     "cross_entropy",
     "feature_file",
-    "feature_files",
     "run_info",
     "svg_curves",
 ]

@@ -17,19 +17,19 @@ import numpy as np
 HEADER_BYTES = 128
 
 
-def feature_files(path: str) -> tuple[str, str]:
+def paths(path: str) -> tuple[str, str]:
     """Return FILE.npy and FILE.txt."""
     return path, f"{os.path.splitext(path)[0]}.txt"
 
 
 @contextlib.contextmanager
-def feature_file(path: str, images: int) -> Iterator[Callable[[Sequence[str], np.ndarray], None]]:
+def write(path: str, images: int) -> Iterator[Callable[[Sequence[str], np.ndarray], None]]:
     """Give a function that appends rows to both files: add(names (N), values (N, …)). images: rows at most.
 
     The files are written as the rows come, under other names. They get their own at the end, if no error ends the
     context and there is a row. Raises UsageError if they cannot be written.
     """
-    targets = feature_files(path)
+    targets = paths(path)
     parts = [f"{target}.part" for target in targets]
     shape: tuple[int, ...] = (0,)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from engine import console
 from engine.records.metrics import Totals
@@ -23,19 +24,19 @@ class LearningCheck:
     longer than a healthy run of ours needed: VGG16-BN had left the loss of chance on CIFAR-10 after 50 steps.
 
     Args:
-        labels: (N,) int64, of the training images; None if there are none to learn from.
-        val_labels: the same of the validation images, None if nothing is validated.
+        train, val: the datasets, of which labels are read: (N,) int64. None if there is none, as with --dummy.
         weighted: whether --class-weights changes the loss, which then says nothing.
     """
 
     EPOCHS, STEPS = 2, 200  # at the loss of chance
     SINGLE_CLASS_STEPS = 100  # and two validations in a row that predict one class for all
 
-    def __init__(self, labels: np.ndarray | None, val_labels: np.ndarray | None, *, weighted: bool = False) -> None:
-        shares = np.bincount([0] if labels is None else labels) / (1 if labels is None else len(labels))
+    def __init__(self, train: Any, val: Any, *, weighted: bool = False) -> None:
+        labels = [0] if train is None else train.labels
+        shares = np.bincount(labels) / len(labels)
         self.chance = float(-sum(share * math.log(share) for share in shares if share))  # nats
         self.largest = 100 * float(shares.max())
-        self.val_classes = 0 if val_labels is None else len(np.unique(val_labels))
+        self.val_classes = 0 if val is None else len(np.unique(val.labels))
         self.weighted, self.done = weighted, len(shares) < 2
         self.steps = self.single_class = 0
         self.losses: list[float] = []  # of the epochs

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from argparse import Namespace
 
 from engine.records.learning import LearningCheck
 from engine.records.metrics import Totals
@@ -26,7 +27,7 @@ def validation(loss, acc1, balanced):
 def warnings(capsys, epochs, labels=None, steps=390, **options):
     """epochs: (training loss, training accuracy, validation or None)."""
     labels = np.arange(50000) % 10 if labels is None else labels
-    check = LearningCheck(labels, labels[::7], **options)
+    check = LearningCheck(Namespace(labels=labels), Namespace(labels=labels[::7]), **options)
     for loss, acc1, metrics in epochs:
         check.add_epoch(steps, totals(loss, acc1), metrics)
     return capsys.readouterr().err.splitlines()
