@@ -310,8 +310,7 @@ def validate(
     classes = len(loader.dataset.dataset.classes)  # type: ignore[attr-defined]
     counter, steps = AccuracyCounter(job.device.device, classes=classes), sampler.steps_per_epoch
     meter = ProgressMeter("Test: ", steps, job.args.print_freq, job.device.log_interval, has_data=False)
-    start = time.perf_counter()
-    batches, vote = read_batches(loader), job.comm.stop_vote()
+    batches, vote, start = read_batches(loader), job.comm.stop_vote(), time.perf_counter()
     with torch.no_grad(), console.progress(sampler.count, 0, "Test"):
         for done in range(1, steps + 1):
             images, target, indices = next(batches)
@@ -334,8 +333,7 @@ def validate(
     console.line(f"[npu id: {job.device.index} ] [AVG-ACC] * Acc@1 {totals.acc1:.3f} Acc@5 {totals.acc5:.3f}")
     timing = {"seconds": time.perf_counter() - start, **({} if state is None else state.position())}
     metrics = {**totals.metrics(), **counter.macro_metrics(job.comm.sum)}
-    if job.args.best != "acc1":
-        console.line(f"=> {job.args.best} {metrics[job.args.best]:.3f}")
+    console.line(f"=> balanced accuracy {metrics['balanced_acc']:.3f}, macro F1 {metrics['macro_f1']:.3f}")
     job.logger.event("validate", samples=int(totals.images), **metrics, **timing)
     return metrics
 
@@ -378,8 +376,8 @@ def train(
     if state.epoch < args.epochs and state.has_lost_patience(args.patience):
         console.line(f"=> stopped by --patience: {state.since_best} validations without a better {args.best}")
     if val is not None and job.comm.rank == 0:
-        name = "Acc@1" if args.best == "acc1" else args.best
-        console.line(f"=> best {name} {state.best_value:.3f}: {training.checkpointer.best_path}")
+        best_by = f"{args.best.replace('acc1', 'Acc@1')} {state.best_value:.3f}"
+        console.line(f"=> best {best_by}: {training.checkpointer.best_path}")
     return 0
 
 

@@ -40,7 +40,6 @@ def write_evaluation(
     record = {**finite, "images": len(dataset), **facts}
     path = os.path.join(folder, "metrics.json")
     run_info.write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    console.line(f"=> balanced accuracy {metrics['balanced_acc']:.3f}, macro F1 {metrics['macro_f1']:.3f}")
     console.line(f"=> metrics written to {path}")
     if predictions_file and predictions is not None:
         write_predictions(predictions_file, dataset, predictions)

@@ -9,7 +9,8 @@ from typing import Any, Callable, Mapping, Sequence
 
 from engine.data import Augmentation
 from engine.evaluation import VIEWS
-from engine.options.parser import OneLineParser, class_weights, device_list, loss_scale, nonempty_path, number
+from engine.options.class_weights import class_weights
+from engine.options.parser import OneLineParser, device_list, loss_scale, nonempty_path, number
 
 import vgg
 

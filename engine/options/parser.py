@@ -136,27 +136,6 @@ def check_file(flag: str, file: str) -> None:
     check_folder(flag, os.path.dirname(file) or ".")
 
 
-def class_weights(text: str) -> str | list[list[Any]]:
-    """An argparse type: `auto`, or the lines of a file as [class, weight], the class "" if there is only a weight."""
-    if text == "auto":
-        return text
-    try:
-        with open(nonempty_path(text), encoding="utf-8-sig") as file:
-            lines = [line.replace("\t", ",").rpartition(",") for line in file.read().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise argparse.ArgumentTypeError(
-            f"expected auto or a file of text, got {text} ({getattr(error, 'strerror', 'not UTF-8')})"
-        ) from error
-    rows: list[list[Any]] = []
-    for position, (name, _, weight) in enumerate(lines, 1):
-        if (name or weight).strip() and (position, weight.strip()) != (1, "weight"):  # no empty line, no header
-            try:
-                rows.append([name.strip(), number(float, 0)(weight)])
-            except argparse.ArgumentTypeError as error:
-                raise argparse.ArgumentTypeError(f"{text}, line {position}: {error}") from None
-    return rows
-
-
 def loss_scale(text: str) -> float | str:
     """An argparse type: a positive number, or `dynamic`."""
     return text if text == "dynamic" else number(float, above=0)(text)

@@ -27,10 +27,10 @@ from engine.device import (
     resolve_precision,
 )
 from engine.errors import UsageError, counted
+from engine.options.class_weights import resolve_class_weights
 from engine.options.flags import AUGMENTATION, SMALL, complete_defaults, parse_args
 from engine.options.parser import check_file, check_folder
 from engine.parallel import Topology, resolve_topology, under_torchrun
-from engine.records import class_weights
 
 import vgg
 
@@ -331,9 +331,10 @@ def describe_run(
         identity["--exif-rotate"] = True
     if args.features_lr != 1:
         identity["--features-lr"] = args.features_lr
-    if args.class_weights:
-        given = args.class_weights
-        identity["--class-weights"] = given if given == "auto" else f"a file (CRC {crc32(repr(given).encode()):08x})"
+    rows = args.class_weights
+    if rows:
+        identity["--class-weights"] = rows if rows == "auto" else f"a file (CRC {crc32(repr(rows).encode()):08x})"
+    weights = None if train_set is None else resolve_class_weights(rows, train_set.classes, train_set.labels)
     return RunInfo(
         args.arch,
         val_set.classes if val_set is not None else [str(number) for number in range(1000)],
@@ -344,8 +345,6 @@ def describe_run(
         val_split=None if val_set is None else val_set.val_split,
         identity=identity,
         batch=batch,
-        class_weights=None
-        if train_set is None
-        else class_weights(args.class_weights, train_set.classes, train_set.labels),
+        class_weights=weights,
         decoder=Augmentation.decoder,
     )

@@ -5,15 +5,7 @@ from engine.records import feature_file, run_info
 from engine.records.curves import svg_curves
 from engine.records.learning import LearningCheck
 from engine.records.logger import Logger, ProgressMeter
-from engine.records.metrics import (
-    AccuracyCounter,
-    Predictions,
-    Throughput,
-    Totals,
-    class_scores,
-    class_weights,
-    cross_entropy,
-)
+from engine.records.metrics import AccuracyCounter, Predictions, Throughput, Totals, class_scores, cross_entropy
 
 __all__ = [
     "AccuracyCounter",
@@ -24,7 +16,6 @@ __all__ = [
     "Throughput",
     "Totals",
     "class_scores",
-    "class_weights",
     "cross_entropy",
     "feature_file",
     "run_info",

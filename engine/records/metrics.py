@@ -4,10 +4,7 @@
 from __future__ import annotations
 
 import time
-import unicodedata
-from typing import Any, Callable, NamedTuple, Sequence
-
-from engine.errors import UsageError
+from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -31,34 +28,6 @@ def cross_entropy(
     if label_smoothing:
         loss = (1 - label_smoothing) * loss - label_smoothing * log_probabilities.mean()
     return loss
-
-
-def class_weights(
-    given: str | list[list[Any]] | None, classes: Sequence[str], labels: np.ndarray
-) -> list[float] | None:
-    """Return the weight of each class in the training loss. Their mean over the training images is 1, as without any.
-
-    given: what --class-weights has: `auto` weights by the inverse of the number of images, images / (classes · images
-    of the class), after King & Zeng, "Logistic Regression in Rare Events Data", 2001. Raises UsageError.
-    """
-    if given is None:
-        return None
-    counts = np.bincount(labels, minlength=len(classes))
-    if isinstance(given, str):
-        weights = 1 / np.maximum(counts, 1)
-    else:
-        named = {unicodedata.normalize("NFC", name): weight for name, weight in given}
-        names = named.keys() - {""}
-        wrong = sorted(names ^ set(classes)) if names else []
-        if wrong:
-            where = "the file" if wrong[0] in classes else "the data"
-            raise UsageError(f"--class-weights: {where} has no class {wrong[0]!r}")
-        if len(given) != len(classes):
-            raise UsageError(f"--class-weights: expected {len(classes)} weights, one per class, got {len(given)}")
-        weights = np.array([named[name] for name in classes] if names else [weight for _, weight in given])
-    if not (weights * counts).any():
-        raise UsageError("--class-weights: the weights of all training images are 0")
-    return (weights * (len(labels) / (weights * counts).sum())).tolist()
 
 
 class Totals(NamedTuple):

@@ -6,9 +6,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from engine.errors import UsageError
 from engine.records import metrics
-from engine.records.metrics import AccuracyCounter, Predictions, Throughput, Totals, class_weights, cross_entropy
+from engine.records.metrics import AccuracyCounter, Predictions, Throughput, Totals, cross_entropy
 from engine.versions import TORCH
 
 import numpy as np
@@ -42,8 +41,6 @@ def test_the_loss_of_half_precision_logits_is_computed_in_fp32() -> None:
 
 # --- class weights ----------------------------------------------------------------------------------------------------
 
-LABELS = np.repeat([0, 1, 2], [6, 3, 1])
-
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_class_weights_weigh_the_loss_as_torch_does_for_probabilities(smoothing: float) -> None:
@@ -59,37 +56,6 @@ def test_class_weights_weigh_the_loss_as_torch_does_for_probabilities(smoothing:
         assert torch.allclose(expected, theirs, atol=1e-6)
     parts = [cross_entropy(logits[i:j], target[i:j], smoothing, weights) * (j - i) for i, j in ((0, 2), (2, 7))]
     assert torch.allclose(sum(parts) / 7, expected, atol=1e-6)  # type: ignore[arg-type]
-
-
-def test_automatic_class_weights_are_those_of_scikit_learn_with_a_mean_of_1_over_the_images() -> None:
-    weights = class_weights("auto", ["a", "b", "c"], LABELS)
-    # sklearn.utils.class_weight.compute_class_weight("balanced", classes=[0, 1, 2], y=LABELS), scikit-learn 1.9.1
-    assert weights == pytest.approx([0.5555555555555556, 1.1111111111111112, 3.3333333333333335])
-    assert np.array(weights)[LABELS].mean() == pytest.approx(1)
-    assert class_weights(None, ["a", "b", "c"], LABELS) is None
-
-
-@pytest.mark.parametrize(
-    "rows", [[["", 1], ["", 2], ["", 4]], [["c", 4], ["e\u0301", 1], ["b", 2]]], ids=["in order", "by name"]
-)
-def test_given_class_weights_keep_their_ratios(rows: list[list[Any]]) -> None:
-    weights = class_weights(rows, ["\u00e9", "b", "c"], LABELS)
-    assert weights == pytest.approx([value / 1.6 for value in (1, 2, 4)])
-
-
-@pytest.mark.parametrize(
-    "rows, message",
-    [
-        ([["", 1], ["", 2]], "expected 3 weights, one per class, got 2"),
-        ([["a", 1], ["b", 2], ["c", 1], ["a", 5]], "expected 3 weights, one per class, got 4"),
-        ([["a", 1], ["b", 2]], "the file has no class 'c'"),
-        ([["a", 1], ["b", 2], ["c", 1], ["d", 1]], "the data has no class 'd'"),
-        ([["", 0], ["", 0], ["", 0]], "weights of all training images are 0"),
-    ],
-)
-def test_class_weights_that_do_not_fit_the_classes_are_refused(rows: list[list[Any]], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        class_weights(rows, ["a", "b", "c"], LABELS)
 
 
 # --- accuracy ---------------------------------------------------------------------------------------------------------

@@ -11,15 +11,7 @@ from typing import Any
 
 from engine.errors import UsageError
 from engine.options.flags import parse_args
-from engine.options.parser import (
-    check_file,
-    check_folder,
-    class_weights,
-    device_list,
-    loss_scale,
-    nonempty_path,
-    number,
-)
+from engine.options.parser import check_file, check_folder, device_list, loss_scale, nonempty_path, number
 
 import export
 import predict
@@ -181,33 +173,3 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Any) -> None:
         check_folder("--output-dir", str(tmp_path / "file" / "x"))
     with pytest.raises(UsageError, match=f"--predictions {tmp_path}: expected a file, this is a folder"):
         check_file("--predictions", str(tmp_path))
-
-
-# --- class weights ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("text", ["class\tweight\ncat, big\t1.5\n\ndog\t0\n", "\ufeffcat, big,1.5\r\n dog , 0\r\n"])
-def test_class_weights_have_names_with_a_comma_or_a_tab_after_them(tmp_path: Any, text: str) -> None:
-    (tmp_path / "w.csv").write_bytes(text.encode("utf-8"))
-    assert class_weights(str(tmp_path / "w.csv")) == [["cat, big", 1.5], ["dog", 0.0]]
-
-
-def test_class_weights_without_names_are_one_per_line(tmp_path: Any) -> None:
-    (tmp_path / "w.txt").write_text("1\n2e-1\n")
-    assert class_weights(str(tmp_path / "w.txt")) == [["", 1.0], ["", 0.2]] and class_weights("auto") == "auto"
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (b"1\n-1\n", "w.txt, line 2: must be at least 0, got -1"),
-        (b"cat,nan\n", "w.txt, line 1: must be finite, got nan"),
-        (b"cat,1\ndog,\n", "w.txt, line 2: expected a number, got ''"),
-        (b"\xff\n", "not UTF-8"),
-        (None, "No such file"),
-    ],
-)
-def test_class_weights_that_make_no_sense_are_one_line(tmp_path: Any, capsys: Any, content: Any, message: str) -> None:
-    if content is not None:
-        (tmp_path / "w.txt").write_bytes(content)
-    assert message in refusal(capsys, ["--class-weights", str(tmp_path / "w.txt")])

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""--class-weights: what is given, and what it means for the classes of the data."""
+
+from __future__ import annotations
+
+import argparse
+import unicodedata
+from typing import Any, Sequence
+
+from engine.errors import UsageError
+from engine.options.parser import nonempty_path, number
+
+import numpy as np
+
+
+def class_weights(text: str) -> str | list[list[Any]]:
+    """An argparse type: `auto`, or the lines of a file as [class, weight], the class "" if there is only a weight."""
+    if text == "auto":
+        return text
+    try:
+        with open(nonempty_path(text), encoding="utf-8-sig") as file:
+            lines = [line.replace("\t", ",").rpartition(",") for line in file.read().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(
+            f"expected auto or a file of text, got {text} ({getattr(error, 'strerror', 'not UTF-8')})"
+        ) from error
+    rows: list[list[Any]] = []
+    for position, (name, _, weight) in enumerate(lines, 1):
+        if (name or weight).strip() and (position, weight.strip()) != (1, "weight"):  # no empty line, no header
+            try:
+                rows.append([name.strip(), number(float, 0)(weight)])
+            except argparse.ArgumentTypeError as error:
+                raise argparse.ArgumentTypeError(f"{text}, line {position}: {error}") from None
+    return rows
+
+
+def resolve_class_weights(
+    given: str | list[list[Any]] | None, classes: Sequence[str], labels: np.ndarray
+) -> list[float] | None:
+    """Return the weight of each class in the training loss. Their mean over the training images is 1, as without any.
+
+    given: what --class-weights has: `auto` weights by the inverse of the number of images, images / (classes · images
+    of the class), after King & Zeng, "Logistic Regression in Rare Events Data", 2001. Raises UsageError.
+    """
+    if given is None:
+        return None
+    counts = np.bincount(labels, minlength=len(classes))
+    if isinstance(given, str):
+        weights = 1 / np.maximum(counts, 1)
+    else:
+        named = {unicodedata.normalize("NFC", name): weight for name, weight in given}
+        names = named.keys() - {""}
+        wrong = sorted(names ^ set(classes)) if names else []
+        if wrong:
+            where = "the file" if wrong[0] in classes else "the data"
+            raise UsageError(f"--class-weights: {where} has no class {wrong[0]!r}")
+        if len(given) != len(classes):
+            raise UsageError(f"--class-weights: expected {len(classes)} weights, one per class, got {len(given)}")
+        weights = np.array([named[name] for name in classes] if names else [weight for _, weight in given])
+    if not (weights * counts).any():
+        raise UsageError("--class-weights: the weights of all training images are 0")
+    return (weights * (len(labels) / (weights * counts).sum())).tolist()
