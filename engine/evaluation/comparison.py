@@ -8,7 +8,7 @@ from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 from engine import console
 from engine.data import ImageBatches, ImageDataset, Preprocessing, check_same_classes, open_datasets
-from engine.errors import UsageError, UserError
+from engine.errors import UsageError, UserError, counted
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ def open_images(
     if not renamed and list(classes) != [str(number) for number in range(len(classes))]:
         check_same_classes(classes, val.classes, "the checkpoint", "the data")
     if len(val.classes) != len(classes):
-        raise UsageError(f"{path}: {len(val.classes)} classes, the checkpoint has {len(classes)}")
+        raise UsageError(f"{path}: {counted(len(val.classes), 'class')}, the checkpoint has {len(classes)}")
     return train, val
 
 

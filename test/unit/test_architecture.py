@@ -134,7 +134,8 @@ def test_there_are_no_circular_imports():
         visit(name, [])
 
 
-PLURAL = re.compile(r" (?:\w+ )?(?:(?:image|step|node|device|epoch|file|core|worker)s|classes|processes|batches)\b")
+NOUNS = "images|steps|nodes|devices|epochs|files|cores|workers|classes|processes|batches"
+PLURAL = re.compile(rf" (?:\w+ )?(?:{NOUNS})\b(?!/)")
 
 
 @pytest.mark.parametrize("path", [*ENGINE, "main.py"])
