@@ -92,10 +92,11 @@ class Training:
     optimizer: MixedPrecisionOptimizer
     ema: ModelEma | None
     mixer: BatchMixer | None
+    class_weights: torch.Tensor | None  # of the loss
     counter: AccuracyCounter  # of the current epoch
+    learning: LearningCheck
     state: TrainState
     checkpointer: Checkpointer
-    class_weights: torch.Tensor | None = None  # of the loss
     profiler: Any = None
 
 
@@ -166,19 +167,17 @@ def synthetic_batches(job: Job, sampler: ResumableBatchSampler, size: int) -> It
 
 
 def build_training(
-    job: Job, network: vgg.VGG, classes: int, normalize: Normalize, checkpointer: Checkpointer
+    job: Job, network: vgg.VGG, normalize: Normalize, data: Data, checkpointer: Checkpointer
 ) -> Training:
     """Move a network to the device; build its optimizer, EMA, DDP and compiled form, as the flags say."""
-    args, device = job.args, job.device
+    args, device, info = job.args, job.device, checkpointer.info
     device.place(network, one_shape=True)  # so that cuDNN may search for the fastest kernels
     weights = job.amp.convert(network)  # at O2 fp32 master weights, else the network's own
     groups = job.amp.parameter_groups(network, weights, features_lr=args.features_lr, no_bias_decay=args.no_bias_decay)
-    sgd = torch.optim.SGD(
-        groups, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay, **device.sgd_options()
-    )
-    optimizer = job.amp.optimizer(
-        network, sgd, weights, loss_scale=args.loss_scale_value, clip_grad_norm=args.clip_grad_norm
-    )
+    decay = {"momentum": args.momentum, "weight_decay": args.weight_decay, **device.sgd_options()}
+    sgd = torch.optim.SGD(groups, lr=args.lr, **decay)
+    limits = {"loss_scale": args.loss_scale_value, "clip_grad_norm": args.clip_grad_norm}
+    optimizer = job.amp.optimizer(network, sgd, weights, **limits)
     ema = ModelEma(network, optimizer.weights, optimizer.master_weights) if args.ema_decay else None
     model: torch.nn.Module = network
     if job.comm.world_size > 1:
@@ -189,10 +188,14 @@ def build_training(
             model.register_comm_hook(None, getattr(default_hooks, f"{args.grad_compress}_compress_hook"))
     if args.compile:
         model = device.compile(model)
-    mixer = BatchMixer(args.mixup, args.cutmix, classes, args.seed) if args.mixup or args.cutmix else None
+    mixer = BatchMixer(args.mixup, args.cutmix, len(info.classes), args.seed) if args.mixup or args.cutmix else None
     counter = AccuracyCounter(device.device, finite_only=True)
     state = TrainState(epoch=args.start_epoch, best_by=args.best)
-    return Training(network, model, normalize, optimizer, ema, mixer, counter, state, checkpointer)
+    class_weights = None if info.class_weights is None else device.to_device(torch.tensor(info.class_weights))
+    learning = LearningCheck(data.train, data.val, weighted=class_weights is not None)
+    return Training(
+        network, model, normalize, optimizer, ema, mixer, class_weights, counter, learning, state, checkpointer
+    )
 
 
 def learning_rate(epoch: int, share: float, args: argparse.Namespace) -> float:
@@ -342,12 +345,7 @@ def validate(
 
 
 def train(
-    job: Job,
-    training: Training,
-    sampler: ResumableBatchSampler,
-    batches: Iterator[Batch],
-    val: DataLoader | None,
-    learning: LearningCheck,
+    job: Job, training: Training, sampler: ResumableBatchSampler, batches: Iterator[Batch], val: DataLoader | None
 ) -> int:
     """Train all epochs that are left. Returns the exit code."""
     args, state = job.args, training.state
@@ -367,7 +365,7 @@ def train(
                 save(job, training, final=True)
                 return job.stop.EXIT_CODE
             best = state.add_validation(metrics)
-        learning.add_epoch(steps, training.counter.read(job.comm.sum), metrics)
+        training.learning.add_epoch(steps, training.counter.read(job.comm.sum), metrics)
         state.epoch, state.step_in_epoch, state.images_in_epoch = done, 0, 0
         training.counter = AccuracyCounter(job.device.device, finite_only=True)
         save(job, training, best=best, final=state.is_finished(args.epochs, None, args.patience))
@@ -409,9 +407,8 @@ def run_job(job: Job, build_network: BuildNetwork) -> int:
     checkpointer.find(args.resume, args.auto_resume, args.pretrained, args.arch)
     data = build_data(job, checkpointer.continued)
     size, memory = data.preprocessing.image_size, comm.min(job.device.memory())
-    args, batch = options.with_checkpoint(  # batch: what a checkpoint keeps of -b and --accum-steps
-        args, checkpointer.continued, data.count, size, memory, pretrained=checkpointer.start
-    )
+    # batch: what a checkpoint keeps of -b and --accum-steps.
+    args, batch = options.with_checkpoint(args, checkpointer.continued, data.count, size, memory, checkpointer.start)
     job = dataclasses.replace(job, args=args)
     info = options.describe_run(args, batch, data.preprocessing, data.train, data.val)
     checkpointer.check(info)
@@ -429,7 +426,7 @@ def run_job(job: Job, build_network: BuildNetwork) -> int:
     normalize = job.device.normalizer(data.preprocessing.mean, data.preprocessing.std, job.amp.input_dtype)
     if args.evaluate:
         return evaluate(job, network, normalize, data, checkpointer)
-    return fit(job, build_training(job, network, len(info.classes), normalize, checkpointer), data)
+    return fit(job, build_training(job, network, normalize, data, checkpointer), data)
 
 
 def fit(job: Job, training: Training, data: Data) -> int:
@@ -440,17 +437,12 @@ def fit(job: Job, training: Training, data: Data) -> int:
     sampler = build_sampler(job, data.count, training=True, start=(state.epoch, state.images_in_epoch))
     checkpointer.log_changes(state, training.ema, data.count)
     checkpointer.let_go()  # up to a gigabyte
-    if checkpointer.info.class_weights is not None:
-        training.class_weights = job.device.to_device(torch.tensor(checkpointer.info.class_weights))
     if data.train is None:
         batches = synthetic_batches(job, sampler, size)
     else:
         augmentation = options.resolve_augmentation(args, data.train, size)
         batches = read_batches(build_loader(job, data.train, augmentation, sampler))
-    val_loader, learning = (
-        None,
-        LearningCheck(data.train, data.val, weighted=checkpointer.info.class_weights is not None),
-    )
+    val_loader = None
     if data.val is not None:
         val_sampler = build_sampler(job, len(data.val), training=False)
         val_loader = build_loader(job, data.val, data.preprocessing, val_sampler)
@@ -464,7 +456,7 @@ def fit(job: Job, training: Training, data: Data) -> int:
     try:
         trace_path = os.path.join(args.output_dir, "trace.json") if args.profile and job.comm.rank == 0 else None
         with job.device.trace(trace_path) as training.profiler:
-            code = train(job, training, sampler, batches, val_loader, learning)
+            code = train(job, training, sampler, batches, val_loader)
     finally:
         checkpointer.wait()  # a failure does not cost the checkpoint being written
     stopped = code == job.stop.EXIT_CODE

@@ -153,7 +153,7 @@ def read_snapshots(snapshots: Sequence[Snapshot]) -> list[tuple[Totals, float]]:
     result = []
     for (_, _, own), count, loss_sum in zip(snapshots, counts, sums):
         mean = sum(next(losses) * images for _, images in own) / max(1, sum(images for _, images in own))
-        result.append((Totals(*count, loss_sum), mean))
+        result.append((Totals(*[*count, loss_sum]), mean))
     return result
 
 

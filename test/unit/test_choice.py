@@ -220,6 +220,7 @@ def test_compile_names_the_compiler_that_is_missing(monkeypatch: Any, tmp_path: 
 
 
 def test_workers_are_the_cores_beside_the_processes(monkeypatch: Any) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(device, "available_cores", lambda: 96)
     assert device.default_workers("npu", 8) == 88
     assert device.default_workers("cpu", 8) == 0

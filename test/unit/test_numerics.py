@@ -49,6 +49,7 @@ def build(digits: ArrayDataset) -> Callable[..., Trainer]:
     class NarrowVGG(vgg.VGG):
         def __init__(self, arch: str) -> None:
             nn.Module.__init__(self)  # VGG's own would initialize 100 million weights of its classifier
+            self.arch, self.head = arch, "paper"
             depths = vgg.DEPTHS[arch.replace("_bn", "")]
             self.features = vgg._features(depths, NARROW, batch_norm=arch.endswith("_bn"))
             self.classifier = nn.Sequential(
