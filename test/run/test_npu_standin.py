@@ -41,8 +41,12 @@ def losses(result: Result) -> list[float]:
     return [float(loss) for loss in re.findall(r"^Epoch:.*\tLoss +([\d.]+) ", result.out, re.MULTILINE)]
 
 
-@pytest.mark.parametrize("precision", [[], ["--amp", "--amp-dtype", "bf16"]], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("processes", [[], TWO], ids=["one process", "two processes"])
+BF16 = ["--amp", "--amp-dtype", "bf16"]
+
+
+@pytest.mark.parametrize(
+    "precision, processes", [([], []), (BF16, []), ([], TWO)], ids=["fp32", "bf16", "fp32, two processes"]
+)
 def test_a_training_on_an_npu_loses_what_one_on_the_cpu_does_resumes_and_evaluates(
     folder: str, tmp_path: Any, processes: list[str], precision: list[str]
 ) -> None:
@@ -56,7 +60,8 @@ def test_a_training_on_an_npu_loses_what_one_on_the_cpu_does_resumes_and_evaluat
         resumed = run_on_npu(*flags, "--output-dir", parts, *more)
     assert losses(resumed) == losses(trained)[3:]
     assert_same_weights(*(weights(output / "checkpoint.pth.tar") for output in (whole, parts)))
-    evaluated = run_on_npu(*flags, "-e", "--resume", whole / "checkpoint.pth.tar", "--output-dir", tmp_path)
+    flags = [folder, *SMALL, *precision, "-e", "--output-dir", tmp_path]
+    evaluated = run_on_npu(*flags, "--resume", whole / "checkpoint.pth.tar")
     assert evaluated.accuracy() == trained.accuracy() == resumed.accuracy()
 
 
