@@ -27,7 +27,7 @@ from engine import console
 from engine.checkpoints import CLASSES_HELP, Model, factorize, load_model, save_safetensors
 from engine.console import run_script
 from engine.data import Preprocessing
-from engine.errors import EXIT_FAILURE, UsageError, UserError
+from engine.errors import EXIT_FAILURE, UsageError, UserError, counted
 from engine.evaluation import classify, open_images, read_images
 from engine.options import OneLineParser, nonempty_path, number
 
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             before = classify(val, preprocessing, model.predict, batch_size)
             if train is not None:
                 chosen = np.linspace(0, len(train) - 1, min(CALIBRATION_IMAGES, len(train))).astype(int)
-                console.line(f"=> calibrating on {len(chosen)} training images")
+                console.line(f"=> calibrating on {counted(len(chosen), 'training image')}")
                 calibration = (images for images, _ in read_images(train, preprocessing, chosen, batch_size))
         network.classifier = classifier
         if is_onnx:
@@ -251,7 +251,7 @@ def export_onnx(
         raise ExportMismatchError(
             f"onnxruntime and torch differ by {difference:.1e}, more than {tolerance:.0e}: the file is not written"
         )
-    what = f"{len(source.classes)} classes, {size} pixels per side"
+    what = f"{counted(len(source.classes), 'class')}, {size} pixels per side"
     what += "" if calibration else f", differs from torch by at most {difference:.1e}"
     return lambda batch: run(session, model, batch)[0], f"{what} (onnxruntime {onnxruntime.__version__})"
 
@@ -342,7 +342,7 @@ def export_weights(
     else:
         save_safetensors(weights, path, **info)
     network.float()  # with the values that were written
-    return model.predict, f"{len(weights)} tensors, {len(source.classes)} classes"
+    return model.predict, f"{len(weights)} tensors, {counted(len(source.classes), 'class')}"
 
 
 if __name__ == "__main__":

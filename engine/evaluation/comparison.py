@@ -31,7 +31,7 @@ class Outcome(NamedTuple):
         same = np.mean(self.predicted == other.predicted)
         return (
             f"top-1 accuracy {self.acc1:.2f}% (checkpoint {other.acc1:.2f}%), {same:.2%} of {len(self.targets):,} "
-            f"predictions equal, {self.images_per_second:.1f} images/s (torch {other.images_per_second:.1f})"
+            f"predictions equal, images/s {self.images_per_second:.1f} (torch {other.images_per_second:.1f})"
         )
 
 

@@ -49,7 +49,7 @@ def test_the_words_say_both_accuracies_and_the_share_of_equal_predictions() -> N
     before, after = Outcome(np.array([0, 1, 2, 2]), targets, 10.0), Outcome(np.array([0, 1, 0, 1]), targets, 20.0)
     assert (before.acc1, after.acc1) == (100, 50)
     assert after.describe(before) == (
-        "top-1 accuracy 50.00% (checkpoint 100.00%), 50.00% of 4 predictions equal, 20.0 images/s (torch 10.0)"
+        "top-1 accuracy 50.00% (checkpoint 100.00%), 50.00% of 4 predictions equal, images/s 20.0 (torch 10.0)"
     )
 
 
