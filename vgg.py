@@ -12,7 +12,6 @@ from itertools import accumulate
 from typing import Callable, Iterator, Match, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 # Convolutions in each of the five stages: columns A, B, D and E of the paper's table 1.
@@ -89,7 +88,7 @@ class VGG(nn.Module):
     def forward_features(self, images: torch.Tensor, layers: Sequence[str]) -> dict[str, torch.Tensor]:
         """Return {name: values} of some layers, by the names of layer_names; nothing after the deepest is computed.
 
-        images: as for `forward`. Maps are (N, C, h, w), fc6, fc7 and logits (N, C). No value is changed in place, so a
+        images: as for `forward`. Maps are (N, C, h, w), fc6, fc7 and logits (N, C). No value is changed later, so a
         loss may use any of them. Raises ValueError if a layer does not exist.
         """
         known = self.layer_names()
@@ -108,26 +107,27 @@ class VGG(nn.Module):
     def _steps(self) -> Iterator[tuple[Callable[[torch.Tensor], torch.Tensor], str]]:
         """Return the functions that `forward` consists of, and the names of their results, empty for most.
 
-        A stage's last ReLU comes before its max-pool here, so that its result exists, and none works in place.
+        A stage's last ReLU comes before its max-pool here, so that its result exists. A ReLU works in place on what
+        has no name: the result of a convolution, batch norm or linear layer.
         """
         stage, position = 1, 0
         for layer in self.features:
             if isinstance(layer, nn.MaxPool2d):
-                yield F.relu, f"relu{stage}_{position}"
+                yield torch.relu_, f"relu{stage}_{position}"
                 yield layer, f"pool{stage}"
                 stage, position = stage + 1, 0
             elif not isinstance(layer, nn.ReLU):
                 position += isinstance(layer, nn.Conv2d)
                 yield layer, ""
             elif position:  # not the one after a max-pool
-                yield F.relu, f"relu{stage}_{position}"
+                yield torch.relu_, f"relu{stage}_{position}"
         if not isinstance(self.classifier, nn.Sequential):  # --head linear
             yield self.classify, "logits"
             return
         yield _flatten_7x7, ""
         names = iter(("fc6", "fc7"))
         for layer in self.classifier[:-1]:
-            yield (F.relu, next(names)) if isinstance(layer, nn.ReLU) else (layer, "")
+            yield (torch.relu_, next(names)) if isinstance(layer, nn.ReLU) else (layer, "")
         yield self.classifier[-1], "logits"
 
 
