@@ -174,7 +174,7 @@ def _add_training(add: Add) -> None:
     add("--accum-steps", **COUNT, default=1, help=f"batches of -b per optimizer step {DEFAULT}")
     add("--lr", "--learning-rate", type=POSITIVE, metavar="RATE", help=f"the highest rate {DEFAULT}")
     schedule = (
-        "of the rate, by step: a cosine to --min-lr, a tenth every --lr-step-size epochs, or a line up for 30% of "
+        "of the rate, by step: a cosine to --min-lr, a tenth every --lr-step-size epochs, or a line up for 30%% of "
         "the epochs and down to --min-lr (default: the cosine, by epoch)"
     )
     add("--lr-schedule", choices=["cosine", "step", "onecycle"], help=schedule)
