@@ -128,12 +128,13 @@ def test_a_run_with_class_weights_and_parts_of_the_network_continues_bit_for_bit
     for output, more in ((whole, []), (parts, ["--stop-step-num", 2]), (parts, ["--auto-resume"])):
         result = run_main(*flags, "--output-dir", output, *more)
         assert result.code == 0, result.err
-    saved = [load(str(output / "checkpoint.pth.tar")) for output in (whole, parts)]
-    assert_same_weights(saved[0]["state_dict"], saved[1]["state_dict"])
-    assert saved[0]["best_by"] == saved[1]["best_by"] and saved[0]["best_by"]["measure"] == "macro_f1"
-    assert f"=> best macro_f1 {saved[0]['best_by']['value']:.3f}: " in result.out
+    whole, parts = (load(str(output / "checkpoint.pth.tar")) for output in (whole, parts))
+    assert_same_weights(whole["state_dict"], parts["state_dict"])
+    assert whole["best_by"] == "macro_f1" and whole["class_weights"] == pytest.approx([1.0] * 3)
+    assert [whole["best_value"], whole["since_best"]] == [parts["best_value"], parts["since_best"]]
+    assert f"=> best macro_f1 {whole['best_value']:.3f}: " in result.out
     before = torch.load(str(frozen[0] / PRETRAINED))
-    for name, tensor in saved[0]["state_dict"].items():
+    for name, tensor in whole["state_dict"].items():
         if "running" in name or (tensor.dim() > 1 and not name.startswith("classifier.6")):
             is_frozen = name.startswith("features") and int(name.split(".")[1]) < 8
             assert torch.equal(tensor, before[name]) == is_frozen, name
