@@ -85,7 +85,8 @@ for words in sys.argv[2:]:
     network = small_vgg(args.arch, 10)
     normalize = device.normalizer((0.5, 0.5, 0.5), (0.2, 0.2, 0.2), amp.input_dtype)
     job = SimpleNamespace(args=args, device=device, amp=amp, comm=SimpleNamespace(rank=0, world_size=1))
-    training = main.build_training(job, network, 10, normalize, None)
+    checkpointer = SimpleNamespace(info=SimpleNamespace(classes=range(10), class_weights=None))
+    training = main.build_training(job, network, normalize, main.Data(None, None, None, 8), checkpointer)
     count = 8 + bool(args.mixup)
     batch = torch.zeros(count, 32, 32, 3, dtype=torch.uint8), torch.arange(count), torch.arange(count)
     for _ in range(2):

@@ -54,7 +54,8 @@ def test_a_step_on_a_gpu_copies_its_batch_there_and_reads_nothing_back(
         normalize = device.normalizer((0.5, 0.5, 0.5), (0.2, 0.2, 0.2), amp.input_dtype)
         comm: Any = SimpleNamespace(rank=0, world_size=1)
         job: Any = SimpleNamespace(args=args, device=device, amp=amp, comm=comm)
-        training = main.build_training(job, network, 10, normalize, None)  # type: ignore[arg-type]
+        checkpointer: Any = SimpleNamespace(info=SimpleNamespace(classes=range(10), class_weights=None))
+        training = main.build_training(job, network, normalize, main.Data(None, None, None, 64), checkpointer)
         batch = torch.zeros(8, 64, 64, 3, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64), torch.arange(8)
         copied.clear()
         for _ in range(3):
