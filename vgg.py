@@ -190,7 +190,7 @@ RENAMED = [
 ]
 # Prefix, layer and parameter.
 LAYER = re.compile(r"(|.*\.)((?:features|classifier)\.\d+\.(?:(?:conv|bn)\.)?\w+|classifier\.(?:weight|bias))")
-MODELZOO = (("classifier.0.", "fc1."), ("classifier.3.", "fc2."), ("classifier.6.", "fc3."))
+MODELZOO = {"classifier.0.": "fc1.", "classifier.3.": "fc2.", "classifier.6.": "fc3."}
 # What lies beside a network and does not change its output.
 HARMLESS = re.compile(r"(?<![^._])(?:loss|losses|criterion|metrics?|acc|accuracy|optim|optimizer|n_averaged)(?![a-z])")
 
@@ -213,8 +213,7 @@ def to_torchvision_names(state_dict: dict[str, torch.Tensor]) -> dict[str, torch
 
 def to_modelzoo_names(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return a state dict, under torchvision's names, as ModelZoo's VGG16 saves it on several devices."""
-    names = dict(MODELZOO)
-    return {f"module.{names.get(name[:13], name[:13])}{name[13:]}": value for name, value in state_dict.items()}
+    return {f"module.{MODELZOO.get(name[:13], name[:13])}{name[13:]}": value for name, value in state_dict.items()}
 
 
 def _equal(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
