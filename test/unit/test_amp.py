@@ -192,6 +192,9 @@ def test_an_optimizer_state_of_another_model_is_refused() -> None:
         built.optimizer.load_optimizer_state_dict(state)
 
 
+NO_DATA: Any = main.Data(None, None, None, 0), SimpleNamespace(info=SimpleNamespace(classes=[], class_weights=None))
+
+
 # --- weight decay -----------------------------------------------------------------------------------------------------
 
 
@@ -201,7 +204,7 @@ def test_biases_and_batch_norm_can_be_left_out_of_weight_decay(no_bias_decay: bo
     job: Any = SimpleNamespace(device=ComputeDevice("cpu"), comm=SimpleNamespace(world_size=1))
     job.amp, job.args = Amp(job.device), parse_args(["--lr", "0.1", "--wd", "0.5"])
     job.args.no_bias_decay = no_bias_decay
-    optimizer: Any = main.build_training(job, net, 4, None, None).optimizer
+    optimizer: Any = main.build_training(job, net, None, *NO_DATA).optimizer
     for parameter in net.parameters():
         parameter.data.fill_(1.0)
         parameter.grad = torch.zeros_like(parameter)
@@ -223,7 +226,7 @@ def test_the_features_can_have_a_learning_rate_of_their_own() -> None:
     words = ["--lr", "0.1", "--momentum", "0", "--wd", "0.5", "--features-lr", "0.1", "--no-bias-decay"]
     job.amp, job.args = Amp(job.device), parse_args(words)
     job.args.clip_grad_norm = None
-    optimizer: Any = main.build_training(job, net, 3, None, None).optimizer
+    optimizer: Any = main.build_training(job, net, None, *NO_DATA).optimizer
     optimizer.set_lr(0.2)
     for parameter in net.parameters():
         parameter.data.fill_(1.0)

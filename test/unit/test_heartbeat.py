@@ -51,11 +51,12 @@ def job(monkeypatch):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_an_error_is_local_as_soon_as_all_others_have_beaten_once_more(job, rank):
+def test_an_error_is_local_as_soon_as_all_others_have_beaten_once_more(job, rank, monkeypatch):
+    monkeypatch.setattr(Heartbeat, "PATIENCE_IN_DOUBT", 15)  # it does not wait for so long, however slow the machine
     time.sleep(0.5)
     begin = time.monotonic()
     job.beats[rank].await_verdict()
-    assert time.monotonic() - begin < 1.4 and job.ended == []
+    assert time.monotonic() - begin < 10 and job.ended == []
     job.beats[rank].announce_failure()
     assert job.store.add("missing", 0) == rank + 1
 
