@@ -144,3 +144,17 @@ def test_each_flag_that_is_given_counts(tmp_path, given, small):
     ] == small
     flag = str(given[0]) if given[0] != "-b" else "--batch-size"
     assert not small or f"{flag} " not in result.out.partition("few images")[2].splitlines()[0]
+
+
+# --- learning ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [[], TWO])
+def test_a_run_that_does_not_learn_says_so_once(tmp_path, processes):
+    """A learning rate that is far too low: after 200 steps and two epochs, and not again."""
+    write_cifar(tmp_path / "data", binary=True, count=40)
+    flags = ["--arch", "vgg11", "-b", 2, "--lr", 1e-9, "--epochs", 4, "-p", 100, "--output-dir", tmp_path, *processes]
+    result = run_main(tmp_path / "data", *flags)
+    assert result.code == 0, result.err
+    (line,) = [line for line in result.err.splitlines() if "does not learn" in line]
+    assert "--pretrained imagenet" in line and "--lr" in line
