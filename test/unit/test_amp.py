@@ -192,7 +192,8 @@ def test_an_optimizer_state_of_another_model_is_refused() -> None:
         built.optimizer.load_optimizer_state_dict(state)
 
 
-NO_DATA: Any = main.Data(None, None, None, 0), SimpleNamespace(info=SimpleNamespace(classes=[], class_weights=None))
+NO_CLASSES = SimpleNamespace(info=SimpleNamespace(classes=[], class_weights=None))
+NO_DATA: Any = (main.Data(None, None, None, 0), NO_CLASSES)
 
 
 # --- weight decay -----------------------------------------------------------------------------------------------------
