@@ -42,8 +42,10 @@ class VGG(nn.Module):
         super().__init__()
         self.arch, self.head = arch, head
         self.features = _features(DEPTHS[arch.replace("_bn", "")], widths, batch_norm=arch.endswith("_bn"))
-        self.classifier: nn.Module = nn.Linear(widths[-1], num_classes)
-        if head == "paper":
+        self.classifier: nn.Module
+        if head == "linear":
+            self.classifier = nn.Linear(widths[-1], num_classes)
+        else:
             self.classifier = nn.Sequential(
                 nn.Linear(widths[-1] * 7 * 7, hidden),
                 nn.ReLU(inplace=True),

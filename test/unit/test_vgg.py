@@ -493,3 +493,19 @@ def test_the_first_blocks_end_at_the_pools_of_torchvision(arch: str, ends: list[
     network.train().first_blocks(2).eval()
     states = [layer.training for layer in network.features]
     assert not any(states[: ends[1] - 1]) and all(states[ends[1] :])
+
+
+@pytest.mark.parametrize("head", ["paper", "linear"])
+def test_a_seed_gives_the_weights_of_the_layers_alone(head: str) -> None:
+    """Nothing else is drawn while a network is built: the trainings of a seed stay the same."""
+    torch.manual_seed(1)
+    network = vgg.VGG("vgg11", 10, (8, 8, 16, 16, 16), 32, head)
+    drawn = torch.get_rng_state()
+    torch.manual_seed(1)
+    same = torch.nn.Module()
+    same.features = vgg._features(vgg.DEPTHS["vgg11"], (8, 8, 16, 16, 16), batch_norm=False)
+    sizes = [(16, 10)] if head == "linear" else [(784, 32), (32, 32), (32, 10)]
+    same.classifier = torch.nn.ModuleList([torch.nn.Linear(*size) for size in sizes])
+    same.apply(vgg._initialize)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert all(torch.equal(*pair) for pair in zip(network.state_dict().values(), same.state_dict().values()))
