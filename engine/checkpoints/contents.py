@@ -216,11 +216,11 @@ def load_weights(network: vgg.VGG, weights: dict[str, torch.Tensor], path: str) 
     problem = vgg.describe_mismatch(weights, network)
     if problem:
         own = network.state_dict()
-        found, wanted = vgg.architecture_of(weights), vgg.architecture_of(own)
+        found, wanted, head = vgg.architecture_of(weights), vgg.architecture_of(own), vgg.head_of(weights)
         advice = "check --arch and the number of classes"
         if found != wanted:
             advice = f"it holds {found or vgg.describe_weights(weights)}, not {wanted}"
-        elif vgg.head_of(weights) != vgg.head_of(own):
-            advice = f"it has the {vgg.head_of(weights)} head: use --head {vgg.head_of(weights)}"
+        elif head != vgg.head_of(own):
+            advice = f"it has the {head} head: use --head {head}"
         raise UsageError(f"{path}: {problem}; {advice}")
     network.load_state_dict(weights, strict=False)

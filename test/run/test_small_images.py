@@ -70,6 +70,20 @@ def test_pretrained_weights_start_either_head(linear, folder, tmp_path, head):
     assert torch.equal(before[kernel], after[kernel])
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("arch, size", [("vgg13_bn", 33), ("vgg19", 75), ("vgg11_bn", 224)])
+def test_the_linear_head_trains_and_exports_at_any_size(tmp_path, arch, size):
+    """CIFAR-100, which is enlarged."""
+    pytest.importorskip("onnxruntime")
+    write_cifar(tmp_path / "数 据" / "cifar-100-binary", binary=True, count=16, classes=100)
+    flags = ["--arch", arch, "--image-size", size, "--head", "linear", "-b", 8, "--epochs", 1, "--lr", 0.01]
+    result = run_main(tmp_path / "数 据", *flags, "--output-dir", tmp_path)
+    assert result.code == 0, result.err
+    checkpoint = ["--checkpoint", tmp_path / "checkpoint.pth.tar"]
+    exported = run_script("export.py", *checkpoint, "--output", tmp_path / "x.onnx")
+    assert exported.code == 0 and (tmp_path / "x.onnx").exists(), exported.err
+
+
 # --- schedules --------------------------------------------------------------------------------------------------------
 
 
