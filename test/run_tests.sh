@@ -80,7 +80,7 @@ run_tests() { # python, arguments of pytest
     for part in "${parts[@]}"; do
         begin=$SECONDS status=0
         # Two tests at a time, each on half of the cores (conftest.py): a test is mostly one thread that imports torch.
-        "$1" -m pytest -q -rfEs -n 2 --dist worksteal ${part:+"$part"} "${@:2}" 2>&1 | tee "$log" || status=$?
+        "$1" -m pytest -q -rfEs -n 2 --dist worksteal --timeout 400 ${part:+"$part"} "${@:2}" 2>&1 | tee "$log" || status=$?
         if [ "$status" = 5 ]; then status=0; fi # no test was selected
         if [ "$status" != 0 ]; then code=1; fi
         mapfile -t -O "${#failed[@]}" failed < <(grep -E '^(FAILED|ERROR) ' "$log" | sed "s/\$/  ($name)/" || true)
@@ -105,7 +105,7 @@ for versions in '1.8 3.8' '1.5 3.7'; do
         echo "=> installing ${torch_version}_requirements.txt into $venv"
         "$found" -m venv "$venv"
     fi
-    pip_install "$venv/bin/python" -r "${torch_version}_requirements.txt" pytest pytest-xdist
+    pip_install "$venv/bin/python" -r "${torch_version}_requirements.txt" pytest pytest-xdist pytest-timeout
     run_tests "$venv/bin/python" "$@"
 done
 

@@ -91,7 +91,11 @@ def read_batches(loader: Iterable[Any]) -> Iterator[Any]:
     # torch raises out of this signal, at any point of the main thread. It also looks while it waits for a batch.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     _started.extend(child for child in multiprocessing.active_children() if child not in before)
-    return _raise_errors(batches)
+    reader = _raise_errors(batches)
+    try:
+        return reader
+    finally:  # signal.signal of Python 3.7 leaves this frame in a cycle: torch 1.5 hangs if its collection ends workers
+        del batches, reader
 
 
 def _raise_errors(batches: Iterator[Any]) -> Iterator[Any]:
@@ -110,16 +114,32 @@ def _raise_errors(batches: Iterator[Any]) -> Iterator[Any]:
                 raise worker_error(error, *codes) from error
             raise
         if isinstance(batch, UserError):
-            raise batch
+            try:
+                raise batch
+            finally:
+                del batch  # else error and frame are a cycle, too
         if isinstance(batch[0], WholeImages):
             batch = (batch[0].by_size(), *batch[1:])
         yield batch
 
 
 def _lacks_descriptors(error: BaseException) -> bool:
-    """Whether an error comes from `ulimit -n`. Only its text says so if torch raises it, or if it is a lost message."""
-    texts = ("Too many open files", "items of ancdata")
-    return getattr(error, "errno", None) in NO_DESCRIPTOR or any(text in str(error) for text in texts)
+    """Whether an error comes from `ulimit -n`. Only its text says so if torch raises it, or if it is a lost message.
+
+    torch 1.5 does not say why it cannot open shared memory: then the descriptors in use decide.
+    """
+    text = str(error)
+    if text.startswith("unable to open shared memory object") and text.endswith("in read-write mode"):
+        return _few_descriptors_left()
+    return getattr(error, "errno", None) in NO_DESCRIPTOR or "Too many open files" in text or "items of ancdata" in text
+
+
+def _few_descriptors_left() -> bool:
+    """Whether this process is near its limit; a thread may have closed some since an error."""
+    try:
+        return len(os.listdir("/dev/fd")) + 4 > resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    except OSError as error:  # listing them takes one
+        return error.errno in NO_DESCRIPTOR
 
 
 def worker_error(error: Exception, *codes: int) -> LoaderWorkerError:
