@@ -26,6 +26,7 @@ DEFAULTS = {
     "weight_decay": 1e-4,
     "label_smoothing": 0.0,
     "clip_grad_norm": None,
+    "ema_decay": 0.0,
     "eval_freq": 1,
 }
 # 1,438 images are too few for those.
@@ -42,6 +43,7 @@ SMALL = {
     "weight_decay": 5e-4,
     "label_smoothing": 0.1,
     "clip_grad_norm": 2.0,
+    "ema_decay": 0.995,
 }
 DEFAULT = "(default: %(default)s)"
 DEVICES = ["auto", "npu", "gpu", "cuda", "mps", "cpu"]
@@ -188,7 +190,7 @@ def _add_training(add: Add) -> None:
     add("--class-weights", type=class_weights, metavar="auto|FILE", help=weights)
     add("--clip-grad-norm", type=POSITIVE, metavar="NORM", help="of all gradients together (default: no limit)")
     ema = "keep an EMA of the weights, such as 0.9999, and validate it (default: off)"
-    add("--ema-decay", type=number(float, 0, below=1), metavar="DECAY", default=0.0, help=ema)
+    add("--ema-decay", type=number(float, 0, below=1), metavar="DECAY", help=ema)
     add("--seed", type=number(int, 0, 2**32 - 1), default=49, help=DEFAULT)
     add("--stop-step-num", **COUNT, help="end cleanly after N steps in all")
     add("--no-bias-decay", **SWITCH, help="no weight decay for biases and batch norm (default: for all)")

@@ -40,6 +40,7 @@ def test_what_is_trained_on_chooses_the_defaults(tmp_path: Any) -> None:
 
 CHOICES = {"arch": ["vgg11", "vgg19_bn"], "head": ["linear", "paper"], "lr_schedule": ["step", "cosine"]}
 CHOICES["label_smoothing"] = [0.5, 1]
+CHOICES["ema_decay"] = [0.5, 0.9]
 
 
 @pytest.mark.parametrize("name, value", [(name, value) for name in DEFAULTS for value in CHOICES.get(name, [3, 7])])
