@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Training images per second from JPEGs: ours, ours after tools/shrink.py, torchvision's, and DALI's if installed.
+"""Training images per second from JPEGs: ours, ours after tools/shrink.py, torchvision's; timm's, DALI's if installed.
 
     python bench/loader.py                                # generated 500×375 images, one core
     python bench/loader.py --width 2000 --height 1500 --count 24
@@ -85,14 +85,22 @@ def torchvision_dataset(root: str) -> Any:
     )
 
 
-def dali_pipeline(root: str, batch: int) -> Any:
+def timm_loader(root: str, batch_size: int, workers: int) -> Any:
+    """The loader of timm's train.py on a CPU, with crop and flip alone."""
+    from timm.data import ImageDataset, create_loader
+
+    options: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0, "use_prefetcher": False}
+    return create_loader(ImageDataset(root), (3, SIZE, SIZE), batch_size, is_training=True, color_jitter=0, **options)
+
+
+def dali_pipeline(root: str, batch: int, threads: int) -> Any:
     """DALI's CPU pipeline as in its ImageNet example: fused decode and crop, resize, mirror, normalize."""
     from nvidia.dali import fn, pipeline_def, types
 
     # Nothing ahead of time: DALI would work in its own threads while another contestant's clock runs.
     @pipeline_def(
         batch_size=batch,
-        num_threads=1,
+        num_threads=threads,
         device_id=None,
         exec_dynamic=False,
         exec_async=False,
@@ -116,6 +124,16 @@ def dali_pipeline(root: str, batch: int) -> Any:
     return built
 
 
+def add_installed(contestants: Contestants, build: dict[str, Callable[[], Callable[[int], Any]]]) -> Contestants:
+    """Add what `build` makes by name, except where its package is not installed."""
+    for name, make in build.items():
+        try:
+            contestants[name] = make()
+        except ImportError:
+            print(f"{name} is not installed: left out")
+    return contestants
+
+
 def one_core(root: str, count: int) -> Contestants:
     """Datasets alone, in this process."""
     stock, ours = torchvision_dataset(root), ImageBatches(FileList.find([root]), Augmentation(SIZE))
@@ -127,12 +145,16 @@ def one_core(root: str, count: int) -> Contestants:
         "ours": lambda turn: ours[turn, indices],
         "ours, shrunk to 320": lambda turn: shrunk[turn, indices],
     }
-    try:
-        dali = dali_pipeline(root, count)
-        contestants["DALI"] = lambda turn: dali.run()
-    except ImportError:
-        print("nvidia-dali is not installed: left out")
-    return contestants
+
+    def timm() -> Callable[[int], Any]:
+        dataset = timm_loader(root, 1, 0).dataset
+        return lambda turn: [dataset[index] for index in indices]
+
+    def dali() -> Callable[[int], Any]:
+        pipeline = dali_pipeline(root, count, 1)
+        return lambda turn: pipeline.run()
+
+    return add_installed(contestants, {"timm": timm, "DALI": dali})
 
 
 def each_augmentation(root: str, count: int) -> Contestants:
@@ -163,7 +185,20 @@ def end_to_end(root: str, batch_size: int, workers: int) -> Contestants:
     sampler = ResumableBatchSampler(len(dataset), batch_size, rank=0, world_size=1, shuffle=True)
     batches: Any = ImageBatches(dataset, Augmentation(SIZE))
     ours = DataLoader(batches, batch_size=None, sampler=sampler, **worker_options(workers))  # type: ignore[arg-type]
-    return {"torchvision": lambda turn: sum(1 for _ in stock), "ours": lambda turn: sum(1 for _ in read_batches(ours))}
+    contestants: Contestants = {
+        "torchvision": lambda turn: sum(1 for _ in stock),
+        "ours": lambda turn: sum(1 for _ in read_batches(ours)),
+    }
+
+    def timm() -> Callable[[int], Any]:
+        loader = timm_loader(root, batch_size, workers)
+        return lambda turn: sum(1 for _ in loader)
+
+    def dali() -> Callable[[int], Any]:
+        pipeline = dali_pipeline(root, batch_size, workers)
+        return lambda turn: [pipeline.run() for _ in range(len(dataset) // batch_size)]
+
+    return add_installed(contestants, {"timm": timm, "DALI": dali})
 
 
 def parse_args() -> argparse.Namespace:
