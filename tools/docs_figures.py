@@ -1,16 +1,24 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Make the figures of the documentation from the output of test/quickstart.sh.
+"""Make the figures of the documentation.
 
-    python tools/docs_figures.py test/output/quickstart docs
+    python tools/docs_figures.py quickstart test/output/quickstart docs
 
-Writes quickstart.png (its curves, and its predictions for validation digits, errors in red), heatmap.png (predict.py
---heatmap) and, if a Chromium is installed, report.png (a screenshot of its evaluation page).
+draws quickstart.png from the output of test/quickstart.sh: its curves, and its predictions for validation digits,
+errors in red.
+
+    pip download --no-deps scikit-image==0.26.0
+    unzip scikit_image-*.whl "skimage/data/*"
+    python tools/docs_figures.py photos skimage/data docs
+
+trains on crops of ten images (data/README.md), for two minutes of one CPU core. It writes heatmap.png (predict.py
+--heatmap) and, if a Chromium is installed, report.png (a screenshot of the evaluation page).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -21,13 +29,29 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from engine.checkpoints import load_model
 from engine.data.datasets import read_digits
 
-import predict
-
 import numpy as np
 import torch
 from PIL import Image
 
+REPOSITORY = sys.path[0]
 ROWS, COLUMNS = 4, 8
+PHOTOS = {  # class: file of scikit-image 0.26.0; data/README.md has the credits
+    "astronaut": "astronaut.png",
+    "bricks": "brick.png",
+    "camera": "camera.png",
+    "cat": "chelsea.png",
+    "coffee": "coffee.png",
+    "galaxies": "hubble_deep_field.jpg",
+    "grass": "grass.png",
+    "gravel": "gravel.png",
+    "retina": "retina.jpg",
+    "rocket": "rocket.jpg",
+}
+COMMANDS = [
+    "main.py photos --amp --image-size 96 -b 16 --epochs 6 --crop-scale 0.5 1 --output-dir run",
+    "main.py photos -e --resume run/model_best.pth.tar --report page --output-dir run",
+    "predict.py camera.png cat.png coffee.png --checkpoint run/model_best.pth.tar --heatmap heatmap.png",
+]
 BLUE, ORANGE, RED = "#3b82c4", "#d0651f", "#be2d5f"  # training, validation, wrong: as in curves.png and on the page
 
 
@@ -77,16 +101,36 @@ def draw_quickstart(folder: str, path: str) -> None:
     figure.savefig(path, dpi=110)
 
 
-def draw_heatmap(folder: str, path: str) -> None:
-    """Draw the heatmaps of three validation digits."""
-    dataset = read_digits(training=False)
+def write_crops(source: str, folder: str) -> None:
+    """Write square crops of each image: of its lower right for validation, of the rest for training."""
+    generator = random.Random(0)
+    for name, file in PHOTOS.items():
+        photo = Image.open(os.path.join(source, file)).convert("RGB")
+        width, height = photo.size
+        x, y = width * 2 // 5, height * 3 // 5
+        training, validation = [(0, 0, width, y), (0, 0, x, height)], [(x, y, width, height)]
+        for part, areas, count in (("train", training, 40), ("val", validation, 10)):
+            os.makedirs(os.path.join(folder, part, name))
+            for number in range(count):
+                left, top, right, bottom = areas[number % len(areas)]
+                side = round(generator.uniform(0.6, 1) * min(right - left, bottom - top))
+                left, top = generator.randint(left, right - side), generator.randint(top, bottom - side)
+                crop = photo.crop((left, top, left + side, top + side)).resize((128, 128), Image.Resampling.LANCZOS)
+                crop.save(os.path.join(folder, part, name, f"{number:02}.png"))
+
+
+def draw_photos(source: str, folder: str) -> None:
+    """Train on the crops. Draw the evaluation page, and the heatmaps of three photographs."""
+    folder = os.path.abspath(folder)
     with tempfile.TemporaryDirectory() as scratch:
-        files = []
-        for index in (0, 3, 8):
-            files.append(os.path.join(scratch, f"digit {dataset.labels[index]}.png"))
-            Image.fromarray(dataset.images[index]).save(files[-1])
-        checkpoint = os.path.join(folder, "model_best.pth.tar")
-        predict.main([*files, "--checkpoint", checkpoint, "--heatmap", path, "--device", "cpu"])
+        write_crops(source, os.path.join(scratch, "photos"))
+        for name, file in PHOTOS.items():
+            Image.open(os.path.join(source, file)).save(os.path.join(scratch, f"{name}.png"))
+        for command in COMMANDS:
+            program, *flags = command.split()
+            subprocess.run([sys.executable, os.path.join(REPOSITORY, program), *flags], cwd=scratch, check=True)
+        shutil.copy(os.path.join(scratch, "heatmap.png"), folder)
+        capture_page(scratch, os.path.join(folder, "report.png"))
 
 
 def capture_page(folder: str, path: str) -> None:
@@ -95,25 +139,30 @@ def capture_page(folder: str, path: str) -> None:
     if browser is None:
         print(f"{path}: not made, no Chromium is installed")
         return
-    options = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --hide-scrollbars"
+    options = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync --hide-scrollbars"
+    )
     with tempfile.TemporaryDirectory() as profile:
         subprocess.run(
             [
                 browser,
                 *options.split(),
                 f"--user-data-dir={profile}",
-                "--window-size=1100,1500",
+                "--window-size=1100,1430",
                 f"--screenshot={os.path.abspath(path)}",
                 f"file://{os.path.abspath(folder)}/page/index.html",
             ],
             check=True,
             stderr=subprocess.DEVNULL,
         )
+    Image.open(path).convert("RGB").quantize(kmeans=3).save(path)  # 256 colors, for a small file
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) != 4 or sys.argv[1] not in ("quickstart", "photos"):
         sys.exit(__doc__)
-    draw_quickstart(sys.argv[1], os.path.join(sys.argv[2], "quickstart.png"))
-    draw_heatmap(sys.argv[1], os.path.join(sys.argv[2], "heatmap.png"))
-    capture_page(sys.argv[1], os.path.join(sys.argv[2], "report.png"))
+    if sys.argv[1] == "quickstart":
+        draw_quickstart(sys.argv[2], os.path.join(sys.argv[3], "quickstart.png"))
+    else:
+        draw_photos(sys.argv[2], sys.argv[3])
