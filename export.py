@@ -42,7 +42,9 @@ OPSET = 11  # the oldest that can express the network; Ascend's atc and every cu
 INT8_OPSET = 13  # the oldest with a scale per channel
 CALIBRATION_IMAGES = 256  # training images, from which the ranges of all activations are taken
 BATCH = 8
-ONNX = ["onnx", "onnxruntime", "onnxruntime.transformers.onnx_model"]
+ONNX = ["onnx", "onnxruntime"]
+FP16_ONNX = ["onnxruntime.transformers.onnx_model"]
+INT8_ONNX = ["onnx.version_converter", "onnxruntime.quantization"]
 PTH = (".pth.tar", ".pth")
 Predict = Callable[[torch.Tensor], torch.Tensor]  # (N, S, S, 3) uint8 to logits (N, classes)
 
@@ -94,8 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the file and verify it. Raises UsageError, CheckpointError, DataError, ExportMismatchError."""
     args = parse_args(argv)
     is_onnx, fp16 = args.output.endswith(".onnx"), args.dtype == "fp16"
-    needed = ONNX + ["onnxruntime.quantization"] * bool(args.quantize) if is_onnx else []
-    import_modules(*needed, *["safetensors"] * args.output.endswith(".safetensors"))
+    needed = INT8_ONNX if args.quantize else FP16_ONNX if fp16 else []
+    import_modules(*(ONNX + needed if is_onnx else []), *["safetensors"] * args.output.endswith(".safetensors"))
     source = load_model(args.checkpoint, args.classes)
     network, preprocessing = source.network.requires_grad_(False), source.preprocessing
     if args.reference_names and network.head != "paper":
@@ -159,6 +161,10 @@ def import_modules(*names: str) -> list[Any]:
     try:
         return [importlib.import_module(name) for name in names]
     except ImportError as error:
+        if error.name == "transformers":  # onnxruntime imported it beside its converter once, for tools of its own
+            version = importlib.import_module("onnxruntime").__version__
+            hint = "use Python 3.8 or later and a newer one, or write a .pth.tar file"
+            raise UsageError(f"--dtype fp16: onnxruntime {version} is too old: {hint}") from error
         needed = ["onnx", "onnxruntime"] if names[0] in ONNX else []
         needed += [name for name in [error.name or names[0]] if name not in needed]
         raise UsageError(f"{needed[-1]} is not installed: pip install {' '.join(needed)}") from error
@@ -172,8 +178,6 @@ class FromBytes(torch.nn.Module):
 
     normalized: images are normalized outside; (N, 3, S, S) to logits, as in ModelZoo's pthtar2onnx.py.
     """
-
-    opset: int | None = None  # OPSET
 
     def __init__(
         self, network: torch.nn.Module, mean: Sequence[float], std: Sequence[float], normalized: bool = False
@@ -223,11 +227,10 @@ def export_onnx(
 
     calibration: batches of (N, S, S, 3) uint8 images for int8, else None.
     """
-    onnx, onnxruntime, onnx_model = import_modules(*ONNX)
+    onnx, onnxruntime = import_modules(*ONNX)
     rectify_first(source.network)
     size = source.preprocessing.image_size
     images = torch.randint(0, 256, (5, size, size, 3), generator=torch.Generator().manual_seed(0)).byte()
-    model.opset = INT8_OPSET if calibration else None
     trace(model, model.prepare(images[: 1 if model.normalized else 2]), path)
     if calibration:
         quantize(path, model, calibration)
@@ -235,7 +238,7 @@ def export_onnx(
     if fp16 and calibration:
         console.line("=> --dtype fp16 changes nothing beside --quantize int8: all weights have 8 bits")
     elif fp16:
-        converter = onnx_model.OnnxModel(content)
+        converter = import_modules(*FP16_ONNX)[0].OnnxModel(content)
         converter.convert_float_to_float16(use_symbolic_shape_infer=False)
         converter.topological_sort()
         content = converter.model
@@ -283,27 +286,32 @@ def trace(model: Any, example: torch.Tensor, path: str) -> None:
             path,
             input_names=model.names[:1],
             output_names=model.names[1:],
-            opset_version=model.opset or OPSET,
+            opset_version=OPSET,
             **options,
         )
 
 
 def quantize(path: str, model: FromBytes, calibration: Iterator[torch.Tensor]) -> None:
     """Quantize an ONNX file to int8, statically, each output channel of a weight with its own scale."""
-    (quantization,) = import_modules("onnxruntime.quantization")
+    onnx, version_converter, quantization = import_modules("onnx", *INT8_ONNX)
 
     class Reader(quantization.CalibrationDataReader):  # type: ignore[name-defined, misc]
         def get_next(self) -> dict[str, np.ndarray] | None:
             images = next(calibration, None)
             return None if images is None else {model.names[0]: model.prepare(images).numpy()}
 
+    # torch 1.5 itself writes no later opset than 12.
+    content = version_converter.convert_version(onnx.load(path), INT8_OPSET)
+    softmax = [node.name for node in content.graph.node if node.op_type == "Softmax"]
+    onnx.save(content, path)
     quantization.quant_pre_process(path, path, skip_symbolic_shape=True)
     quantization.quantize_static(
         path,
         path,
         Reader(),
         per_channel=True,
-        op_types_to_quantize=["Conv", "Relu", "MaxPool", "Gemm"],
+        op_types_to_quantize=["Conv", "Relu", "MaxPool", "Gemm", "Softmax"],
+        nodes_to_exclude=softmax,  # it is named, because onnxruntime 1.19 sets its range, which must be there
         extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm"]},  # logits of 8 bits would often be equal
     )
 

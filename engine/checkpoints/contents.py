@@ -181,12 +181,13 @@ def _load_safetensors(path: str) -> dict[str, Any]:
     except ImportError as error:
         raise CheckpointError(f"{path}: reading it requires safetensors: pip install safetensors") from error
     try:
-        with safe_open(path, framework="pt") as file:
+        # With torch before 1.10 it gives NumPy's arrays only.
+        with safe_open(path, framework="pt" if hasattr(torch, "frombuffer") else "np") as file:
             metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+            weights = {name: torch.as_tensor(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118  not a dict
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or first_line(error)}") from error
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: corrupt, or not a safetensors file ({first_line(error)})") from error
     content: dict[str, Any] = {"state_dict": weights}
     for key in INFO:
@@ -200,10 +201,10 @@ def save_safetensors(state_dict: dict[str, torch.Tensor], path: str, **info: Any
 
     Requires the package safetensors. Raises OSError.
     """
-    from safetensors.torch import save
+    from safetensors.numpy import save  # that of safetensors.torch requires torch 1.13
 
     metadata = {"format": "pt", **{key: json.dumps(value) for key, value in info.items()}}
-    content = save({name: tensor.contiguous() for name, tensor in state_dict.items()}, metadata)
+    content = save({name: tensor.contiguous().numpy() for name, tensor in state_dict.items()}, metadata)
     with open(path, "wb") as file:
         file.write(content)
 
