@@ -106,13 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     batch_size, before, calibration = 1 if args.layout == "nchw" else BATCH, None, None
     with new_file(args.output) as temporary:
         if args.calibrate:
-            train, val = open_images(
-                args.calibrate,
-                source.classes,
-                source.val_split,
-                renamed=bool(args.classes),
-                training=bool(args.quantize),
-            )
+            options = {"renamed": bool(args.classes), "training": bool(args.quantize)}
+            train, val = open_images(args.calibrate, source.classes, source.val_split, **options)
         classifier = factorize(network, args.svd_rank) if args.svd_rank else network.classifier
         if args.calibrate:
             before = classify(val, preprocessing, model.predict, batch_size)
@@ -162,9 +157,8 @@ def import_modules(*names: str) -> list[Any]:
         return [importlib.import_module(name) for name in names]
     except ImportError as error:
         if error.name == "transformers":  # onnxruntime imported it beside its converter once, for tools of its own
-            version = importlib.import_module("onnxruntime").__version__
-            hint = "use Python 3.8 or later and a newer one, or write a .pth.tar file"
-            raise UsageError(f"--dtype fp16: onnxruntime {version} is too old: {hint}") from error
+            advice = "use Python 3.8 or later and a newer one, or write a .pth.tar file"
+            raise UsageError(f"--dtype fp16: this onnxruntime is too old: {advice}") from error
         needed = ["onnx", "onnxruntime"] if names[0] in ONNX else []
         needed += [name for name in [error.name or names[0]] if name not in needed]
         raise UsageError(f"{needed[-1]} is not installed: pip install {' '.join(needed)}") from error
@@ -300,8 +294,7 @@ def quantize(path: str, model: FromBytes, calibration: Iterator[torch.Tensor]) -
             images = next(calibration, None)
             return None if images is None else {model.names[0]: model.prepare(images).numpy()}
 
-    # torch 1.5 itself writes no later opset than 12.
-    content = version_converter.convert_version(onnx.load(path), INT8_OPSET)
+    content = version_converter.convert_version(onnx.load(path), INT8_OPSET)  # torch 1.5 writes no opset above 12
     softmax = [node.name for node in content.graph.node if node.op_type == "Softmax"]
     onnx.save(content, path)
     quantization.quant_pre_process(path, path, skip_symbolic_shape=True)
@@ -354,4 +347,4 @@ def export_weights(
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, main_flags=False)

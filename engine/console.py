@@ -173,15 +173,18 @@ def escape_unprintable() -> None:
             stream.reconfigure(errors="escape")  # type: ignore[attr-defined]
 
 
-def run_script(main: Callable[[], int]) -> NoReturn:
-    """Run a script's `main` and exit with the code it returns; show a UserError as one line, and Ctrl-C as nothing."""
+def run_script(main: Callable[[], int], *, main_flags: bool = True) -> NoReturn:
+    """Run a script's `main` and exit with the code it returns; show a UserError as one line, and Ctrl-C as nothing.
+
+    main_flags: whether the script has the flags of main.py, which a UserError may advise.
+    """
     escape_unprintable()
     # A background job of a script, or one under nohup, inherits SIGINT ignored. It must stop on SIGINT like any other.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code = main()
     except UserError as failure:
-        error(str(failure))
+        error(str(failure) if main_flags else failure.args[0])
         # Inside the handler: letting go of the traceback would shut down DataLoader workers that may hang.
         exit_process(failure.exit_code)
     except KeyboardInterrupt:

@@ -12,9 +12,15 @@ EXIT_STOPPED = 75  # stopped by a signal: everything is saved, run again with --
 
 
 class UserError(Exception):
-    """An error that is shown as one line, without a traceback. The text says what is wrong and what to do."""
+    """An error that is shown as one line, without a traceback. The text says what is wrong and what to do.
+
+    A second text, the end of the first, names flags of main.py: other scripts do not show it.
+    """
 
     exit_code = EXIT_USAGE
+
+    def __str__(self) -> str:
+        return "".join(self.args)
 
 
 class UsageError(UserError):

@@ -223,5 +223,5 @@ def load_weights(network: vgg.VGG, weights: dict[str, torch.Tensor], path: str) 
             advice = f"it holds {found or vgg.describe_weights(weights)}, not {wanted}"
         elif head != vgg.head_of(own):
             advice = f"it has the {head} head: use --head {head}"
-        raise UsageError(f"{path}: {problem}; {advice}")
+        raise UsageError(f"{path}: {problem}", f"; {advice}")
     network.load_state_dict(weights, strict=False)

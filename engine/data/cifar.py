@@ -65,7 +65,7 @@ def find_cifar(root: str) -> tuple[Cifar, str, bool] | None:
                 if all(os.path.isfile(os.path.join(folder, name)) for name in files):
                     found[cifar.title] = cifar, folder, binary
     if len(found) > 1:
-        folders = " or ".join(f"--data {printable(folder)}" for _, folder, _ in found.values())
+        folders = " or ".join(printable(folder) for _, folder, _ in found.values())
         raise DataError(f"{printable(root)}: CIFAR-10 and CIFAR-100 are in it: use {folders}")
     return next(iter(found.values()), None)
 

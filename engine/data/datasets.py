@@ -150,7 +150,7 @@ def image_error(dataset: ImageDataset | FileList, index: int, error: Exception) 
     """Return what to raise for an error of reading an image. It names the file."""
     hint = "; --bad-images skip leaves such files out" if isinstance(dataset, ImageFolder) else ""
     name = printable(dataset.name(index))
-    return ImageError(f"{name}: cannot be read as an image ({reason_of(error)}){hint}")
+    return ImageError(f"{name}: cannot be read as an image ({reason_of(error)})", hint)
 
 
 def open_datasets(
@@ -191,12 +191,12 @@ def open_datasets(
             names = (f"{os.path.basename(path)}/" for path in (train, val))
             check_same_classes(training.classes, validation.classes, *names)
     elif train is not None:
-        rename = f"to validate on {printable(test)}, rename it to val; " if test else ""
-        raise DataError(
-            f"{name}: no val/ in it; {rename}to split train/, use --data {printable(train)} --val-split 0.1"
-        )
+        rename = f"; to validate on {printable(test)}, rename it to val" if test else ""
+        split = f"; to split train/, use --data {printable(train)} --val-split 0.1"
+        raise DataError(f"{name}: no val/ in it{rename}", split)
     elif share is None:
-        raise DataError(f"{name}: no train/ and val/ in it{advice_of(root)}")
+        where, split = advice_of(root)
+        raise DataError(f"{name}: no train/ and val/ in it{where}", split)
     else:
         training, validation = split_by_name(open_classes(root, skip_unreadable), share, evaluate=evaluate)
     if training is not None and (training.index.is_new or validation.index.is_new) and not console.is_quiet():
@@ -220,7 +220,7 @@ def _open_list(
     elif evaluate:
         validation = ImageFolder(index)
     else:
-        raise DataError(f"{name}: no column for the split: add train or val to each line, or use --val-split 0.1")
+        raise DataError(f"{name}: no column for the split: add train or val to each line", ", or use --val-split 0.1")
     if len(index.classes) < 2 or not len(validation):
         raise DataError(f"{name}: expected at least two classes and one image for validation")
     if training is None or evaluate:
@@ -272,7 +272,7 @@ def split_by_name(index: FolderIndex, share: float, *, evaluate: bool) -> tuple[
     for label, name in enumerate(index.classes):
         positions = np.flatnonzero(index.labels == label)
         if len(positions) < 2:
-            raise DataError(f"{printable(name)}: a single image in this class, and --val-split needs two")
+            raise DataError(f"{printable(name)}: a single image in this class, and a split needs two")
         order = positions[np.argsort(numbers[positions])]
         chosen[order[0]], chosen[order[-1]] = True, False
     training = None if evaluate else ImageFolder(index, ("training", share, np.flatnonzero(~chosen)))

@@ -33,20 +33,18 @@ def _is_split(names: Sequence[str], *, alone: bool) -> bool:
     return bool(lower & {*TRAIN}) and (alone or bool(lower & {*VAL, *TEST}))
 
 
-def advice_of(root: str) -> str:
-    """Return what to do about a folder without train/ and val/, as the end of a sentence."""
+def advice_of(root: str) -> tuple[str, str]:
+    """Return what to do about a folder without train/ and val/, as the end of a sentence: in general, in main.py."""
     names = _folders(root)
     parent, own = os.path.split(os.path.abspath(root))
     if own.lower() in TRAIN + VAL + TEST and find_part(parent, TRAIN) and find_part(parent, VAL):
-        return f", but beside it: use --data {printable(parent)}"
+        return f", but beside it: use {printable(parent)}", ""
     for name in names:
         if _is_split(_folders(os.path.join(root, name)), alone=len(names) == 1):
-            return f", but in {printable(name)}/: use --data {printable(os.path.join(root, name))}"
+            return f", but in {printable(name)}/: use {printable(os.path.join(root, name))}", ""
     if len(names) == 1 or any(name.lower() in TEST for name in names):
-        return (
-            f", only {', '.join(printable(name) + '/' for name in names[:5])}: use --data with the folder that has them"
-        )
-    return "; if its folders are the classes, use --val-split 0.1"
+        return f", only {', '.join(printable(name) + '/' for name in names[:5])}: use the folder that has them", ""
+    return "", "; if its folders are the classes, use --val-split 0.1"
 
 
 def open_classes(root: str, skip_unreadable: bool) -> FolderIndex:
@@ -61,7 +59,7 @@ def open_classes(root: str, skip_unreadable: bool) -> FolderIndex:
     for name, names in inside.items():
         if _is_split(names, alone=single):
             path = printable(os.path.join(root, name))
-            raise DataError(f"{path} is no class: {', '.join(sorted(names)[:5])} in it; use --data {path}")
+            raise DataError(f"{path} is no class: {', '.join(sorted(names)[:5])} in it; use {path}")
     if single:
         name = index.classes[0]
         found = f"a single class, {printable(name)}"
@@ -69,6 +67,6 @@ def open_classes(root: str, skip_unreadable: bool) -> FolderIndex:
             found += (
                 f", with the folders {', '.join(sorted(*inside.values())[:5])}; if these are the classes, they must "
             )
-            found += f"lie directly in {printable(root)}, or use --data {printable(os.path.join(root, *inside))}"
+            found += f"lie directly in {printable(root)}, or use {printable(os.path.join(root, *inside))}"
         raise DataError(f"{printable(root)}: expected at least two folders, one per class; found {found}")
     return index

@@ -68,7 +68,7 @@ def _make_socket_folder() -> None:
             remove_at_exit(folder)
             if len(os.fsencode(folder)) <= SOCKET_FOLDER_BYTES:
                 config["tempdir"] = config["socket folder"] = folder
-    raise UsageError("--workers: no folder with a short path can be written to for their sockets: set TMPDIR to one")
+    raise UsageError("no folder with a short path can be written to for the sockets of workers: set TMPDIR to one")
 
 
 def unchanged(batch: Any) -> Any:
@@ -147,12 +147,13 @@ def worker_error(error: Exception, *codes: int) -> LoaderWorkerError:
     if _lacks_descriptors(error) or any(code in NO_DESCRIPTOR for code in codes):
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return LoaderWorkerError(
-            f"DataLoader workers have no file descriptor left, `ulimit -n` is {limit}: raise it to 1024 or more, or "
-            "use --workers 0; the last checkpoint is intact"
+            f"DataLoader workers have no file descriptor left, `ulimit -n` is {limit}: raise it to 1024 or more",
+            ", or use --workers 0; the last checkpoint is intact",
         )
     return LoaderWorkerError(
         f"a DataLoader worker exited unexpectedly ({first_line(error)}): killed, out of memory, or "
-        "/dev/shm is too small (docker run --shm-size=8g; --workers 0 needs none); the last checkpoint is intact"
+        "/dev/shm is too small (docker run --shm-size=8g)",
+        "; --workers 0 needs none; the last checkpoint is intact",
     )
 
 

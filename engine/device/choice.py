@@ -91,9 +91,8 @@ def resolve_device_list(
         )
         devices = devices[:1]
     if count is not None and max(devices) >= count:
-        raise DeviceUnavailableError(
-            f"{device} {max(devices)} does not exist, the highest number is {count - 1}: see --gpu and --device-list"
-        )
+        problem = f"{device} {max(devices)} does not exist, the highest number is {count - 1}"
+        raise DeviceUnavailableError(f"{problem}: see --gpu", " and --device-list")
     return devices
 
 

@@ -22,7 +22,7 @@ from engine.versions import TORCH
 
 import export
 import vgg
-from helpers.images import make_folder
+from helpers.images import make_folder, write_cifar
 from helpers.program import Result, assert_same_weights, run_main, run_script
 from helpers.small import small_vgg
 from helpers.trained import CLASSES, FLAGS, PRETRAINED, TorchvisionVGG, expected_predictions, train_classifier
@@ -154,7 +154,7 @@ def test_an_onnxruntime_too_old_for_fp16_is_named(checkpoint: str, tmp_path: Any
 
     monkeypatch.setattr(export.importlib, "import_module", without_transformers)
     flags = ["--checkpoint", checkpoint, "--output", str(tmp_path / "x.onnx")]
-    with pytest.raises(UsageError, match=r"--dtype fp16: onnxruntime [\d.]+ is too old: use Python 3.8 or later"):
+    with pytest.raises(UsageError, match="--dtype fp16: this onnxruntime is too old: use Python 3.8 or later"):
         export.main([*flags, "--dtype", "fp16"])
     assert os.listdir(str(tmp_path)) == []
     assert export.main(flags) == 0
@@ -413,6 +413,55 @@ def test_data_that_does_not_fit_is_refused(learned: str, tmp_path: Any, part: st
     with pytest.raises(error):
         export.main([*flags, "--quantize", "int8"])
     assert sorted(os.listdir(str(tmp_path))) == ["data", "names.txt"]
+
+
+def spoil(data: Any, fault: str) -> Any:
+    """Spoil a folder that make_folder made; return what to give as --calibrate."""
+    if fault == "no val/":
+        shutil.rmtree(str(data / "val"))
+    elif fault == "one folder of classes":
+        return data / "train"
+    elif fault == "one level too high":
+        return data.parent
+    elif fault == "classes one level too low":
+        (data / "train" / "in").mkdir()
+        for name in NAMES:
+            (data / "train" / name).rename(data / "train" / "in" / name)
+    elif fault == "no column for the split":
+        rows = "".join(f"train/{name}/图 000.JPEG,{name}\n" for name in NAMES)
+        (data / "list.csv").write_text(rows, encoding="utf-8")
+        return data / "list.csv"
+    elif fault == "CIFAR-10 and CIFAR-100":
+        for classes in (10, 100):
+            write_cifar(data / ("cifar-10-batches-py" if classes == 10 else "cifar-100-python"), False, 1, classes)
+    elif fault == "cannot be read as an image":
+        (data / "val" / "class 1" / "图 000.JPEG").write_bytes(b"not an image")
+    return data
+
+
+@needs_onnx
+@pytest.mark.parametrize(
+    "fault, words",
+    [
+        ("no val/", "no val/ in it"),
+        ("one folder of classes", "no train/ and val/ in it, but beside it: use "),
+        ("one level too high", "no train/ and val/ in it, but in "),
+        ("classes one level too low", "if these are the classes, they must lie directly in "),
+        ("no column for the split", "add train or val to each line"),
+        ("CIFAR-10 and CIFAR-100", "are in it: use "),
+        ("cannot be read as an image", "图 000.JPEG"),
+    ],
+)
+def test_a_fault_of_the_data_is_said_without_flags_that_export_lacks(
+    learned: str, tmp_path: Any, fault: str, words: str
+) -> None:
+    make_folder(tmp_path / "data", train=1, val=1)
+    data = spoil(tmp_path / "data", fault)
+    flags = ["--checkpoint", learned, "--output", tmp_path / "x.onnx", "--calibrate", data, "--quantize", "int8"]
+    result = run_script("export.py", *flags)
+    error = result.err.replace(str(tmp_path), "")
+    assert result.code == 2 and len(error.splitlines()) == 1 and words in error, error
+    assert re.findall("--[a-z-]+", error) == []
 
 
 @needs_onnx

@@ -49,8 +49,10 @@ def test_device_list_names_devices_and_gpu_one_of_them(
     ],
 )
 def test_a_device_that_does_not_exist_is_named(given: list[int] | None, gpu: int | None, message: str) -> None:
-    with pytest.raises(DeviceUnavailableError, match=message):
+    with pytest.raises(DeviceUnavailableError, match=message) as raised:
         device.resolve_device_list(given, gpu, "gpu", 4, one_device=True)
+    if given is None:  # as predict.py does, which has no such flag
+        assert "--device-list" not in raised.value.args[0]
 
 
 def test_a_cpu_takes_any_number_of_processes() -> None:

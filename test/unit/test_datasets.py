@@ -103,7 +103,7 @@ def test_both_parts_of_a_split_know_all_classes_and_have_their_own_fingerprint(t
 
 def test_a_split_that_makes_no_sense_is_refused(tmp_path):
     write_classes(tmp_path, {"a": 3, "b": 1})
-    with pytest.raises(DataError, match="b: a single image in this class, and --val-split needs two"):
+    with pytest.raises(DataError, match="b: a single image in this class, and a split needs two"):
         split_names(tmp_path)
     with pytest.raises(DataError, match="no train/ and val/ in it; if its folders are the classes, use --val-split"):
         open_datasets(str(tmp_path), evaluate=False, skip_unreadable=False)

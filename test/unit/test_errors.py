@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 from engine import errors
 from engine.errors import counted, first_line, printable
 
@@ -22,6 +24,12 @@ import pytest
 )
 def test_an_error_is_one_line_and_never_empty(error, line):
     assert first_line(error) == line
+
+
+@pytest.mark.parametrize("texts", [["a"], ["a", "; use --workers 0"]])
+def test_only_main_shows_what_names_its_flags(texts):
+    error = pickle.loads(pickle.dumps(errors.DataError(*texts)))  # as a DataLoader worker sends it
+    assert str(error) == first_line(error) == "".join(texts) and error.args[0] == "a"
 
 
 @pytest.mark.parametrize(

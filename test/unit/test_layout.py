@@ -67,7 +67,7 @@ def test_a_folder_one_level_too_high_is_refused_and_the_right_one_named(tmp_path
         return  # a class may have a folder of trains
     with pytest.raises(DataError) as refusal:
         open_both(tmp_path, val_split=share)
-    assert f"use --data {tmp_path / 'photos'}" in str(refusal.value) and "--val-split" not in str(refusal.value)
+    assert f"use {tmp_path / 'photos'}" in str(refusal.value) and "--val-split" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -83,7 +83,7 @@ def test_a_folder_several_levels_too_high_leads_to_the_right_one(tmp_path, depth
         assert "--val-split" not in str(refusal.value)
         root = root / "in"
         if share or depth == 1:
-            assert f"use --data {root}" in str(refusal.value)
+            assert f"use {root}" in str(refusal.value)
     assert len(open_both(root)[0]) == 4
 
 
@@ -93,7 +93,7 @@ def test_a_folder_one_level_too_low_is_refused_and_the_right_one_named(tmp_path,
         write_classes(tmp_path / "data" / name, {"a": 2, "b": 2})
     with pytest.raises(DataError) as refusal:
         open_both(tmp_path / "data" / part)
-    assert f"use --data {tmp_path / 'data'}" in str(refusal.value) and "--val-split" not in str(refusal.value)
+    assert f"use {tmp_path / 'data'}" in str(refusal.value) and "--val-split" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("folders", [[], ["cat", "dog"]])
@@ -103,7 +103,7 @@ def test_a_single_class_is_refused_with_the_folders_in_it(tmp_path, folders, spl
         write_classes(tmp_path / part, {"photos": 2, **{f"photos/{name}": 2 for name in folders}})
     with pytest.raises(DataError, match="at least two.*photos" + ".*".join(["", *folders])) as refusal:
         open_both(tmp_path, val_split=None if split else 0.3)
-    assert not folders or f"--data {tmp_path / ('train' if split else '') / 'photos'}" in str(refusal.value)
+    assert not folders or f"use {tmp_path / ('train' if split else '') / 'photos'}" in str(refusal.value)
 
 
 @pytest.mark.parametrize(
