@@ -6,7 +6,8 @@
 
 The folder structure is kept. Every image becomes a JPEG of quality 95 (x.png becomes x.png.jpg), except JPEGs that are
 small already: they are copied. Each file is first written under another name: after an interruption, the same command
-continues. The EXIF orientation is kept. Unreadable images are named and left out; the exit code is then 1.
+continues. The EXIF orientation is kept. Unreadable images are named and left out; the exit code is then 1. Any other
+error, such as a full disk, ends it with exit code 2.
 
 Training on the copy is not training on the originals: a small crop is enlarged from fewer pixels.
 """
@@ -14,8 +15,8 @@ Training on the copy is not training on the originals: a small crop is enlarged 
 from __future__ import annotations
 
 import argparse
+import io
 import os
-import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -44,40 +45,50 @@ LANCZOS = 1
 Outcome = Tuple[str, bool, Union[str, None]]  # path, whether its copy is new, why it cannot be read
 
 
-def shrink(source: str, target: str, short_side: int) -> bool:
-    """Write an image smaller, or copy it. Returns False if it exists already. Raises whatever Pillow raises."""
-    if os.path.exists(target):
-        return False
-    image = open_image(read_file(source))
+def shrink(source: str, short_side: int) -> bytes:
+    """Return a smaller image as a JPEG, or the file as it is. Raises whatever Pillow raises."""
+    content = read_file(source)
+    image = open_image(content)
     scale = min(1.0, short_side / min(image.size))
     width, height = (max(short_side, round(edge * scale)) for edge in image.size)
-    temporary = f"{target}.{os.getpid()}.tmp"
+    if scale == 1.0 and image.format == "JPEG":
+        image.load()  # a corrupt file is found now
+        return content
+    image.draft(None, (2 * width, 2 * height))  # decodes a JPEG at 1/2 or less if that is large enough
+    smaller = to_rgb(image)
+    if scale < 1.0:
+        smaller = smaller.resize((width, height), LANCZOS)
+    options, orientation = {}, orientation_of(image)  # Pillow has turned a TIFF already, and dropped its tag
+    if orientation in TRANSPOSITIONS:
+        options["exif"] = Image.Exif()
+        options["exif"][EXIF_ORIENTATION] = orientation
+    encoded = io.BytesIO()
+    smaller.save(encoded, format="JPEG", quality=95, **options)
+    return encoded.getvalue()
+
+
+def write(content: bytes, path: str) -> None:
+    """Write a file, which is there only when it is whole. Raises UsageError."""
+    temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        if scale == 1.0 and image.format == "JPEG":
-            image.load()  # a corrupt file is found now
-            shutil.copyfile(source, temporary)
-        else:
-            image.draft(None, (2 * width, 2 * height))  # decodes a JPEG at 1/2 or less if that is large enough
-            smaller = to_rgb(image)
-            if scale < 1.0:
-                smaller = smaller.resize((width, height), LANCZOS)
-            options, orientation = {}, orientation_of(image)  # Pillow has turned a TIFF already, and dropped its tag
-            if orientation in TRANSPOSITIONS:
-                options["exif"] = Image.Exif()
-                options["exif"][EXIF_ORIENTATION] = orientation
-            smaller.save(temporary, format="JPEG", quality=95, **options)
-        os.replace(temporary, target)
-    except BaseException:
+        with open(temporary, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UsageError(f"{printable(path)}: {error.strerror}") from error
+    finally:
         if os.path.exists(temporary):
             os.remove(temporary)
-        raise
-    return True
 
 
 def find_images(source: str, target: str) -> list[tuple[str, str]]:
-    """Return [(path, path of its copy)] of every image below `source`, and make the folders."""
+    """Return [(path, path of its copy)] of every image below `source`, and make the folders. Raises OSError."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
     pairs = []
-    for folder, _, names in os.walk(source, followlinks=True):
+    for folder, _, names in os.walk(source, onerror=fail, followlinks=True):
         copies = os.path.normpath(os.path.join(target, os.path.relpath(folder, source)))
         os.makedirs(copies, exist_ok=True)
         for name in sorted(names):
@@ -116,10 +127,18 @@ def main() -> int:
     def work(first: int) -> list[Outcome]:
         results: list[Outcome] = []
         for path, copy in pairs[first : first + CHUNK]:
+            if os.path.exists(copy):
+                results.append((path, False, None))
+                continue
             try:
-                results.append((path, shrink(path, copy, args.short_side), None))
+                content = shrink(path, args.short_side)
             except Exception as error:  # Pillow raises nearly any type for a corrupt file
+                if MemoryError in (type(error), type(error.__cause__)):
+                    raise UsageError(f"{printable(path)}: not enough memory: use fewer --workers") from error
                 results.append((path, False, reason_of(error)))
+            else:
+                write(content, copy)
+                results.append((path, True, None))
         return results
 
     written = existing = unreadable = 0

@@ -104,6 +104,34 @@ def test_shrink_refuses_what_makes_no_sense(tmp_path):
     assert os.listdir(str(tmp_path)) == ["all"] and os.listdir(str(source)) == ["train"]
 
 
+@pytest.mark.parametrize("size", [(200, 100), (60, 40)], ids=["smaller", "copied"])
+@pytest.mark.parametrize("fault", ["disk", "memory"])
+def test_shrink_leaves_no_image_out_for_an_error_of_the_machine(tmp_path, fault, size):
+    (tmp_path / "all" / "a").mkdir(parents=True)
+    for number in range(70):
+        Image.fromarray(photo(*size, number)).save(str(tmp_path / "all" / "a" / f"{number:02d}.jpg"), quality=95)
+    words = [sys.executable, SHRINK, tmp_path / "all", tmp_path / "small", "--short-side", "50", "--workers", "2"]
+    if fault == "disk":
+        result = run("bash", "-c", 'ulimit -f 1 && exec "$@"', "bash", *words)
+    else:
+        code = "import runpy, sys\nfrom PIL import ImageFile\n"
+        code += "def lacks(*_): raise MemoryError\nImageFile.ImageFile.load = lacks\n"
+        code += "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+        result = run(words[0], "-c", code, *words[1:])
+    (line,) = result.err.splitlines()
+    assert result.code == 2 and (".jpg: File too large" if fault == "disk" else "not enough memory") in line
+    assert os.listdir(str(tmp_path / "small" / "a")) == []
+    assert run(*words).code == 0 and len(os.listdir(str(tmp_path / "small" / "a"))) == 70
+
+
+def test_shrink_leaves_out_an_image_that_no_jpeg_can_hold(tmp_path):
+    (tmp_path / "all").mkdir()
+    Image.fromarray(np.zeros((40, 66000, 3), np.uint8)).save(str(tmp_path / "all" / "long.png"))
+    result = shrink(tmp_path / "all", tmp_path / "small", "--short-side", 40)
+    assert result.code == 1 and "long.png: left out (" in result.err.splitlines()[-1]
+    assert os.listdir(str(tmp_path / "small")) == []
+
+
 # --- sort_imagenet_val.py ---------------------------------------------------------------------------------------------
 
 
