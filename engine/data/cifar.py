@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from typing import IO, Any, Callable, NamedTuple, Sequence
 
+from engine import console
 from engine.data.transforms import Preprocessing
 from engine.errors import DataError, printable
 from engine.safe_pickle import load_arrays
@@ -73,13 +74,15 @@ def find_cifar(root: str) -> tuple[Cifar, str, bool] | None:
 def read_cifar(cifar: Cifar, folder: str, binary: bool, *, training: bool) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Return (N, 32, 32, 3) uint8 images, (N,) int64 labels, and the names of the classes.
 
-    Raises DataError if a file is missing or has another format.
+    Warns if a file has another number of images than the published one: it may be cut off between two of them. Raises
+    DataError if a file is missing or has another format.
     """
-    suffix = ".bin" if binary else ""
-    parts = [
-        _read(cifar, os.path.join(folder, name + suffix), _read_binary if binary else _read_pickle)
-        for name in (cifar.train if training else [cifar.test])
-    ]
+    names = [name + (".bin" if binary else "") for name in (cifar.train if training else [cifar.test])]
+    parts = [_read(cifar, os.path.join(folder, name), _read_binary if binary else _read_pickle) for name in names]
+    published = 50_000 // len(cifar.train) if training else 10_000
+    others = [f"{name} has {len(numbers):,}" for name, (_, numbers) in zip(names, parts) if len(numbers) != published]
+    if others:
+        console.line(f"=> warning: {printable(folder)}: {', '.join(others)} images; as published, {published:,} each")
     classes = cifar.classes
     if not classes:
         name, reader = ("fine_label_names.txt", _read_names) if binary else ("meta", _read_meta)

@@ -7,7 +7,7 @@ import os
 import pickle
 
 from engine.data import open_datasets
-from engine.data.cifar import CIFAR10, CIFAR100
+from engine.data.cifar import CIFAR10, CIFAR100, read_cifar
 from engine.errors import DataError
 
 from helpers.images import write_cifar
@@ -97,3 +97,31 @@ def test_names_that_are_not_a_hundred_are_refused(tmp_path, binary):
         names.write_bytes(content)
         with pytest.raises(DataError, match=f"{names.name}: not a CIFAR-100 file"):
             read(tmp_path)
+
+
+@pytest.mark.parametrize("title, training", [("CIFAR-10", True), ("CIFAR-10", False), ("CIFAR-100", False)])
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_file_cut_off_between_two_images_is_named(tmp_path, capsys, title, training, lost):
+    cifar = DATASETS[title]
+    write_cifar(tmp_path, True, count=1, classes=cifar.class_count)
+    for name in cifar.train if training else [cifar.test]:
+        os.truncate(str(tmp_path / f"{name}.bin"), 10_000 * (3072 + cifar.label_bytes))  # of zeros, not on the disk
+    name = f"{cifar.train[3] if training else cifar.test}.bin"
+    os.truncate(str(tmp_path / name), (10_000 - lost) * (3072 + cifar.label_bytes))
+    images, labels, _ = read_cifar(cifar, str(tmp_path), True, training=training)
+    assert len(images) == len(labels) == (50_000 if training else 10_000) - lost
+    warning = f"=> warning: {tmp_path}: {name} has {10_000 - lost:,} images; as published, 10,000 each\n"
+    assert capsys.readouterr().out == (warning if lost else "")
+
+
+@every
+def test_a_reduced_set_is_named_in_one_line(tmp_path, capsys, title, binary):
+    write(tmp_path, title, binary)
+    read(tmp_path)
+    training, validation = capsys.readouterr().out.splitlines()
+    suffix, published = ".bin" if binary else "", "10,000" if title == "CIFAR-10" else "50,000"
+    assert all(f"{name}{suffix} has 40" in training for name in DATASETS[title].train)
+    assert (
+        training.endswith(f"; as published, {published} each")
+        and f"{DATASETS[title].test}{suffix} has 40" in validation
+    )
