@@ -8,7 +8,7 @@ from typing import IO, Any, Callable, NamedTuple, Sequence
 
 from engine import console
 from engine.data.transforms import Preprocessing
-from engine.errors import DataError, printable
+from engine.errors import DataError, counted, printable
 from engine.safe_pickle import load_arrays
 
 import numpy as np
@@ -80,9 +80,10 @@ def read_cifar(cifar: Cifar, folder: str, binary: bool, *, training: bool) -> tu
     names = [name + (".bin" if binary else "") for name in (cifar.train if training else [cifar.test])]
     parts = [_read(cifar, os.path.join(folder, name), _read_binary if binary else _read_pickle) for name in names]
     published = 50_000 // len(cifar.train) if training else 10_000
-    others = [f"{name} has {len(numbers):,}" for name, (_, numbers) in zip(names, parts) if len(numbers) != published]
+    counts = {name: len(numbers) for name, (_, numbers) in zip(names, parts)}
+    others = [f"{name} has {counted(count, 'image')}" for name, count in counts.items() if count != published]
     if others:
-        console.line(f"=> warning: {printable(folder)}: {', '.join(others)} images; as published, {published:,} each")
+        console.line(f"=> warning: {printable(folder)}: {', '.join(others)}; as published, {published:,} each")
     classes = cifar.classes
     if not classes:
         name, reader = ("fine_label_names.txt", _read_names) if binary else ("meta", _read_meta)
