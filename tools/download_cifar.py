@@ -111,7 +111,7 @@ def fetch(archive: Archive, folder: str, url: str) -> str:
                 raise DownloadError(f"{url}: its MD5 is {found}, expected {archive.md5}: removed; try again")
             os.replace(part, path)
         unpack(path, archive.folder, target)
-    except (OSError, HTTPException, tarfile.TarError) as error:
+    except (OSError, HTTPException, ValueError, tarfile.TarError) as error:  # ValueError: url is no address
         raise DownloadError(f"{url}: {first_line(error)}; {again}") from error
     os.remove(path)
     return target

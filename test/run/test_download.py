@@ -121,6 +121,13 @@ def test_a_server_that_refuses_is_one_line(server, tmp_path, status):
     assert result.code == 1 and str(status) in result.err and len(result.err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("url", ["mirror.example/cifar", "/data", "htp://x/", "http://[x/", "http://mirror/\u56fe x"])
+def test_an_address_that_is_none_is_one_line(tmp_path, url):
+    result = run(sys.executable, TOOL, "10", tmp_path / "d", "--url", url)
+    assert result.code == 1 and len(result.err.splitlines()) == 1 and url[:5] in result.err, result.err
+    assert list((tmp_path / "d").iterdir()) == []
+
+
 def test_no_server_and_a_folder_that_cannot_be_made_are_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     for folder, url in ((tmp_path / "d", "http://127.0.0.1:1/"), (tmp_path / "file" / "d", "http://127.0.0.1:1/")):
