@@ -111,6 +111,8 @@ def test_closed_streams_and_other_encodings_fail_nothing(
     tmp_path: Any, weights: str, script: str, closed: str, env: dict[str, str]
 ) -> None:
     """As `>&-`, cron or a daemon leave them; names of files are any bytes."""
+    if env and not torch.__file__.isascii():
+        pytest.skip("torch itself cannot be imported from a folder with such a name in an ASCII locale")
     folder = os.fsencode(str(tmp_path)) + b"/\xff\xc3\xa9"
     os.mkdir(folder)
     for name in (b"a", b"b"):
