@@ -97,8 +97,7 @@ def expected_rate(schedule, position, epochs, warm_up, size):
     return 0.1 * (1 - progress if schedule == "onecycle" else (1 + math.cos(math.pi * progress)) / 2)
 
 
-@pytest.mark.parametrize("processes", [[], TWO])
-@pytest.mark.parametrize("schedule", ["cosine", "step", "onecycle"])
+@pytest.mark.parametrize("schedule, processes", [("cosine", []), ("step", []), ("onecycle", []), ("onecycle", TWO)])
 def test_a_schedule_by_step_is_exact_and_resumes_within_an_epoch(folder, tmp_path, schedule, processes):
     flags = [folder, *BN, "-b", 4, "--epochs", 3, "--lr", 0.1, "--lr-schedule", schedule, "--lr-step-size", 2, "-p", 1]
     flags += processes
