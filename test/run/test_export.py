@@ -297,7 +297,7 @@ def test_each_form_is_compared_with_the_checkpoint(
     assert original == pytest.approx(100 * (expected.argmax(1) == labels).float().mean().item(), abs=0.01)
     assert accuracy == pytest.approx(100 * (outputs.argmax(1) == labels).float().mean().item(), abs=0.01)
     assert equal == pytest.approx(100 * (outputs.argmax(1) == expected.argmax(1)).float().mean().item(), abs=0.01)
-    assert original > 50  # the classes are learned, so that the figures mean something
+    assert original > 60  # the classes are learned, so that the figures mean something
     if "--svd-rank" not in form:
         assert (outputs - expected).norm() / expected.norm() < (0.2 if form == ["--quantize", "int8"] else 0.01)
 

@@ -100,14 +100,16 @@ def test_a_second_pass_gives_the_same_batches(dataset):
         assert all(torch.equal(a, b) for a, b in zip(one, other))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers, good", [(0, 0), (0, 5), (1, 5), (2, 0), (3, 20)])  # images before it
 @pytest.mark.parametrize("training", [True, False], ids=["training", "validation"])
-def test_an_unreadable_image_is_an_error_that_names_it(tmp_path, workers, training):
+def test_an_unreadable_image_is_an_error_that_names_it(tmp_path, workers, good, training):
     (tmp_path / "a").mkdir()
+    for number in range(good):
+        (tmp_path / "a" / f"{number:02d}.jpg").write_bytes(jpeg(60, 50, number))
     (tmp_path / "a" / "x.jpg").write_bytes(b"no image")
     dataset = ImageFolder(open_index(str(tmp_path)))
     try:
-        read(make_loader(dataset, 1, workers, training=training))
+        read(make_loader(dataset, 1, workers, training=training, shuffle=False))
     except ImageError as error:
         assert re.search("x.jpg.*--bad-images skip", str(error))
     else:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from types import SimpleNamespace
 from typing import Any, Iterator
@@ -63,6 +64,15 @@ def test_a_lack_of_descriptors_names_ulimit(error: Exception, place: str) -> Non
         pytest.skip("only system calls fail at the start")
     with pytest.raises(LoaderWorkerError, match="ulimit -n"):
         next(read_batches(Failing() if place == "start" else failing(error)))
+
+
+@pytest.mark.parametrize("left, cause", [(0, "ulimit -n"), (2, "ulimit -n"), (50, "/dev/shm"), (10_000, "/dev/shm")])
+def test_without_a_reason_the_descriptors_that_are_left_decide(monkeypatch: Any, left: int, cause: str) -> None:
+    """torch 1.5 gives none."""
+    limit = len(os.listdir("/dev/fd")) + left
+    monkeypatch.setattr(workers.resource, "getrlimit", lambda _: (limit, limit))
+    error = RuntimeError("unable to open shared memory object </torch_1_2> in read-write mode")
+    assert cause in str(workers.worker_error(error))
 
 
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE])
