@@ -320,6 +320,23 @@ def test_int8_needs_no_opset_that_torch_1_5_lacks(learned: str, folder: str, tmp
 
 
 @needs_onnx
+@pytest.mark.parametrize("layout", ["nhwc", "nchw"])
+@pytest.mark.parametrize(
+    "arch, head, size", [("vgg11", "paper", 32), ("vgg16_bn", "linear", 100), ("vgg19", "paper", 161)]
+)
+def test_int8_keeps_the_predictions_at_any_size(
+    folder: str, tmp_path: Any, capsys: Any, arch: str, head: str, size: int, layout: str
+) -> None:
+    torch.manual_seed(1)
+    network = vgg.VGG(arch, len(NAMES), (8, 8, 16, 16, 16), 32, head)
+    torch.save({"state_dict": network.state_dict(), "preprocessing": {"image_size": size}}, str(tmp_path / "x.pth"))
+    flags = ["--checkpoint", str(tmp_path / "x.pth"), "--output", str(tmp_path / "x.onnx"), "--calibrate", folder]
+    assert export.main([*flags, "--max-drop", "100", "--quantize", "int8", "--layout", layout]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert COMPARED.fullmatch(line) and float(COMPARED.fullmatch(line).group(4)) >= 80, line
+
+
+@needs_onnx
 def test_files_are_as_small_as_they_should_be(tmp_path: Any, folder: str) -> None:
     """For a network in which the weights of fc6 and fc7 are most of the file, as in a VGG."""
     skip_without_fp16(["fp16"])
