@@ -94,7 +94,9 @@ def read_batches(loader: Iterable[Any]) -> Iterator[Any]:
     reader = _raise_errors(batches)
     try:
         return reader
-    finally:  # signal.signal of Python 3.7 leaves this frame in a cycle: torch 1.5 hangs if its collection ends workers
+    finally:
+        # signal.signal of Python 3.7 leaves this frame in a reference cycle, so the frame must not hold the workers: if
+        # garbage collection ends them, torch 1.5 waits for them forever.
         del batches, reader
 
 
@@ -117,7 +119,7 @@ def _raise_errors(batches: Iterator[Any]) -> Iterator[Any]:
             try:
                 raise batch
             finally:
-                del batch  # else error and frame are a cycle, too
+                del batch  # the error holds this frame, so the frame must not hold the error
         if isinstance(batch[0], WholeImages):
             batch = (batch[0].by_size(), *batch[1:])
         yield batch
