@@ -28,11 +28,12 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
 
 
 def pytest_configure(config: Any) -> None:
-    """If tests run side by side (pytest -n), give each worker and what it starts their share of the cores."""
+    """If tests run side by side (pytest -n), give each worker and what it starts its share of the cores."""
     worker = getattr(config, "workerinput", None)
     if worker and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, set(cores[int(worker["workerid"][2:]) :: worker["workercount"]] or cores))
+        number = int(worker["workerid"][2:])
+        os.sched_setaffinity(0, set(cores[number :: worker["workercount"]] or cores[number % len(cores) :: len(cores)]))
 
 
 @pytest.fixture(scope="session", autouse=True)

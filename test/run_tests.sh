@@ -79,8 +79,8 @@ run_tests() { # python, arguments of pytest
     choose_parts "${@:2}"
     for part in "${parts[@]}"; do
         begin=$SECONDS status=0
-        # Two tests at a time, each on half of the cores (conftest.py): a test is mostly one thread that imports torch.
-        "$1" -m pytest -q -rfEs -n 2 --dist worksteal --timeout 400 ${part:+"$part"} "${@:2}" 2>&1 | tee "$log" || status=$?
+        # Four tests at a time, each on its share of the cores (conftest.py): many wait, for a lost process for example.
+        "$1" -m pytest -q -rfEs -n 4 --dist worksteal --timeout 400 ${part:+"$part"} "${@:2}" 2>&1 | tee "$log" || status=$?
         if [ "$status" = 5 ]; then status=0; fi # no test was selected
         if [ "$status" != 0 ]; then code=1; fi
         mapfile -t -O "${#failed[@]}" failed < <(grep -E '^(FAILED|ERROR) ' "$log" | sed "s/\$/  ($name)/" || true)
