@@ -76,7 +76,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def check_features(layer: str | None, pool: str | None, output: str | None, heatmap: str | None) -> None:
+def check_features(
+    layer: str | None, pool: str | None, output: str | None, heatmap: str | None, classes: str | None
+) -> None:
     """Raise UsageError if the flags of --features do not fit together."""
     if not layer:
         if output or pool:
@@ -86,6 +88,8 @@ def check_features(layer: str | None, pool: str | None, output: str | None, heat
         raise UsageError("--features requires --output FILE.npy" + (f", got {output}" if output else ""))
     if heatmap:
         raise UsageError("--features makes no predictions to draw: leave --heatmap out")
+    if classes and os.path.realpath(classes) in map(os.path.realpath, feature_file.paths(output)):
+        raise UsageError(f"--output {output}: would overwrite --classes {classes}: choose another name")
     if layer in VECTORS and pool in ("avg", "max"):
         raise UsageError(f"--pool {pool}: {layer} has no maps to pool: leave it out")
 
@@ -227,7 +231,7 @@ def top_predictions(logits: torch.Tensor, classes: list[str], count: int) -> lis
 def main(argv: Sequence[str] | None = None) -> int:
     """Print predictions or write features. Returns 2 if some images could not be read, else 0. Raises UserError."""
     args = parse_args(argv)
-    check_features(args.features, args.pool, args.output, args.heatmap)
+    check_features(args.features, args.pool, args.output, args.heatmap, args.classes)
     files = FileList.find(args.images)
     if files.left_out.keys() - NOTES:
         console.notice(describe_left_out(files.left_out))

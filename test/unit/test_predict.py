@@ -200,6 +200,8 @@ def test_features_are_those_of_the_layer_a_row_per_readable_image(
         ("--features fc7 --output new/x.npy --pool max", "^--pool max: fc7 has no maps to pool: leave it out$"),
         ("--features logits --output new/x.npy --pool avg", "^--pool avg: logits has no maps"),
         ("--features pool5 --output new/x.npy --heatmap x.png", "leave --heatmap out$"),
+        ("--features fc7 --output ./x.npy --classes x.txt", "^--output ./x.npy: would overwrite --classes x.txt: "),
+        ("--features fc7 --output x.npy --classes ./x.txt", "^--output x.npy: would overwrite --classes ./x.txt: "),
         ("--output new/x.npy", "^--output requires --features LAYER$"),
         ("--pool none", "^--pool requires --features LAYER$"),
     ],
