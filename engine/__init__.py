@@ -6,9 +6,9 @@ Importing this package sets variables that torch reads when it is imported, so a
 
 import os
 
-# torch >= 2.5 loads torch_npu by itself and fails if CANN is missing; device.py imports it when an NPU is wanted.
+# torch >= 2.5 loads torch_npu by itself and fails if CANN is missing; device/choice.py imports it if an NPU is wanted.
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
-# When a peer dies, torch's store logs a C++ stack trace; heartbeat.py says it in one line.
+# When a peer dies, torch's store logs a C++ stack trace; parallel/heartbeat.py says it in one line.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 if os.path.expanduser("~") == "~":  # no HOME, no entry in passwd: caches would go to a folder named ~
     os.environ["HOME"] = os.environ.get("TMPDIR", "/tmp")

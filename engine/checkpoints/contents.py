@@ -57,7 +57,7 @@ class RunInfo:
     In a checkpoint that is not ours, or is an older one of ours, much of it has the value that stands for nothing.
 
     images_per_step: over all processes and batches of a step.
-    batch: the flags behind it, and the value that a resize keeps (keep_images_per_step in engine/options/resolve.py).
+    batch: the flags behind it, and the images per step that a resize keeps (with_checkpoint in options/resolve.py).
     identity: {name: value} of what else decides the training images, the loss or the step.
     class_weights: of the training loss. decoder: of the training images.
     """

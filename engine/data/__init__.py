@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Datasets, what is done to each image, and batches of them. Import from here, not from the modules inside."""
+"""Datasets, what is done to each image, and batches of them."""
 
 from engine.data.datasets import FileList, ImageDataset, check_same_classes, open_datasets
 from engine.data.folder_index import describe_left_out

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Evaluation: views of an image, the files it writes, two models compared. Import from here, not from inside."""
+"""Evaluation: views of an image, the files it writes, two models compared."""
 
 from engine.evaluation.comparison import classify, open_images, read_images
 from engine.evaluation.files import write_evaluation
