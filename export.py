@@ -22,10 +22,8 @@ import os
 import warnings
 from typing import Any, Callable, Iterator, Sequence
 
-import engine  # noqa: F401  sets variables that torch reads when it is imported
-from engine import console
+from engine import console  # first of all: engine sets variables that torch reads when it is imported
 from engine.checkpoints import CLASSES_HELP, Model, factorize, load_model, save_safetensors
-from engine.console import run_script
 from engine.data import Preprocessing
 from engine.errors import EXIT_FAILURE, UsageError, UserError, counted
 from engine.evaluation import classify, open_images, read_images
@@ -347,4 +345,4 @@ def export_weights(
 
 
 if __name__ == "__main__":
-    run_script(main, main_flags=False)
+    console.run_script(main, main_flags=False)

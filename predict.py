@@ -20,10 +20,8 @@ import json
 import os
 from typing import Any, NamedTuple, Sequence
 
-import engine  # noqa: F401  sets variables that torch reads when it is imported
-from engine import console
+from engine import console  # first of all: engine sets variables that torch reads when it is imported
 from engine.checkpoints import CLASSES_HELP, Model, load_model
-from engine.console import exit_process, run_script
 from engine.data import FileList, ImageBatches, describe_left_out, read_batches, worker_options
 from engine.device import ComputeDevice, available_cores, resolve_device, resolve_device_list
 from engine.errors import EXIT_USAGE, UsageError
@@ -217,7 +215,7 @@ def print_result(text: str) -> None:
     try:
         console.result(text)
     except BrokenPipeError:
-        exit_process(0)
+        console.exit_process(0)
     except OSError as error:
         raise UsageError(f"the predictions cannot be printed ({error.strerror})") from error
 
@@ -277,4 +275,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main, main_flags=False)
+    console.run_script(main, main_flags=False)

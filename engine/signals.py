@@ -14,7 +14,6 @@ import time
 from typing import Iterator
 
 from engine import console
-from engine.console import exit_process
 from engine.errors import EXIT_FAILURE, EXIT_STOPPED
 
 STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT] + ([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])
@@ -49,11 +48,11 @@ class StopSignals:
                 continue
             if not self.training:
                 console.warning_once_per_node("stopped by a signal; there was nothing to save")
-                exit_process(EXIT_STOPPED)
+                console.exit_process(EXIT_STOPPED)
             if self.first is None:
                 self.first = time.monotonic()
             elif time.monotonic() - self.first > SECOND_SIGNAL_SECONDS:
-                exit_process(128 + number)
+                console.exit_process(128 + number)
 
     def __bool__(self) -> bool:
         return self.first is not None
@@ -65,7 +64,7 @@ def die_with_parent(parent: int) -> None:
         pr_set_pdeathsig = 1  # <sys/prctl.h>
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
         if os.getppid() != parent:  # it died before the call
-            exit_process(EXIT_FAILURE)
+            console.exit_process(EXIT_FAILURE)
 
 
 @contextlib.contextmanager
@@ -100,4 +99,4 @@ def ignore_stop_signals(parent: int) -> None:
 def _exit_on_sigterm_of(parent: int) -> None:
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
         pass
-    exit_process(0)
+    console.exit_process(0)

@@ -17,7 +17,6 @@ import traceback
 from typing import Any, Callable, NamedTuple, Sequence
 
 from engine import console
-from engine.console import escape_unprintable, exit_process
 from engine.errors import EXIT_FAILURE, EXIT_STOPPED, RendezvousError, UserError
 from engine.parallel.topology import Ranks, Topology, under_torchrun
 from engine.signals import STOP_SIGNALS, die_with_parent
@@ -106,7 +105,7 @@ def _spawn(worker: Worker, topology: Topology) -> int:
 def _child(worker: Worker, ranks: Ranks, pipe: Any, parent: int) -> None:
     """Run the worker in a spawned process; if it fails, send a Report through the pipe."""
     die_with_parent(parent)
-    escape_unprintable()
+    console.escape_unprintable()
 
     def send(report: Report) -> None:
         # The end of it: a pipe holds 64 KiB, and the launcher reads it only after this process has exited.
@@ -116,11 +115,11 @@ def _child(worker: Worker, ranks: Ranks, pipe: Any, parent: int) -> None:
         code = _run(worker, ranks, lambda text, rank: send(Report(text, about_peers=True, lost=rank)))
     except UserError as error:
         send(Report(str(error), is_user_error=True, about_peers=isinstance(error, RendezvousError)))
-        exit_process(error.exit_code)
+        console.exit_process(error.exit_code)
     except Exception:
         send(Report(traceback.format_exc()))
-        exit_process(EXIT_FAILURE)
-    exit_process(code)
+        console.exit_process(EXIT_FAILURE)
+    console.exit_process(code)
 
 
 def _wait_for(children: Sequence[Any], receivers: Sequence[Any], first_rank: int) -> list[Outcome]:
