@@ -6,15 +6,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import struct
-from typing import Callable, Iterator, Sequence
+from typing import IO, Callable, Iterator, Sequence
 
 from engine import console
 from engine.errors import UsageError, printable
 
 import numpy as np
-
-HEADER_BYTES = 128
 
 
 def paths(path: str) -> tuple[str, str]:
@@ -43,10 +40,10 @@ def write(path: str, images: int) -> Iterator[Callable[[Sequence[str], np.ndarra
 
     try:
         with open(parts[0], "wb") as rows, open(parts[1], "w", encoding="utf-8") as lines:
-            rows.write(_header(shape))
+            _write_header(rows, shape)
             yield add
             rows.seek(0)
-            rows.write(_header(shape))  # only now is the number of rows known
+            _write_header(rows, shape)  # only now is the number of rows known
             for file in (rows, lines):
                 file.flush()
                 os.fsync(file.fileno())
@@ -71,8 +68,6 @@ def _check_space(path: str, needed: int) -> None:
         raise UsageError(f"--output {path}: {sizes}: choose another disk, fewer images, a deeper layer or --pool avg")
 
 
-def _header(shape: tuple[int, ...]) -> bytes:
-    """Return the header of a .npy file of float32 (numpy.lib.format, version 1.0), as long for any number of rows."""
-    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}"
-    start = b"\x93NUMPY\x01\x00" + struct.pack("<H", HEADER_BYTES - 10)
-    return start + text.ljust(HEADER_BYTES - 11).encode() + b"\n"
+def _write_header(file: IO[bytes], shape: tuple[int, ...]) -> None:
+    """Write the header of a .npy file of float32. NumPy pads it to 128 bytes, whatever the number of rows."""
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
