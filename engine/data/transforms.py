@@ -12,17 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Callable, Iterator
 
-from engine.data.decoding import (
-    MAX_PIXELS,
-    MAX_RATIO,
-    Source,
-    UnreadableError,
-    open_image,
-    read_rgb,
-    to_rgb,
-    turn_of,
-    unreadable,
-)
+from engine.data.decoding import MAX_PIXELS, MAX_RATIO, Source, UnreadableError, open_image, read_rgb, to_rgb, turn_of
 from engine.versions import TORCH
 
 import numpy as np
@@ -243,9 +233,7 @@ def decode_crop(
     if jpeg_size is not None:
         width, height = (-(-edge // shrink) for edge in jpeg_size)
         pixels = None
-        with contextlib.suppress(
-            UnreadableError
-        ), unreadable():  # what simplejpeg cannot decode, Pillow can, or says why
+        with contextlib.suppress(Exception):  # what simplejpeg cannot decode, Pillow can, or says why
             pixels = simplejpeg.decode_jpeg(content, "RGB", min_height=height, min_width=width)
         if pixels is not None:
             return resize_crop(pixels, tuple(int(round(edge / shrink)) for edge in box), size, flip)
