@@ -62,9 +62,9 @@ class Preprocessing:
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Preprocessing:
         """Return that of a checkpoint; what it does not say is as for ImageNet."""
-        size, crop, *colors = ({**Preprocessing().to_dict(), **values}[name] for name in Preprocessing().to_dict())
-        rotate = bool(values.get("exif_rotate", False))
-        return Preprocessing(int(size), bool(crop), tuple(colors[0]), tuple(colors[1]), rotate)
+        known = {**vars(Preprocessing()), **values}
+        mean, std = tuple(known["mean"]), tuple(known["std"])
+        return Preprocessing(int(known["image_size"]), bool(known["crop"]), mean, std, bool(known["exif_rotate"]))
 
     def to_dict(self) -> dict[str, Any]:
         values = {"image_size": self.image_size, "crop": self.crop, "mean": list(self.mean), "std": list(self.std)}
