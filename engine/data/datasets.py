@@ -72,37 +72,36 @@ class FileList:
     left_out: kinds of other files in the folders that were searched. errors: of what could not be read there.
     """
 
-    def __init__(self, paths: Sequence[str]) -> None:
+    def __init__(self, paths: Sequence[str], left_out: Counter[str] | None = None, errors: Sequence[str] = ()) -> None:
         self.paths, self.labels = paths, np.zeros(len(paths), np.int64)
-        self.left_out: Counter[str] = collections.Counter()
-        self.errors: list[str] = []
+        self.left_out, self.errors = left_out or collections.Counter(), errors
 
     @staticmethod
     def find(paths: Sequence[str]) -> FileList:
         """Return the files among the paths, and the images in the folders among them, in order. Raises UsageError."""
         found: list[str] = []
-        files = FileList(found)
+        others: Counter[str] = collections.Counter()
+        errors: list[str] = []
 
         def fail(error: OSError) -> None:
-            files.errors.append(f"{printable(os.path.normpath(error.filename))}: cannot be read ({reason_of(error)})")
+            errors.append(f"{printable(os.path.normpath(error.filename))}: cannot be read ({reason_of(error)})")
 
         for path in paths:
             if not os.path.isdir(path):
                 found.append(path)
                 continue
             left_out: Counter[str] = collections.Counter()
-            errors = len(files.errors)
+            before = len(errors)
             groups = walk(os.fsencode(path), b"", left_out, fail)
             images = sorted(os.path.join(path, os.fsdecode(image)) for _, _, group in groups for image in group)
-            if not images and len(files.errors) == errors:
+            if not images and len(errors) == before:
                 what = f"; {describe_left_out(left_out)}" if left_out else ""
                 raise UsageError(f"{path}: no images in it ({' '.join(EXTENSIONS)}{what})")
             found += images
-            files.left_out.update(left_out)
+            others.update(left_out)
         if not found:
-            raise UsageError(files.errors[0])
-        files.labels = np.zeros(len(found), np.int64)
-        return files
+            raise UsageError(errors[0])
+        return FileList(found, others, errors)
 
     def __len__(self) -> int:
         return len(self.paths)
