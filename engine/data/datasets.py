@@ -171,8 +171,7 @@ def open_datasets(
     share = saved_val_split if val_split is None else val_split
     if os.path.isfile(root):
         training, validation = _open_list(open_index(root, skip_unreadable), root, share, val_split, evaluate)
-        if training is not None and training.index.is_new and not console.is_quiet():
-            log_duplicates(training, validation)
+        log_duplicates(training, validation)
         return training, validation
     name, cifar = printable(root), find_cifar(root)
     train, val, test = (None, None, None) if cifar else (find_part(root, names) for names in (TRAIN, VAL, TEST))
@@ -198,8 +197,7 @@ def open_datasets(
         raise DataError(f"{name}: no train/ and val/ in it{where}", split)
     else:
         training, validation = split_by_name(open_classes(root, skip_unreadable), share, evaluate=evaluate)
-    if training is not None and (training.index.is_new or validation.index.is_new) and not console.is_quiet():
-        log_duplicates(training, validation)
+    log_duplicates(training, validation)
     return training, validation
 
 
@@ -235,9 +233,11 @@ def _open_cifar(cifar: Cifar, folder: str, binary: bool, *, training: bool) -> A
     return ArrayDataset(images, labels, classes, cifar.preprocessing, default_hflip=0.5)
 
 
-def log_duplicates(training: ImageFolder, validation: ImageFolder) -> None:
+def log_duplicates(training: ImageFolder | None, validation: ImageFolder) -> None:
     """Say if validation images are training images too, byte for byte. Reads only files that are of the same size."""
-    if len(training) + len(validation) > COMPARED_IMAGES:
+    if training is None or console.is_quiet() or len(training) + len(validation) > COMPARED_IMAGES:
+        return
+    if not (training.index.is_new or validation.index.is_new):
         return
     by_size: tuple[dict[int, list[str]], ...] = ({}, {})
     for dataset, sizes in zip((training, validation), by_size):
