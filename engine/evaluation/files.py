@@ -81,8 +81,8 @@ def write_classes(folder: str, dataset: ImageDataset, predictions: Predictions) 
     """
     confusion = Confusion(dataset.labels, predictions.predicted, len(dataset.classes))
     names = ("class", "images", "predicted", "correct", "precision", "recall", "f1")
-    columns = confusion.counts(), class_scores(confusion.counts())
-    rows = [[*counts, *(f"{score:.6f}" for score in scores)] for counts, scores in zip(*(part.T for part in columns))]
+    counts = confusion.counts()
+    rows = [[*row, *(f"{score:.6f}" for score in scores)] for row, scores in zip(counts.T, class_scores(counts).T)]
     tables = {"per_class.csv": (names, rows), "confusion.csv": (("actual", *dataset.classes), confusion.matrix())}
     for file, (header, lines) in tables.items():
         text = io.StringIO()

@@ -82,14 +82,14 @@ class Confusion:
         self.actual, self.predicted, self.classes = cells // classes, cells % classes, classes
         self.wrong = np.flatnonzero(self.actual != self.predicted)
 
-    def per_class(self, labels: np.ndarray, counted: Any = slice(None)) -> np.ndarray:
-        """Return the number of images by self.actual or self.predicted."""
-        return np.bincount(labels[counted], self.images[counted], self.classes).astype(np.int64)
+    def per_class(self, labels: np.ndarray, pairs: Any = slice(None)) -> np.ndarray:
+        """Return the number of images of each class. labels: self.actual or self.predicted. pairs: those to count."""
+        return np.bincount(labels[pairs], self.images[pairs], self.classes).astype(np.int64)
 
     def counts(self) -> np.ndarray:
         """Return (3, classes) int64: the images of each class, those predicted as it, and those of both."""
-        correct = self.actual == self.predicted
-        return np.stack([*map(self.per_class, (self.actual, self.predicted)), self.per_class(self.actual, correct)])
+        correct = self.per_class(self.actual, self.actual == self.predicted)
+        return np.stack([self.per_class(self.actual), self.per_class(self.predicted), correct])
 
     def matrix(self) -> Iterator[list[int]]:
         """Yield a row per actual, with a column per predicted class."""
