@@ -163,14 +163,12 @@ def as_text(text: str) -> str:
 def draw_heatmaps(rows: list[HeatmapRow], path: str) -> None:
     """Draw image, heatmap and predictions, one row per image. Raises UsageError if the file cannot be written."""
     from matplotlib import cm, font_manager, rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     installed = {font.name for font in font_manager.fontManager.ttflist}
     fonts = ["DejaVu Sans"] + [name for name in CJK_FONTS if name in installed]
     with rc_context({"font.family": fonts}):
         figure = Figure(figsize=(9.6, 2.9 * len(rows)), constrained_layout=True)
-        FigureCanvasAgg(figure)
         axes = figure.subplots(len(rows), 3, squeeze=False, gridspec_kw={"width_ratios": [1, 1, 1.2]})
         for (left, middle, right), row in zip(axes, rows):
             size = len(row.image)
