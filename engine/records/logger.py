@@ -152,14 +152,14 @@ class Logger:
 
 
 @contextlib.contextmanager
-def _optional(loss: str) -> Iterator[None]:
+def _optional(consequence: str) -> Iterator[None]:
     """A package that is missing is left out; one that is broken costs a warning, not the training."""
     try:
         yield
     except ImportError:
         pass
     except Exception as error:
-        console.warning(f"{loss} ({type(error).__name__}: {first_line(error)})")
+        console.warning(f"{consequence} ({type(error).__name__}: {first_line(error)})")
 
 
 def _warn_of_thread_error(failure: Any) -> None:
