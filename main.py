@@ -247,9 +247,8 @@ def train_one_epoch(job: Job, training: Training, batches: Iterator[Batch], step
                 job.logger.event("train", samples=state.images_in_epoch, lr=lr, **logged.metrics(), **state.position())
             if args.save_freq and state.step % args.save_freq == 0 and done < steps and not stopping:
                 job.device.synchronize()
-                throughput.pause()
-                save(job, training)
-                throughput.resume()
+                with throughput.paused():
+                    save(job, training)
 
     stopping = vote.result() or stopping
     job.device.synchronize()

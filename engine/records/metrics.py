@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from typing import Callable, NamedTuple, Sequence
+from typing import Callable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -196,7 +197,7 @@ class Throughput:
     def __init__(self, steps: int) -> None:
         self.skip = self.WARM_UP if steps > 10 else 0
         self.steps = self.images = self.warm_images = 0  # warm_images: counted before warm_begin
-        self.begin = self.warm_begin = self.pause_begin = time.perf_counter()
+        self.begin = self.warm_begin = time.perf_counter()
 
     def step(self, images: int, synchronize: Callable[[], None]) -> None:
         """Count a step. images: of all processes."""
@@ -206,12 +207,12 @@ class Throughput:
             synchronize()  # once per epoch
             self.warm_begin, self.warm_images = time.perf_counter(), self.images
 
-    def pause(self) -> None:
-        """Stop the clock, for instance during a checkpoint."""
-        self.pause_begin = time.perf_counter()
-
-    def resume(self) -> None:
-        pause = time.perf_counter() - self.pause_begin
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """A context in which the clock stands still, for instance for a checkpoint."""
+        begin = time.perf_counter()
+        yield
+        pause = time.perf_counter() - begin
         self.begin += pause
         self.warm_begin += pause
 

@@ -197,9 +197,8 @@ def test_throughput_excludes_checkpoints(clock: list[float]) -> None:
         clock[0] += 0.1
         throughput.step(8, lambda: None)
         if number == 10:
-            throughput.pause()
-            clock[0] += 30
-            throughput.resume()
+            with throughput.paused():
+                clock[0] += 30
     assert throughput.images_per_second() == pytest.approx(80.0)
     assert throughput.seconds() == pytest.approx(1.5)
 
@@ -219,8 +218,7 @@ def test_throughput_excludes_checkpoints_of_the_warm_up_too(clock: list[float], 
         clock[0] += 0.1
         throughput.step(8, lambda: None)
         if number in (1, 3):
-            throughput.pause()
-            clock[0] += 30
-            throughput.resume()
+            with throughput.paused():
+                clock[0] += 30
     assert throughput.images_per_second() == pytest.approx(rate)
     assert throughput.images_per_second() == pytest.approx(rate)  # reading it changes nothing
