@@ -174,8 +174,7 @@ def build_training(
     device.place(network, one_shape=True)  # so that cuDNN may search for the fastest kernels
     weights = job.amp.convert(network)  # at O2 fp32 master weights, else the network's own
     groups = job.amp.parameter_groups(network, weights, features_lr=args.features_lr, no_bias_decay=args.no_bias_decay)
-    decay = {"momentum": args.momentum, "weight_decay": args.weight_decay, **device.sgd_options()}
-    sgd = torch.optim.SGD(groups, lr=args.lr, **decay)
+    sgd = torch.optim.SGD(groups, args.lr, args.momentum, weight_decay=args.weight_decay, **device.sgd_options())
     limits = {"loss_scale": args.loss_scale_value, "clip_grad_norm": args.clip_grad_norm}
     optimizer = job.amp.optimizer(network, sgd, weights, **limits)
     ema = ModelEma(network, optimizer.weights, optimizer.master_weights) if args.ema_decay else None
