@@ -76,8 +76,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if not args.output.endswith((".onnx", ".safetensors", *PTH)):
         parser.error(f"--output {args.output}: the name must end in .onnx or .safetensors, or in .pth.tar")
     for_onnx = {"--layout nchw": args.layout == "nchw", "--quantize": args.quantize, "--svd-rank": args.svd_rank}
-    for flag in [flag for flag, given in for_onnx.items() if given and not args.output.endswith(".onnx")]:
-        parser.error(f"{flag} requires an --output that ends in .onnx, got {args.output}")
+    for flag, given in for_onnx.items():
+        if given and not args.output.endswith(".onnx"):
+            parser.error(f"{flag} requires an --output that ends in .onnx, got {args.output}")
     if args.reference_names and not args.output.endswith(PTH):
         parser.error(f"--reference-names requires an --output that ends in .pth.tar, got {args.output}")
     if args.quantize and not args.calibrate:
@@ -118,19 +119,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             predict, what = export_onnx(source, model, temporary, calibration, fp16)
         else:
             predict, what = export_weights(source, model, temporary, args.output, fp16, args.reference_names)
-        size = f"{os.path.getsize(temporary) / 1e6:.1f} MB"
+        line = f"{os.path.getsize(temporary) / 1e6:.1f} MB"
         if before is not None:
             after = classify(val, preprocessing, predict, batch_size)
-            size += f", {after.describe(before)}"
+            line += f", {after.describe(before)}"
             if before.acc1 - after.acc1 > args.max_drop + 1e-9:
-                raise ExportMismatchError(f"{size}: a loss above --max-drop {args.max_drop:g}, so no file is written")
+                raise ExportMismatchError(f"{line}: a loss above --max-drop {args.max_drop:g}, so no file is written")
         elif args.svd_rank or fp16:
-            size += "; --calibrate DATA would compare its predictions with the checkpoint's"
+            line += "; --calibrate DATA would compare its predictions with the checkpoint's"
         if args.layout == "nchw":
             with new_file(f"{args.output[: -len('.onnx')]}.aipp.cfg") as path, open(path, "w") as file:
                 file.write(aipp_config(preprocessing))
     console.line(f"{args.output}: {what}")
-    console.line(f"=> {size}")
+    console.line(f"=> {line}")
     return 0
 
 
