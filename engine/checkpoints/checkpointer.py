@@ -110,9 +110,9 @@ class Checkpointer:
             try:
                 check_same_classes(saved.classes, info.classes, "the checkpoint", "the data")
             except UsageError as error:
-                raise (
-                    error if self.evaluate else UsageError(f"{error}; --pretrained starts from these weights")
-                ) from None
+                if self.evaluate:
+                    raise
+                raise UsageError(f"{error}; --pretrained starts from these weights") from None
         if None not in (saved.val_split, info.val_split) and saved.val_split != info.val_split:
             raise UsageError(
                 f"the checkpoint was trained with --val-split {saved.val_split}, this run has {info.val_split}, so it "
