@@ -192,8 +192,8 @@ def total_memory() -> float:
         limits += [1024 * int(line.split()[1]) for line in file if line.startswith("MemTotal:")]
     for folder in _cgroup_folders("memory"):
         for name in ("memory.max", "memory.limit_in_bytes"):  # cgroup v2 and v1
-            with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, name)) as file:  # or "max"
-                limits.append(int(file.read()))
+            with contextlib.suppress(OSError, ValueError):  # no such file, or its limit is "max"
+                limits.append(int(_read(f"{folder}/{name}")))
     return min(limits)
 
 
