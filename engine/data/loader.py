@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from dataclasses import dataclass
-from typing import Any, Iterator, Sequence, Tuple
+from typing import Any, Callable, Iterator, Sequence, Tuple
 
 from engine.data.datasets import FileList, ImageDataset, image_error
 from engine.data.decoding import UnreadableError, unreadable
@@ -125,7 +125,7 @@ class ImageBatches:
         for index in indices:
             self.rng.seed([self.seed, epoch, index])  # 7 µs; a new generator for each image would take 75
             try:
-                pixels[len(kept)] = self._read(index, self.transform, self.rng)
+                pixels[len(kept)] = self._read(index, lambda source: self.transform(source, self.rng))
             except ImageError as error:
                 if not self.leave_out:
                     raise
@@ -137,22 +137,22 @@ class ImageBatches:
     def _whole_images(self, indices: np.ndarray) -> WholeImages:
         """Return each image at each scale, those of one size together."""
         groups: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
-        whole = functools.partial(whole_image, exif_rotate=self.transform.exif_rotate)
         for position, index in enumerate(indices):
             for scale in self.scales:
-                image = self._read(index, whole, scale)
+                transform = functools.partial(whole_image, scale=scale, exif_rotate=self.transform.exif_rotate)
+                image = self._read(index, transform)
                 groups.setdefault(image.shape, []).append((position, image))
         images = list(itertools.chain.from_iterable(groups.values()))
         pixels = np.concatenate([np.empty(0, np.uint8), *(image.ravel() for _, image in images)])
         layout = np.array([(position, *image.shape[:2]) for position, image in images], np.int64)
         return WholeImages(share(torch.from_numpy(pixels)), share(torch.from_numpy(layout)))
 
-    def _read(self, index: int, transform: Any, option: Any) -> np.ndarray:
+    def _read(self, index: int, transform: Callable[[Any], np.ndarray]) -> np.ndarray:
         """Read an image and transform it. Raises ImageError, which names it, if it cannot be read or decoded."""
         try:
             with unreadable():
                 source = self.dataset.read(index)
-            return transform(source, option)
+            return transform(source)
         except UnreadableError as error:
             cause = error.__cause__
             if isinstance(cause, OSError) and cause.errno in NO_DESCRIPTOR:
