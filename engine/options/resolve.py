@@ -111,7 +111,7 @@ def _check_processes(args: argparse.Namespace) -> None:
         devices = len(args.device_list)
         started = f"{counted(args.processes, 'process')} on {counted(devices, 'device')}"
         raise UsageError(f"torchrun starts {started}: use --nproc-per-node {devices}")
-    if "batch_size" not in getattr(args, "left_open", ()):  # else with_checkpoint does it
+    if "batch_size" not in args.left_open:  # else with_checkpoint does it
         _check_batch_size(args)
 
 
@@ -132,7 +132,7 @@ def shared_flags(args: argparse.Namespace) -> dict[str, Any]:
     """Return {flag: value} of the flags that must be the same on every node."""
     names = {name: f"--{name.replace('_', '-')}" for name in vars(args) if name not in PER_NODE}
     names["left_open"] = "the flags that are left to their defaults"
-    return {shown: getattr(args, name, None) for name, shown in names.items()}
+    return {shown: getattr(args, name) for name, shown in names.items()}
 
 
 # --- for the checkpoint and the data that were found ------------------------------------------------------------------
@@ -158,7 +158,7 @@ def with_checkpoint(
     Raises UsageError if the checkpoint does not hold the weights of a VGG, or its batch does not fit the processes.
     """
     args = argparse.Namespace(**vars(args))
-    left_open = vars(args).pop("left_open", [])
+    left_open = vars(args).pop("left_open")
     source = start or pretrained
     if source is not None:
         args.arch = args.arch or vgg.architecture_of(source.weights)
