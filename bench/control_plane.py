@@ -23,7 +23,7 @@ import time
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from engine.console import exit_process
-from engine.parallel import Communicator, Ranks, StopVote, free_port
+from engine.parallel import Communicator, Ranks, free_port
 
 import torch
 
@@ -33,7 +33,7 @@ KINDS = ("no vote", "vote waited for", "vote one step later")
 def run_steps(comm: Communicator, kind: str, steps: int, seconds: float) -> float:
     """Return the milliseconds per step."""
     comm.barrier()
-    vote, begin = StopVote(comm), time.perf_counter()
+    vote, begin = comm.stop_vote(), time.perf_counter()
     for _ in range(steps):
         time.sleep(seconds)
         if kind == "vote waited for":
