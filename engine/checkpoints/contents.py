@@ -168,8 +168,8 @@ def load_checkpoint(path: str) -> Checkpoint:
 
 def _checked_weights(weights: Any, path: str) -> dict[str, torch.Tensor]:
     """Return a state dict under torchvision's names. Raises UsageError if it is not one."""
-    named = isinstance(weights, dict) and all(isinstance(name, str) for name in weights)
-    if not weights or not named or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+    items = weights.items() if isinstance(weights, dict) else ()
+    if not items or not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in items):
         raise UsageError(f"{path}: holds no weights (expected a state_dict of tensors)")
     return vgg.to_torchvision_names(weights)
 

@@ -84,7 +84,8 @@ def test_weights_are_found_in_a_checkpoint_and_in_a_plain_state_dict(tmp_path: A
 
 
 @pytest.mark.parametrize(
-    "content", [{}, {"epoch": 1}, {"state_dict": {}}, {"state_dict": {"a": 1}}, {"state_dict": [1]}]
+    "content",
+    [{}, {"epoch": 1}, {"state_dict": {}}, {"state_dict": {"a": 1}}, {"state_dict": [1]}, {"net": torch.ones(2)}],
 )
 def test_a_file_without_weights_is_named(tmp_path: Any, content: Any) -> None:
     with pytest.raises(UsageError, match="x.pth: holds no weights"):
