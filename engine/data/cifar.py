@@ -31,24 +31,24 @@ class Cifar(NamedTuple):
 CIFAR10 = Cifar(
     "CIFAR-10",
     ("cifar-10-batches-py", "cifar-10-batches-bin"),
-    tuple(f"data_batch_{number}" for number in range(1, 6)),
-    "test_batch",
-    b"labels",
-    1,
-    Preprocessing(32, crop=False, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
-    10,
-    ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    train=tuple(f"data_batch_{number}" for number in range(1, 6)),
+    test="test_batch",
+    key=b"labels",
+    label_bytes=1,
+    preprocessing=Preprocessing(32, crop=False, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
+    class_count=10,
+    classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
 )
 # The 100 fine classes. The 20 coarse ones are left out.
 CIFAR100 = Cifar(
     "CIFAR-100",
     ("cifar-100-python", "cifar-100-binary"),
-    ("train",),
-    "test",
-    b"fine_labels",
-    2,
-    Preprocessing(32, crop=False, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)),
-    100,
+    train=("train",),
+    test="test",
+    key=b"fine_labels",
+    label_bytes=2,
+    preprocessing=Preprocessing(32, crop=False, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)),
+    class_count=100,
 )
 
 
