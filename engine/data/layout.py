@@ -64,9 +64,8 @@ def open_classes(root: str, skip_unreadable: bool) -> FolderIndex:
         name = index.classes[0]
         found = f"a single class, {printable(name)}"
         if inside:
-            found += (
-                f", with the folders {', '.join(sorted(*inside.values())[:5])}; if these are the classes, they must "
-            )
-            found += f"lie directly in {printable(root)}, or use {printable(os.path.join(root, *inside))}"
+            folder, names = inside.popitem()  # as on the disk: a macOS name differs from that of the class
+            found += f", with the folders {', '.join(sorted(names)[:5])}; if these are the classes, they must lie "
+            found += f"directly in {printable(root)}, or use {printable(os.path.join(root, folder))}"
         raise DataError(f"{printable(root)}: expected at least two folders, one per class; found {found}")
     return index
