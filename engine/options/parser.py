@@ -57,6 +57,8 @@ class OneLineParser(argparse.ArgumentParser):
         guesses: list[str] = []
         if unknown:
             known = MODEL_FLAGS if unknown[1] in MODEL_FLAGS else difflib.get_close_matches(unknown[1], flags, n=1)
+            if unknown[1] == "--model":  # timm's and torchvision's name of the architecture
+                known = ["--arch", *known]
             guesses = [flag for flag in known if flag in flags]
         elif device:
             guesses = [f"--device {device[1].replace('cuda', 'gpu')} --gpu {device[2]}"]

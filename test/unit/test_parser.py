@@ -98,6 +98,10 @@ def test_main_py_continues_from_what_the_others_call_checkpoint(capsys: Any) -> 
     assert "did you mean --resume?" in refusal(capsys, ["-e", "--checkpoint", "m.pth"])
 
 
+def test_the_model_of_timm_is_the_architecture_of_main_py(capsys: Any) -> None:
+    assert "did you mean --arch?" in refusal(capsys, ["--model", "vgg16"])
+
+
 def test_words_after_two_dashes_are_no_flags() -> None:
     assert predict.parse_args(["--checkpoint", "m", "--", "--odd.jpg"]).images == ["--odd.jpg"]
 
