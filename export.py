@@ -56,7 +56,7 @@ class ExportMismatchError(UserError):
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser("export.py", (__doc__ or "").splitlines()[0])
     add, path = parser.add_argument, nonempty_path
-    add("--checkpoint", type=path, metavar="FILE", required=True, help="main.py's, ModelZoo's or torchvision's")
+    add("--checkpoint", type=path, metavar="FILE", required=True, help="weights of main.py or of another program")
     output = "*.onnx, *.safetensors or *.pth.tar (default: %(default)s)"
     add("--output", type=path, metavar="FILE", default="vgg16.onnx", help=output)
     add("--classes", type=path, metavar="FILE", help=CLASSES_HELP)

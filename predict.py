@@ -57,7 +57,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser("predict.py", (__doc__ or "").splitlines()[0])
     add, path, count = parser.add_argument, nonempty_path, number(int, 1)
     add("images", metavar="IMAGE|DIR", nargs="+", type=path, help="images, or folders of images")
-    add("--checkpoint", type=path, metavar="FILE", required=True, help="main.py's, ModelZoo's or torchvision's")
+    add("--checkpoint", type=path, metavar="FILE", required=True, help="weights of main.py or of another program")
     add("--classes", type=path, metavar="FILE", help=CLASSES_HELP)
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON object per image: image, predictions")

@@ -20,7 +20,7 @@ warn() { # message
 usage() {
     cat <<USAGE
 usage: bash test/$(basename "$0") --data_path=DIR [options]
-  --data_path=DIR        folder with train/ and val/, or CIFAR-10
+  --data_path=DIR        folder with train/ and val/, or CIFAR
   --batch_size=N         images per step on this node             ($batch_size)
   --workers=N            DataLoader workers on this node          (the cores that the processes leave)
   --epochs=N             epochs                                   ($epochs)
@@ -84,7 +84,7 @@ parse_options() { # the script's arguments
             *) unknown_option "unknown option $option" ;;
         esac
     done
-    [ -n "$data_path" ] || fail "--data_path=DIR is required: a folder with train/ and val/, or CIFAR-10"
+    [ -n "$data_path" ] || fail "--data_path=DIR is required: a folder with train/ and val/, or CIFAR"
     data_path=$(absolute "$data_path")
     [ -d "$data_path" ] || fail "--data_path=$data_path: no such folder"
     if [ -n "$resume" ]; then resume=$(absolute "$resume"); fi

@@ -120,8 +120,8 @@ def complete_defaults(args: argparse.Namespace, changed: Mapping[str, Any], left
 
 def build_parser() -> OneLineParser:
     about = (
-        "Train VGG on ImageNet, CIFAR-10 or a folder of images, on an NPU, a GPU or a CPU. @FILE reads flags from "
-        "FILE. The defaults shown are ImageNet's; docs/reference.md has those of the embedded digits."
+        "Train VGG on ImageNet, CIFAR or a folder of images, on an NPU, a GPU or a CPU. @FILE reads flags from FILE. "
+        "The defaults shown are ImageNet's; docs/reference.md has those of few images and of the embedded digits."
     )
     parser = OneLineParser("main.py", about, files=True)
     _add_data(parser.add_argument_group("data").add_argument)
@@ -139,11 +139,11 @@ def build_parser() -> OneLineParser:
 
 def _add_data(add: Add) -> None:
     add("dir", **FOLDER, nargs="?", help="the same as --data")
-    data = "folder with train/ and val/, CIFAR-10, or a list of images (default: the embedded digits)"
+    data = "folder with train/ and val/, CIFAR, or a list of images (default: the embedded digits)"
     add("--data", type=nonempty_path, help=data)
     workers = "DataLoader workers of this node, shared by its processes (default: the cores they leave; on a CPU 0)"
     add("-j", "--j", "--workers", dest="workers", **FROM_0, help=workers)
-    size = "pixels per side (default: 224; CIFAR-10 and digits: 32; of a checkpoint: its own)"
+    size = "pixels per side (default: 224; CIFAR and digits: 32; of a checkpoint: its own)"
     add("--image-size", type=SIDE, metavar="S", help=size)
     split = "for a folder of classes without train/ and val/: the share of images used for validation, such as 0.1"
     add("--val-split", type=number(float, above=0, below=1), metavar="SHARE", help=split)
@@ -159,19 +159,21 @@ def _add_model(add: Add) -> None:
     head = "three linear layers, or a single one for small images (default: that of the checkpoint, else paper)"
     add("--head", choices=list(vgg.HEADS), help=head)
     weights = (
-        "to start from; imagenet downloads torchvision's weights. For other classes the last layer is initialized again"
+        "to start from: a file, or imagenet, which downloads torchvision's; for other classes the last layer is "
+        "initialized again"
     )
     add("--pretrained", **PATH, help=weights)
     freeze = {"dest": "freeze_blocks", "default": 0}
     blocks = "keep the first N of the five blocks of convolutions as they are in --pretrained or --resume"
     add("--freeze-blocks", type=number(int, 0, 5), metavar="N", **freeze, help=f"{blocks} {DEFAULT}")
     add("--freeze-features", action="store_const", const=5, **freeze, help="train only the classifier: all five blocks")
-    add("--features-lr", type=POSITIVE, metavar="FACTOR", default=1.0, help=f"of the convolutions' --lr {DEFAULT}")
+    factor = f"learning rate of the convolutions, as a factor of --lr {DEFAULT}"
+    add("--features-lr", type=POSITIVE, metavar="FACTOR", default=1.0, help=factor)
 
 
 def _add_training(add: Add) -> None:
     add("--epochs", **COUNT, help=DEFAULT)
-    add("--start-epoch", **FROM_0, default=0, help=DEFAULT)
+    add("--start-epoch", **FROM_0, default=0, help=f"number of the first epoch {DEFAULT}")
     add("-b", "--batch-size", **COUNT, help=f"images per step on this node, over all its devices {DEFAULT}")
     add("--accum-steps", **COUNT, default=1, help=f"batches of -b per optimizer step {DEFAULT}")
     add("--lr", "--learning-rate", type=POSITIVE, metavar="RATE", help=f"the highest rate {DEFAULT}")
@@ -180,8 +182,8 @@ def _add_training(add: Add) -> None:
         "the epochs and down to --min-lr (default: the cosine, by epoch)"
     )
     add("--lr-schedule", choices=["cosine", "step", "onecycle"], help=schedule)
-    add("--lr-step-size", **COUNT, default=30, help=f"epochs {DEFAULT}")
-    add("--min-lr", type=number(float, 0), metavar="RATE", default=0.0, help=DEFAULT)
+    add("--lr-step-size", **COUNT, default=30, help=f"epochs between the drops of --lr-schedule step {DEFAULT}")
+    add("--min-lr", type=number(float, 0), metavar="RATE", default=0.0, help=f"lowest rate of the schedule {DEFAULT}")
     add("--warmup-epochs", **FROM_0, help=f"epochs of linear warm-up at the start {DEFAULT}")
     add("--momentum", type=SHARE, metavar="M", default=0.9, help=DEFAULT)
     add("--wd", "--weight-decay", dest="weight_decay", type=number(float, 0), metavar="W", help=DEFAULT)
@@ -201,7 +203,7 @@ def _add_run(add: Add) -> None:
     add("-e", "--e", "--evaluate", dest="evaluate", **SWITCH, help=evaluate)
     view = f"with -e: center crop, ten crops, the whole image, or 50 crops per scale, as in the VGG paper {DEFAULT}"
     add("--eval-view", default="center", choices=VIEWS, help=view)
-    scales = "with -e: short sides in pixels (default: 256/224 of --image-size; CIFAR-10 and digits: --image-size)"
+    scales = "with -e: short sides in pixels (default: 256/224 of --image-size; CIFAR and digits: --image-size)"
     add("--eval-scales", type=SIDE, nargs="+", metavar="Q", help=scales)
     add("--predictions", type=nonempty_path, metavar="FILE.csv", help="with -e: also write one line per image")
     add("--report", **FOLDER, help="with -e: also write a page, DIR/index.html")
@@ -226,11 +228,11 @@ def _add_device(add: Add) -> None:
     add("--amp", **SWITCH, help="mixed precision")
     level = f"with --amp: O0 fp32, O1 autocast, O2 half with fp32 master weights, O3 pure half precision {DEFAULT}"
     add("--opt-level", default="O1", choices=["O0", "O1", "O2", "O3"], help=level)
-    half = "format of --amp (default: bf16 if the device supports it natively, else fp16)"
+    half = "format of --amp (default: bf16 if the device supports it natively, else fp16; on a CPU fp32)"
     add("--amp-dtype", default="auto", choices=["auto", "fp16", "bf16"], help=half)
     add("--loss-scale-value", type=loss_scale, metavar="SCALE", help="in fp16: a number, or dynamic (default: 1024)")
     add("--deterministic", **SWITCH, help="bitwise repeatable on a GPU too, and slower")
-    add("--compile", **SWITCH, help="torch.compile the training step (torch 2, gpu and cpu; requires a C++ compiler)")
+    add("--compile", **SWITCH, help="torch.compile the training step (torch 2, gpu and cpu; requires a compiler)")
 
 
 def _add_parallel(add: Add) -> None:
