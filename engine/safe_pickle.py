@@ -68,7 +68,7 @@ class SafeUnpickler(pickle._Unpickler):
         target = self.stack[-1]
         if isinstance(target, _PickledArray):
             target.set_state(state)
-        elif not isinstance(target, (OrderedDict, _Namespace)):  # torch attaches metadata to a state_dict: dropped
+        elif not isinstance(target, (OrderedDict, _Dropped)):  # torch attaches metadata to a state_dict: dropped
             raise CarriesCodeError(f"it sets the state of a {type(target).__name__}")
 
     dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}  # type: ignore[dict-item]
@@ -103,8 +103,26 @@ def load_arrays(file: IO[bytes]) -> Any:
     return {key: value.array if isinstance(value, _PickledArray) else value for key, value in record.items()}
 
 
-class _Namespace:
-    """Stands for argparse.Namespace, which torchvision's references save beside the weights. Its flags are dropped."""
+class _Dropped:
+    """Stands for what others save beside the weights, and nobody reads here: flags, numbers of NumPy, milestones, …"""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+
+DROPPED = {
+    "argparse": ["Namespace"],
+    "builtins": ["set"],
+    "__builtin__": ["set"],
+    "collections": ["Counter"],  # of MultiStepLR
+    "pathlib": ["PosixPath", "WindowsPath"],
+    "pathlib._local": ["PosixPath", "WindowsPath"],
+    "torch": ["device"],
+    "numpy": ["dtype", "ndarray"],
+    "numpy.core.multiarray": ["scalar", "_reconstruct"],
+    "numpy._core.multiarray": ["scalar", "_reconstruct"],
+    "_codecs": ["encode"],
+}
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
@@ -152,9 +170,9 @@ def rebuild_tensor(flat: torch.Tensor, offset: int, size: Any, stride: Any, *_: 
 def load_tensors(file: IO[bytes], storages: Storages) -> Any:
     """Read one pickle of torch.save: nested dicts and lists of plain values and tensors. Raises CarriesCodeError."""
     names: dict[tuple[str, str], Any] = {
+        **{(module, name): _Dropped for module, dropped in DROPPED.items() for name in dropped},
         ("collections", "OrderedDict"): OrderedDict,
         ("torch", "Size"): tuple,
-        ("argparse", "Namespace"): _Namespace,
         ("torch._utils", "_rebuild_tensor"): rebuild_tensor,
         ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
         ("torch._utils", "_rebuild_parameter"): lambda data, requires_grad, hooks: data,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import pathlib
 from typing import Any
 
 from engine.checkpoints.contents import CONTAINERS, TrainState, load_checkpoint, load_weights
@@ -13,6 +14,7 @@ import vgg
 from helpers.program import assert_same_weights
 from helpers.saved import COUNTS, Run, SmallNet, save
 
+import numpy as np
 import pytest
 import torch
 
@@ -83,9 +85,37 @@ def test_weights_are_found_in_a_checkpoint_and_in_a_plain_state_dict(tmp_path: A
         assert_same_weights(load_checkpoint(path).weights, own)
 
 
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+@pytest.mark.parametrize(
+    "beside",
+    [
+        torch.optim.lr_scheduler.MultiStepLR(torch.optim.SGD([torch.ones(1)], 0.1), [30, 60]).state_dict(),
+        {"best_acc": np.float64(0.5), "epoch": np.int64(3)},
+        {"losses": np.arange(3.0), "random": np.random.RandomState(1).get_state()},
+        {"args": argparse.Namespace(data=pathlib.Path("/data"), device=torch.device("cpu"))},
+        {"frozen": {"features.0.weight"}},
+    ],
+    ids=["MultiStepLR", "numbers of NumPy", "arrays", "flags", "set"],
+)
+def test_what_others_save_beside_the_weights_is_dropped(tmp_path: Any, beside: Any, protocol: int) -> None:
+    own, path = vgg.VGG("vgg11", 3, [4] * 5, 8).state_dict(), str(tmp_path / "x.pth")
+    for zip_format in (True, False):
+        content = {"model_state_dict": own, **beside, "scheduler": beside}
+        torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=zip_format)
+        assert_same_weights(load_checkpoint(path).weights, own)
+
+
 @pytest.mark.parametrize(
     "content",
-    [{}, {"epoch": 1}, {"state_dict": {}}, {"state_dict": {"a": 1}}, {"state_dict": [1]}, {"net": torch.ones(2)}],
+    [
+        {},
+        {"epoch": 1},
+        {"state_dict": {}},
+        {"state_dict": {"a": 1}},
+        {"state_dict": [1]},
+        {"net": torch.ones(2)},
+        {"a": np.ones(1)},
+    ],
 )
 def test_a_file_without_weights_is_named(tmp_path: Any, content: Any) -> None:
     with pytest.raises(UsageError, match="x.pth: holds no weights"):
