@@ -134,8 +134,8 @@ def _is_batch(value: Any) -> bool:
 
 # The entries of RunInfo, and what makes a value ours: another program's value of that name is left out.
 INFO: dict[str, Callable[[Any], bool]] = {
-    "arch": lambda value: isinstance(value, str),
-    "classes": lambda value: isinstance(value, list),
+    "arch": lambda value: isinstance(value, str) and value in vgg.ARCHITECTURES,
+    "classes": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
     "preprocessing": _is_preprocessing,
     "val_split": lambda value: isinstance(value, float),
     "small_defaults": lambda value: isinstance(value, bool),
@@ -158,8 +158,10 @@ def load_checkpoint(path: str) -> Checkpoint:
     content = _load_safetensors(path) if path.endswith(".safetensors") else load(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
-    weights = _checked_weights(next((content[key] for key in CONTAINERS if key in content), content), path)
-    ema_weights = _checked_weights(content["state_dict_ema"], path) if "state_dict_ema" in content else None
+    containers = [content[key] for key in CONTAINERS if key in content and not isinstance(content[key], str)]
+    weights = _checked_weights(containers[0] if containers else content, path)
+    has_ema = content.get("state_dict_ema") is not None
+    ema_weights = _checked_weights(content["state_dict_ema"], path) if has_ema else None
     info = RunInfo(**{key: content[key] for key, is_ours in INFO.items() if key in content and is_ours(content[key])})
     info.identity = dict(info.identity)
     info.images_per_step = info.identity.pop("global batch", 0)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -36,7 +37,12 @@ def test_a_checkpoint_holds_plain_values_and_fp32_tensors_on_the_cpu(tmp_path: A
     "key, value",
     [
         ("arch", 5),
+        ("arch", "vgg16_bn.tv_in1k"),
+        ("model", "vgg16"),
+        ("state_dict_ema", None),
         ("classes", "abc"),
+        ("classes", [0, 1]),
+        ("classes", ["a", None]),
         ("preprocessing", [224]),
         ("preprocessing", {"image_size": "abc"}),
         ("preprocessing", {"image_size": -5}),
@@ -53,9 +59,9 @@ def test_a_checkpoint_holds_plain_values_and_fp32_tensors_on_the_cpu(tmp_path: A
     ],
 )
 def test_an_entry_that_cannot_be_ours_is_left_out(tmp_path: Any, key: str, value: Any) -> None:
-    weights = {"state_dict": {"a": torch.ones(1)}}
+    weights = {"model_state_dict": {"a": torch.ones(1)}}
     found = load_checkpoint(save({**weights, key: value}, tmp_path / "x"))
-    assert found.info == load_checkpoint(save(weights, tmp_path / "y")).info
+    assert found == dataclasses.replace(load_checkpoint(save(weights, tmp_path / "y")), path=found.path)
 
 
 def test_a_file_of_something_else_is_no_checkpoint(tmp_path: Any) -> None:
