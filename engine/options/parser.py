@@ -21,6 +21,7 @@ REWORDED = [  # from argparse's words to ours
     (r": ignored explicit argument (.*)$", r" takes no value, got \1"),
     (r"^\[Errno \d+\] (.*): '(.*)'$", r"@\2: \1"),
 ]
+QUOTED_OR_COMMENT = r"""(\\.#*|'[^']*'|"(?:\\.|[^"\\])*")|(?<!\S)#.*"""
 # What programs call a trained model.
 MODEL_FLAGS = ["--checkpoint", "--resume", "--pretrained", "--weights", "--model", "--ckpt"]
 
@@ -39,7 +40,8 @@ class OneLineParser(argparse.ArgumentParser):
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         """Split a line of an @file: `--flag value`, quoted as in a shell. A word with # in front starts a comment."""
         try:
-            return shlex.split(re.sub(r"(^|\s)#.*", "", arg_line.lstrip("\ufeff")))  # Windows' mark of UTF-8
+            line = arg_line.lstrip("\ufeff")  # Windows' mark of UTF-8
+            return shlex.split(re.sub(QUOTED_OR_COMMENT, lambda match: match[1] or "", line))
         except ValueError as error:
             self.error(f"{arg_line.strip()}: {error}")
 

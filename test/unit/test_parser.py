@@ -6,6 +6,8 @@ from __future__ import annotations
 import argparse
 import os
 import pwd
+import re
+import shlex
 import sys
 from typing import Any
 
@@ -38,6 +40,16 @@ def test_flags_come_from_a_file_and_later_ones_win(tmp_path: Any) -> None:
     )
     args = parse_args([f"@{recipe}", "--epochs", "40", "-a", "vgg11"])
     assert (args.lr, args.epochs, args.output_dir, args.batch_size, args.arch) == (0.2, 40, "a folder#1", 8, "vgg11")
+
+
+@pytest.mark.parametrize("name", ["run #3", "#3", "a # b # c", "it's #3", 'the "best" #1', "back\\slash #2", "run#3"])
+@pytest.mark.parametrize("comment", ["", '  # it\'s the "best" one', " ## 'a"])
+def test_a_comment_begins_outside_of_quotes(tmp_path: Any, name: str, comment: str) -> None:
+    double = '"' + name.replace("\\", r"\\").replace('"', r"\"") + '"'
+    for quoted in (shlex.quote(name), double, re.sub(r"(\W)", r"\\\1", name)):
+        (tmp_path / "recipe.txt").write_text(f"--output-dir {quoted}{comment}\n-b 8\n", encoding="utf-8")
+        args = parse_args([f"@{tmp_path / 'recipe.txt'}"])
+        assert (args.output_dir, args.batch_size) == (name, 8), quoted
 
 
 def test_an_unbalanced_quote_in_a_file_is_one_line(tmp_path: Any, capsys: Any) -> None:
