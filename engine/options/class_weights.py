@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import unicodedata
 from typing import Any, Sequence
 
@@ -19,19 +20,25 @@ def class_weights(text: str) -> str | list[list[Any]]:
         return text
     try:
         with open(nonempty_path(text), encoding="utf-8-sig") as file:
-            lines = [line.replace("\t", ",").rpartition(",") for line in file.read().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+            lines = [_split(line) for line in file.read().splitlines()]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise argparse.ArgumentTypeError(
             f"expected auto or a file of text, got {text} ({getattr(error, 'strerror', 'not UTF-8')})"
         ) from error
     rows: list[list[Any]] = []
-    for position, (name, _, weight) in enumerate(lines, 1):
-        if (name or weight).strip() and (position, weight.strip()) != (1, "weight"):  # no empty line, no header
+    for position, (name, weight) in enumerate(lines, 1):
+        if (name or weight).strip() and (position, weight.strip().lower()) != (1, "weight"):  # no empty line, no header
             try:
                 rows.append([name.strip(), number(float, 0)(weight)])
             except argparse.ArgumentTypeError as error:
                 raise argparse.ArgumentTypeError(f"{text}, line {position}: {error}") from None
     return rows
+
+
+def _split(line: str) -> tuple[str, str]:
+    """Return class and weight of a line. A class may have commas, in quotes or not."""
+    *name, weight = next(csv.reader([line], delimiter="\t" if "\t" in line else ",")) or [""]
+    return ",".join(name), weight
 
 
 def resolve_class_weights(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import csv
 from typing import Any
 
 from engine.errors import UsageError
@@ -52,6 +53,17 @@ def test_class_weights_have_names_with_a_comma_or_a_tab_after_them(tmp_path: Any
     assert class_weights(str(tmp_path / "w.csv")) == [["cat, big", 1.5], ["dog", 0.0]]
 
 
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC])
+@pytest.mark.parametrize("delimiter", [",", "\t"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_class_weights_are_read_as_programs_write_tables(tmp_path: Any, quoting: int, delimiter: str, end: str) -> None:
+    rows = [["tench, Tinca tinca", 1.5], ['5" pipe', 0.5], ["cat", 2.0], ["a,b,c", 1.0], ["it's", 3.0], ["7", 4.0]]
+    for header in ([], [["class", "weight"]], [["Class", "Weight"]]):
+        with open(str(tmp_path / "w.csv"), "w", newline="") as file:
+            csv.writer(file, delimiter=delimiter, quoting=quoting, lineterminator=end).writerows([*header, *rows])
+        assert class_weights(str(tmp_path / "w.csv")) == rows
+
+
 def test_class_weights_without_names_are_one_per_line(tmp_path: Any) -> None:
     (tmp_path / "w.txt").write_text("1\n2e-1\n")
     assert class_weights(str(tmp_path / "w.txt")) == [["", 1.0], ["", 0.2]] and class_weights("auto") == "auto"
@@ -64,6 +76,7 @@ def test_class_weights_without_names_are_one_per_line(tmp_path: Any) -> None:
         (b"cat,nan\n", "w.txt, line 1: must be finite, got nan"),
         (b"cat,1\ndog,\n", "w.txt, line 2: expected a number, got ''"),
         (b"\xff\n", "not UTF-8"),
+        ("cat,1\n".encode("utf-16-le"), "w.txt"),
         (None, "No such file"),
     ],
 )
