@@ -156,8 +156,8 @@ def check_heatmap(path: str, images: int) -> None:
 
 
 def as_text(text: str) -> str:
-    """Return what matplotlib draws as this text: it would read what lies between two $ as a formula."""
-    return text.replace("$", r"\$")
+    """Return what matplotlib draws as this text: no bytes of paths, and no formula between two $."""
+    return text.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
 def draw_heatmaps(rows: list[HeatmapRow], path: str) -> None:

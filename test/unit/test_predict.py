@@ -102,6 +102,15 @@ def test_a_heatmap_has_the_names_as_they_are(monkeypatch: Any, name: str) -> Non
         assert not is_formula and (shown == name or "$" in shown)
 
 
+@pytest.mark.parametrize("encoding", ["gbk", "shift_jis", "big5", "euc_kr"])
+def test_a_heatmap_of_names_that_are_not_utf_8_is_drawn(tmp_path: Any, encoding: str) -> None:
+    pytest.importorskip("matplotlib")
+    name = os.fsdecode("中一".encode(encoding))  # as an archive from Windows unpacks
+    row = predict.HeatmapRow(name, np.zeros((8, 8, 3), np.uint8), torch.ones(1, 1), [predict.Prediction(name, 0.5)])
+    predict.draw_heatmaps([row], str(tmp_path / "map.png"))
+    assert Image.open(str(tmp_path / "map.png")).size[0] > 500
+
+
 def test_the_heatmap_is_grad_cam() -> None:
     """Against the definition, by finite differences of the logit of the top prediction."""
     torch.manual_seed(0)
