@@ -22,8 +22,10 @@ TRANSPOSITIONS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 MAX_PIXELS = 178956970  # Pillow, too, calls more than this a decompression bomb
 MAX_RATIO = MAX_PIXELS / 256**2  # width to height: resized to a short side of 256, such an image has MAX_PIXELS
 
-# For the whole process, because a filter around each call would not be safe in threads. open_image refuses instead.
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+# For the whole process, because a filter around each call would not be safe in threads. open_image refuses too many
+# pixels; of transparency and damaged EXIF data, which nobody reads, Pillow would warn without naming the file. The one
+# that stays names a format that this Pillow lacks.
+warnings.filterwarnings("ignore", "(?!image file could not be identified)", module=r"PIL\.")
 # Comments and color profiles of a PNG: 64 MiB each, as together, not 1 MiB.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 _warned_of_dark = mmap.mmap(-1, 1)  # shared with DataLoader workers, so that one of them says it

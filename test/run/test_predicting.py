@@ -14,6 +14,7 @@ import sys
 import time
 from typing import Any
 
+from engine.checkpoints.file import load
 from engine.data import Preprocessing, open_datasets
 from engine.errors import UsageError
 
@@ -77,6 +78,26 @@ def test_a_corrupt_image_is_one_error_and_the_others_are_predicted(holiday: Resu
     assert rows[0] == ["image", "rank", "class", "probability"]
     assert [row[0] for row in rows[1::5]] == [f"holiday/图 00{number}.JPEG" for number in range(5)]
     assert len(rows) == 1 + 5 * 5
+
+
+def test_images_of_which_pillow_warns_are_predicted_without_a_word(root: Any, tmp_path: Any) -> None:
+    os.mkdir(str(tmp_path / "odd"))
+    image = Image.fromarray(np.arange(40 * 50 * 3, dtype=np.uint8).reshape(40, 50, 3))
+    for opaque in range(3):
+        transparency = bytes([0, 128, 255][opaque:]) + bytes(100)
+        image.convert("P").save(str(tmp_path / "odd" / f"palette {opaque}.png"), transparency=transparency)
+    exif = b"Exif\0\0II*\0\x08\0\0\0"  # a table whose entries are cut off, or lie outside of the file
+    entry = b"\x0e\x01\x02\0\xff\xff\0\0\xff\xff\0\0"
+    for length in range(0, len(entry) + 1, 3):
+        path = str(tmp_path / "odd" / f"exif {length}.jpg")
+        image.save(path, exif=exif + b"\x03\0" + entry[:length])
+    content = load(str(root / "model_best.pth.tar"))
+    content["preprocessing"]["exif_rotate"] = True
+    torch.save(content, str(tmp_path / "rotates.pth"))
+    for checkpoint in (root / "model_best.pth.tar", tmp_path / "rotates.pth"):
+        result = run_script("predict.py", tmp_path / "odd", "--checkpoint", checkpoint, "--csv", *CPU)
+        assert (result.code, result.err) == (0, ""), result.err
+        assert len(result.out.splitlines()) == 1 + 3 * len(os.listdir(str(tmp_path / "odd")))
 
 
 def test_weights_of_torchvision_predict_with_a_file_of_class_names(holiday: Result) -> None:
