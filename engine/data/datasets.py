@@ -263,17 +263,21 @@ def split_by_name(index: FolderIndex, share: float, *, evaluate: bool) -> tuple[
 
     An image is for validation if the SHA-256 of its path below the folder, as a number in [0, 1), is below the share.
     So adding files moves none; but a class without such an image gives the one with the smallest number, and one
-    without any other keeps the one with the largest for training.
+    without any other keeps the one with the largest for training. evaluate: the folder may be none that was trained on,
+    so a line says which of its images count.
     """
+    whole = "; the images of a folder val/, or with val in a list, are all evaluated" if evaluate else ""
     digests = b"".join(hashlib.sha256(index.name(position)).digest()[:8] for position in range(len(index.labels)))
     numbers = np.frombuffer(digests, ">u8") / 2.0**64
     chosen = numbers < share
     for label, name in enumerate(index.classes):
         positions = np.flatnonzero(index.labels == label)
         if len(positions) < 2:
-            raise DataError(f"{printable(name)}: a single image in this class, and a split needs two")
+            raise DataError(f"{printable(name)}: a single image in this class, and a split needs two{whole}")
         order = positions[np.argsort(numbers[positions])]
         chosen[order[0]], chosen[order[-1]] = True, False
+    if evaluate:
+        console.line(f"=> --val-split {share} leaves {chosen.sum():,} of {counted(len(chosen), 'image')}{whole}")
     training = None if evaluate else ImageFolder(index, ("training", share, np.flatnonzero(~chosen)))
     return training, ImageFolder(index, ("validation", share, np.flatnonzero(chosen)))
 

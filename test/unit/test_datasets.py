@@ -127,6 +127,22 @@ def test_the_split_of_a_checkpoint_is_used_only_where_it_can_be(tmp_path):
     assert shares(split, saved_val_split=0.3) == shares(None, saved_val_split=0.3) == [None, None]
 
 
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.3, 0.6])
+@pytest.mark.parametrize("counts", [(9, 9), (2, 40), (1, 5)])
+def test_an_evaluation_says_what_the_split_of_a_checkpoint_leaves_and_how_to_take_all(tmp_path, capsys, share, counts):
+    write_classes(tmp_path / "test", dict(zip("ab", counts)))
+    options = {"evaluate": True, "skip_unreadable": False, "saved_val_split": share}
+    if min(counts) > 1:
+        validation = open_datasets(str(tmp_path / "test"), **options)[1]
+        assert f"--val-split {share} leaves {len(validation)} of {sum(counts)} images; " in capsys.readouterr().out
+    else:
+        with pytest.raises(DataError, match="a split needs two; the images of a folder val/.* are all evaluated$"):
+            open_datasets(str(tmp_path / "test"), **options)
+    os.rename(str(tmp_path / "test"), str(tmp_path / "val"))
+    assert len(open_datasets(str(tmp_path), **options)[1]) == sum(counts)
+    assert "leaves" not in capsys.readouterr().out
+
+
 # --- a list of images -------------------------------------------------------------------------------------------------
 
 
