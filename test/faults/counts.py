@@ -47,7 +47,9 @@ for count in range(1, 41):
     top5 = sum(int(dataset.labels[index]) in logits[index].topk(5)[1][0].tolist() for index in range(count))
     sampler = ResumableBatchSampler(count, 1 + count % 7, rank=comm.rank, world_size=comm.world_size, shuffle=False)
     loader = main.build_loader(job, dataset, dataset.preprocessing, sampler)
-    totals = main.validate(job, network, predict, loader, TrainState())
-    assert totals is not None and totals[:3] == (count, top1, top5), (count, comm.world_size, totals, top1, top5)
+    metrics = main.validate(job, network, predict, loader, TrainState())
+    assert metrics is not None
+    found = metrics["acc1"], metrics["acc5"]
+    assert found == (100 * top1 / count, 100 * top5 / count), (count, comm.world_size, found, top1, top5)
 comm.close()
 exit_process(0)
