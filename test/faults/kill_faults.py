@@ -133,7 +133,7 @@ def resumed_resumes(folder: str) -> int:
     # The last run had two processes: continue it on one, then on two again.
     base = ["-b", 128, "--epochs", 6, "-p", 5, "--auto-resume"]
     output = run(*base, "--stop-step-num", 50, folder=resumed)
-    assert "=> resumed on 1 processes, saved on 2" in output, output
+    assert "=> resumed on 1 process, saved on 2" in output, output
     output = run(*base, *TWO_PROCESSES, folder=resumed)
     assert "=> resumed on 2 processes, saved on 1" in output and intact_step(resumed) == 66, output
     return tries + 2
