@@ -6,6 +6,10 @@
 draws quickstart.png from the output of test/quickstart.sh: its curves, and its predictions for validation digits,
 errors in red.
 
+    python tools/docs_figures.py programs docs/results.md docs
+
+draws programs.png from the table of programs in docs/results.md.
+
     pip download --no-deps scikit-image==0.26.0
     unzip scikit_image-*.whl "skimage/data/*"
     python tools/docs_figures.py photos skimage/data docs
@@ -16,6 +20,7 @@ trains on crops of ten images (data/README.md), for two minutes of one CPU core.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -57,7 +62,6 @@ BLUE, ORANGE, RED = "#3b82c4", "#d0651f", "#be2d5f"  # training, validation, wro
 
 def draw_quickstart(folder: str, path: str) -> None:
     """Draw loss and accuracy over the epochs, and the predictions for the first validation digits."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     dataset = read_digits(training=False)
@@ -68,7 +72,6 @@ def draw_quickstart(folder: str, path: str) -> None:
     confidence, predicted = logits.softmax(1).max(1)
 
     figure = Figure(figsize=(11, 3.5), constrained_layout=True)
-    FigureCanvasAgg(figure)
     left, right = np.asarray(figure.subfigures(1, 2, width_ratios=[1.25, 1]))
     with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as file:
         events = [json.loads(line) for line in file]
@@ -98,6 +101,39 @@ def draw_quickstart(folder: str, path: str) -> None:
         name, correct = model.classes[int(predicted[index])], int(predicted[index]) == dataset.labels[index]
         color = "#1b1f24" if correct else RED
         axis.set_title(f"{name}  {float(confidence[index]):.0%}", fontsize=8, pad=2, color=color)
+    figure.savefig(path, dpi=110)
+
+
+def read_programs(path: str) -> dict[str, tuple[float, list[float]]]:
+    """Return {program: (minutes per epoch, accuracy after each epoch in percent)} from the table in docs/results.md."""
+    programs: dict[str, tuple[float, list[float]]] = {}
+    with open(path, encoding="utf-8") as file:
+        for line in file.read().partition("| program |")[2].split("\n\n")[0].splitlines()[2:]:
+            name, _, minutes, *accuracies = (cell.strip() for cell in line.strip("|").split("|"))
+            programs[name] = float(minutes), [float(value.strip("*")) for value in accuracies if value]
+    return programs
+
+
+def draw_programs(source: str, path: str) -> None:
+    """Draw the accuracy of each program over the minutes of training."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.6), constrained_layout=True)
+    axis = figure.subplots()
+    others = itertools.cycle((BLUE, "#3a8f5c", "#7a5aa8"))
+    for name, (minutes, accuracies) in read_programs(source).items():
+        color = ORANGE if name.startswith("main.py") else next(others)
+        times = [minutes * epoch for epoch in range(1, len(accuracies) + 1)]
+        axis.plot(times, accuracies, marker="o", markersize=3.5, color=color)
+        axis.annotate(name, (times[-1], accuracies[-1]), (6, 0), textcoords="offset points", va="center", color=color)
+    axis.set_title("CIFAR-10, JPEG copies: Acc@1 (%)", loc="left", fontsize=11)
+    axis.set_xlabel("minutes of training", fontsize=9)
+    axis.set_ylim(0, 100)
+    axis.grid(alpha=0.3)
+    axis.margins(x=0.25)
+    axis.set_xlim(left=0)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
     figure.savefig(path, dpi=110)
 
 
@@ -160,9 +196,11 @@ def capture_page(folder: str, path: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4 or sys.argv[1] not in ("quickstart", "photos"):
+    if len(sys.argv) != 4 or sys.argv[1] not in ("quickstart", "programs", "photos"):
         sys.exit(__doc__)
     if sys.argv[1] == "quickstart":
         draw_quickstart(sys.argv[2], os.path.join(sys.argv[3], "quickstart.png"))
+    elif sys.argv[1] == "programs":
+        draw_programs(sys.argv[2], os.path.join(sys.argv[3], "programs.png"))
     else:
         draw_photos(sys.argv[2], sys.argv[3])
