@@ -120,7 +120,9 @@ DROPPED = {
     "torch": ["device"],
     "numpy": ["dtype", "ndarray"],
     "numpy.core.multiarray": ["scalar", "_reconstruct"],
+    "numpy.core.numeric": ["_frombuffer"],  # pickle protocol 5
     "numpy._core.multiarray": ["scalar", "_reconstruct"],
+    "numpy._core.numeric": ["_frombuffer"],
     "_codecs": ["encode"],
 }
 

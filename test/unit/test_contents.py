@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import pathlib
+import pickle
 from typing import Any
 
 from engine.checkpoints.contents import CONTAINERS, TrainState, load_checkpoint, load_weights
@@ -91,7 +92,7 @@ def test_weights_are_found_in_a_checkpoint_and_in_a_plain_state_dict(tmp_path: A
         assert_same_weights(load_checkpoint(path).weights, own)
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4])
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize(
     "beside",
     [
