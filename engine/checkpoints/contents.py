@@ -158,10 +158,9 @@ def load_checkpoint(path: str) -> Checkpoint:
     content = _load_safetensors(path) if path.endswith(".safetensors") else load(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
-    containers = [content[key] for key in CONTAINERS if key in content and not isinstance(content[key], str)]
-    weights = _checked_weights(containers[0] if containers else content, path)
-    has_ema = content.get("state_dict_ema") is not None
-    ema_weights = _checked_weights(content["state_dict_ema"], path) if has_ema else None
+    found = (content[key] for key in CONTAINERS if key in content and not isinstance(content[key], str))
+    weights, ema = _checked_weights(next(found, content), path), content.get("state_dict_ema")
+    ema_weights = None if ema is None else _checked_weights(ema, path)
     info = RunInfo(**{key: content[key] for key, is_ours in INFO.items() if key in content and is_ours(content[key])})
     info.identity = dict(info.identity)
     info.images_per_step = info.identity.pop("global batch", 0)
