@@ -32,8 +32,8 @@ def pytest_configure(config: Any) -> None:
     worker = getattr(config, "workerinput", None)
     if worker and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
-        number = int(worker["workerid"][2:])
-        os.sched_setaffinity(0, set(cores[number :: worker["workercount"]] or cores[number % len(cores) :: len(cores)]))
+        shares = min(worker["workercount"], len(cores))
+        os.sched_setaffinity(0, set(cores[int(worker["workerid"][2:]) % shares :: shares]))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -28,6 +28,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -60,6 +61,16 @@ COMMANDS = [
 BLUE, ORANGE, RED = "#3b82c4", "#d0651f", "#be2d5f"  # training, validation, wrong: as in curves.png and on the page
 
 
+def style(axis: Any, title: str, xlabel: str) -> None:
+    axis.set_title(title, loc="left", fontsize=11)
+    axis.set_xlabel(xlabel, fontsize=9)
+    axis.tick_params(labelsize=9)
+    axis.grid(alpha=0.3)
+    axis.set_ylim(bottom=0)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+
+
 def draw_quickstart(folder: str, path: str) -> None:
     """Draw loss and accuracy over the epochs, and the predictions for the first validation digits."""
     from matplotlib.figure import Figure
@@ -81,13 +92,7 @@ def draw_quickstart(folder: str, path: str) -> None:
         for records, label, color in ((train, "training", BLUE), (validation, "validation", ORANGE)):
             epochs = [record["epoch"] for record in records]
             axis.plot(epochs, [record[key] for record in records], marker="o", markersize=3.5, label=label, color=color)
-        axis.set_title(title, loc="left", fontsize=11)
-        axis.set_xlabel("epoch", fontsize=9)
-        axis.tick_params(labelsize=9)
-        axis.grid(alpha=0.3)
-        axis.set_ylim(bottom=0)
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
+        style(axis, title, "epoch")
         if key == "acc1":
             axis.legend(frameon=False, fontsize=9, loc="lower right")
             last = validation[-1]
@@ -126,14 +131,10 @@ def draw_programs(source: str, path: str) -> None:
         times = [minutes * epoch for epoch in range(1, len(accuracies) + 1)]
         axis.plot(times, accuracies, marker="o", markersize=3.5, color=color)
         axis.annotate(name, (times[-1], accuracies[-1]), (6, 0), textcoords="offset points", va="center", color=color)
-    axis.set_title("CIFAR-10, JPEG copies: Acc@1 (%)", loc="left", fontsize=11)
-    axis.set_xlabel("minutes of training", fontsize=9)
-    axis.set_ylim(0, 100)
-    axis.grid(alpha=0.3)
+    style(axis, "CIFAR-10, JPEG copies: Acc@1 (%)", "minutes of training")
     axis.margins(x=0.25)
     axis.set_xlim(left=0)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
+    axis.set_ylim(top=100)
     figure.savefig(path, dpi=110)
 
 

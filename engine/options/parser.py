@@ -21,6 +21,7 @@ REWORDED = [  # from argparse's words to ours
     (r": ignored explicit argument (.*)$", r" takes no value, got \1"),
     (r"^\[Errno \d+\] (.*): '(.*)'$", r"@\2: \1"),
 ]
+# A comment begins with a word, outside of quotes; for shlex it may begin within a word, as in run#3.
 QUOTED_OR_COMMENT = r"""(\\.#*|'[^']*'|"(?:\\.|[^"\\])*")|(?<!\S)#.*"""
 # What programs call a trained model.
 MODEL_FLAGS = ["--checkpoint", "--resume", "--pretrained", "--weights", "--model", "--ckpt"]
