@@ -277,7 +277,7 @@ def split_by_name(index: FolderIndex, share: float, *, evaluate: bool) -> tuple[
         order = positions[np.argsort(numbers[positions])]
         chosen[order[0]], chosen[order[-1]] = True, False
     if evaluate:
-        console.line(f"=> --val-split {share} leaves {chosen.sum():,} of {counted(len(chosen), 'image')}{whole}")
+        console.line(f"=> --val-split {share} evaluates {chosen.sum():,} of {counted(len(chosen), 'image')}{whole}")
     training = None if evaluate else ImageFolder(index, ("training", share, np.flatnonzero(~chosen)))
     return training, ImageFolder(index, ("validation", share, np.flatnonzero(chosen)))
 

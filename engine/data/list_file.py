@@ -83,6 +83,8 @@ def _rows(path: str) -> Iterator[tuple[int, str, str, str | None]]:
     """
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         first = file.readline()
+        if "\0" in first:
+            raise DataError(f"{printable(path)}: this is UTF-16, not UTF-8: save it as UTF-8")
         delimiter = next((character for character in "\t," if character in first), " ")
         reader = csv.reader(itertools.chain([first], file), delimiter=delimiter, skipinitialspace=True)
         columns: list[int] = []

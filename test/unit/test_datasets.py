@@ -134,7 +134,7 @@ def test_an_evaluation_says_what_the_split_of_a_checkpoint_leaves_and_how_to_tak
     options = {"evaluate": True, "skip_unreadable": False, "saved_val_split": share}
     if min(counts) > 1:
         validation = open_datasets(str(tmp_path / "test"), **options)[1]
-        assert f"--val-split {share} leaves {len(validation)} of {sum(counts)} images; " in capsys.readouterr().out
+        assert f"--val-split {share} evaluates {len(validation)} of {sum(counts)} images; " in capsys.readouterr().out
     else:
         with pytest.raises(DataError, match="a split needs two; the images of a folder val/.* are all evaluated$"):
             open_datasets(str(tmp_path / "test"), **options)

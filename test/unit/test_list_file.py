@@ -86,3 +86,10 @@ def test_the_line_that_cannot_be_used_is_named(root: Any, text: str, message: st
     with pytest.raises(DataError, match=message) as caught:
         read(root, text)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_a_list_from_windows_in_utf_16_gets_one_line(root: Any, encoding: str) -> None:
+    (root / "list.csv").write_bytes("a/1.jpg,cat\r\n".encode(encoding))
+    with pytest.raises(DataError, match="list.csv: this is UTF-16, not UTF-8: save it as UTF-8"):
+        read_list(str(root / "list.csv"))
