@@ -75,6 +75,8 @@ class CheckpointWriter:
 def _write(buffer: io.BytesIO, path: str, also: str | None) -> None:
     temporary = f"{path}.tmp"
     try:
+        if os.path.exists(temporary):  # of a save that was killed, and maybe a second name of `also` already
+            os.remove(temporary)
         with open(temporary, "wb") as file, buffer.getbuffer() as content:
             comment = CHECKSUM_MARK + hashlib.sha256(content).hexdigest().encode()
             file.write(content[:-2])  # a zip without a comment ends with the comment's length, two zero bytes

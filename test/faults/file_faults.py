@@ -73,6 +73,10 @@ def kill_each_call(folder: str, counts: list[int]) -> int:
             print(f"  killed at {call} {nth}: the files hold steps {steps}", flush=True)
             assert steps[0] in (2, 3) and steps[1] in (1, 2) and steps[2] in (2, 3), steps
             found.add(steps[0])
+            # The next save must not write into a file that the kill has left under two names.
+            writer = CheckpointWriter()
+            writer.save({"step": 4}, path)
+            assert (writer.wait(), load(path)["step"], load(path + ".best")["step"]) == (None, 4, steps[2])
             if finished.returncode == 0:
                 assert steps == [3, 2, 3]
                 break

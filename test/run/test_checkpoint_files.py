@@ -117,8 +117,11 @@ def test_a_kill_at_any_system_call_of_a_save_leaves_an_intact_checkpoint(tmp_pat
             found[call, nth] = load(path)["epoch"]
             assert load(f"{path}.best")["epoch"] in (found[call, nth], 2)  # the best of a saved epoch is there too
             assert load(f"{path}.previous")["epoch"] in (0, 1)
+            best = load(f"{path}.best")
+            save(3, path)  # not the best: it must not write into a file that the kill has left under two names
+            assert load(path)["epoch"] == 3 and load(f"{path}.best")["epoch"] == best["epoch"]
             if finished:  # there is no nth call
-                assert found[call, nth] == 2 and load(f"{path}.best")["epoch"] == 2
+                assert found[call, nth] == best["epoch"] == 2
                 break
         else:
             raise AssertionError(call)
