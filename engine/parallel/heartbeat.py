@@ -20,7 +20,8 @@ def beats(store: Any, rank: int, new: int = 0) -> int:
 class Heartbeat:
     """A thread that counts a beat in the job's key-value store, and reads those of the others.
 
-    A slow step, a compilation or an index scan does not hold the thread up, so none is mistaken for a lost process.
+    A slow step, a compilation or an index scan does not hold the thread up, so none is mistaken for a lost process. Nor
+    is a job that was suspended and continues: the clock stands still while this process does.
     Rank 0 watches all beats and publishes which rank is unreachable; the others watch that and rank 0. A second thread
     watches the first, which hangs if the node of the store (rank 0) is lost.
 
@@ -33,7 +34,7 @@ class Heartbeat:
     def __init__(self, store: Any, rank: int, world_size: int, report: Callable[..., None]) -> None:
         self.store, self.rank, self.world_size, self.report = store, rank, world_size, report
         self.before_exit: Callable[[], None] = lambda: None
-        self.last_answer = time.monotonic()  # of the store
+        self.answers = 0  # of the store
         self.in_doubt = False  # whether an error of this process may come from a lost peer
         self.failed = False  # whether this process itself has failed
         self.stopped, self.urgent, self.all_alive = threading.Event(), threading.Event(), threading.Event()
@@ -65,34 +66,36 @@ class Heartbeat:
 
     def _beat(self) -> None:
         seen: dict[int, tuple[int, float]] = {}  # rank -> (its count of beats, when that changed)
-        doubt = math.inf  # when it began
+        clock, last, doubt = 0.0, time.monotonic(), math.inf  # doubt: when it began
         try:
             while not self.stopped.is_set():
+                now = time.monotonic()
+                clock, last = clock + min(now - last, 2 * self.INTERVAL), now
                 if self.failed:
                     self._publish(self.rank)
                     return
                 in_doubt = self.in_doubt
                 beats(self.store, self.rank, 1)
-                self._watch(seen, everyone=in_doubt or self.rank == 0, patient=not in_doubt)
+                self._watch(seen, clock, everyone=in_doubt or self.rank == 0, patient=not in_doubt)
                 unreachable = self.store.add("missing", 0)  # rank + 1; 0 if there is none
                 if unreachable:
                     self.stopped.wait(2)  # this process may be about to find the same error itself
                     self._end(unreachable - 1)
-                self.last_answer = time.monotonic()
+                self.answers += 1
                 if in_doubt and all(changed > doubt for _, changed in seen.values()):
                     self.all_alive.set()
                 elif in_doubt:  # a beat sent before the error may still arrive
-                    doubt = min(doubt, self.last_answer + 0.5)
+                    doubt = min(doubt, clock + 0.5)
                 if self.urgent.wait(self.INTERVAL):
                     self.stopped.wait(0.2)
         except RuntimeError:  # the store is gone, and rank 0 with it: after the job's end, or before it
             self.stopped.wait(self.INTERVAL)
             self._end(0)
 
-    def _watch(self, seen: dict[int, tuple[int, float]], *, everyone: bool, patient: bool) -> None:
+    def _watch(self, seen: dict[int, tuple[int, float]], now: float, *, everyone: bool, patient: bool) -> None:
         """Read the beats of the others, or of rank 0 alone; end this process if one has been silent for too long."""
         for other in range(self.world_size) if everyone else [0]:
-            count, now = beats(self.store, other), time.monotonic()
+            count = beats(self.store, other)
             if other not in seen or seen[other][0] != count:
                 seen[other] = count, now
             elif now - seen[other][1] > (self.PATIENCE if patient else self.PATIENCE_IN_DOUBT):
@@ -106,9 +109,11 @@ class Heartbeat:
             self.store.add("missing", rank + 1)
 
     def _watch_store(self) -> None:
-        while time.monotonic() - self.last_answer < self.PATIENCE + 2 * self.INTERVAL:
+        silent = answers = 0  # silent: intervals without an answer
+        while silent < self.PATIENCE / self.INTERVAL + 2:
             if self.stopped.wait(self.INTERVAL):
                 return
+            silent, answers = silent + 1 if self.answers == answers else 0, self.answers
         self._end(0)
 
     def _end(self, rank: int) -> None:

@@ -74,3 +74,20 @@ def test_an_error_whose_peer_no_longer_beats_is_a_lost_peer(job, rank, lost):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert verdict.is_alive() and job.store.add("missing", 0) == lost + 1
+
+
+def test_a_job_that_was_suspended_and_continues_is_not_lost_but_a_process_that_stays_behind_is(job, monkeypatch):
+    """SIGSTOP or a suspended node: all clocks jump, and nobody has beaten in the meantime."""
+    monotonic, jump = time.monotonic, [0.0]
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: monotonic() + jump[0])
+    for seconds in (25, 100, 10000):
+        time.sleep(0.5)
+        jump[0] += seconds
+        time.sleep(1)
+        assert job.ended == []
+    monkeypatch.setattr(Heartbeat, "PATIENCE", 1.5)
+    job.beats[2].stopped.set()
+    deadline = monotonic() + 20
+    while 2 not in job.ended:
+        assert monotonic() < deadline
+        time.sleep(0.1)
