@@ -100,29 +100,27 @@ class Communicator:
             return state
         file, tensors = io.BytesIO(), []
 
-        def describe(value: Any) -> Any:
-            if not isinstance(value, torch.Tensor):
-                return None
-            # gloo of older torch sends neither bool nor bfloat16.
-            tensors.append((value.float() if value.is_floating_point() else value.long()).contiguous())
-            return tensors[-1].dtype, tuple(value.shape)
+        class Pickler(pickle.Pickler):  # Python 3.13.0 takes its methods from subclasses alone
+            def persistent_id(self, value: Any) -> Any:
+                if not isinstance(value, torch.Tensor):
+                    return None
+                # gloo of older torch sends neither bool nor bfloat16.
+                tensors.append((value.float() if value.is_floating_point() else value.long()).contiguous())
+                return tensors[-1].dtype, tuple(value.shape)
 
-        def create(layout: Any) -> torch.Tensor:
-            tensors.append(torch.empty(layout[1], dtype=layout[0]))
-            return tensors[-1]
+        class Unpickler(pickle.Unpickler):
+            def persistent_load(self, layout: Any) -> torch.Tensor:
+                tensors.append(torch.empty(layout[1], dtype=layout[0]))
+                return tensors[-1]
 
         if self.rank == 0:
-            pickler = pickle.Pickler(file)
-            pickler.persistent_id = describe  # type: ignore[method-assign]
-            pickler.dump(state)
+            Pickler(file).dump(state)
         size = torch.tensor([file.tell()])
         dist.broadcast(size, 0, group=self.control)
         content = torch.tensor(list(file.getvalue()) or [0] * int(size), dtype=torch.uint8)
         dist.broadcast(content, 0, group=self.control)
         if self.rank != 0:
-            unpickler = pickle.Unpickler(io.BytesIO(bytes(content.tolist())))
-            unpickler.persistent_load = create  # type: ignore[method-assign]
-            state = unpickler.load()
+            state = Unpickler(io.BytesIO(bytes(content.tolist()))).load()
         for tensor in tensors:
             dist.broadcast(tensor, 0, group=self.control)
         return state
@@ -132,6 +130,7 @@ class Communicator:
         if self.world_size > 1:
             for buffer in model.buffers():
                 value = buffer.detach().cpu()
+                value = value.float() if value.is_floating_point() else value  # gloo of torch 2.1 sends no bfloat16
                 dist.broadcast(value, 0, group=self.control)
                 buffer.copy_(value)
 
