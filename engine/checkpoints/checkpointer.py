@@ -9,7 +9,7 @@ from typing import Any, Iterator
 
 from engine import console
 from engine.checkpoints.contents import Checkpoint, RunInfo, TrainState, load_checkpoint, load_weights, to_file
-from engine.checkpoints.file import CheckpointWriter, lock_folder
+from engine.checkpoints.file import CheckpointWriter, link, lock_folder
 from engine.checkpoints.model import imagenet_weights
 from engine.data import check_same_classes
 from engine.device import MixedPrecisionOptimizer, ModelEma
@@ -180,17 +180,23 @@ class Checkpointer:
                 f"training cannot continue from this checkpoint ({type(error).__name__}: {error}); --pretrained "
                 "takes its weights alone"
             ) from error
+        # Continued in another folder, the run has not validated anything better yet.
+        best = os.path.join(os.path.dirname(self.continued.path), BEST)
+        if self.comm.rank == 0 and os.path.exists(best) and not os.path.exists(self.best_path):
+            try:
+                link(best, self.best_path)
+            except OSError as error:
+                console.warning(f"{self.best_path}: the best model so far stays in {best} ({error}){_advice(error)}")
 
     def log_changes(self, state: TrainState, ema: ModelEma | None, count: int) -> None:
         """Log how this run differs from the one that it continues, or that it replaces one. count: training images."""
         if self.continued is not None:
             for line in _changes(self.continued, self.info, state, ema, count):
                 console.line(f"=> {line}")
-        elif self.comm.rank == 0 and os.path.exists(self.path):
-            console.warning(
-                f"this run replaces {self.path}, the checkpoint of an earlier run; --auto-resume would continue that "
-                "run"
-            )
+        elif self.comm.rank == 0:
+            hints = {self.path: "--auto-resume would continue that run", self.best_path: "--output-dir DIR keeps it"}
+            for path in [path for path in hints if os.path.exists(path)][:1]:
+                console.warning(f"this run replaces {path}, the checkpoint of an earlier run; {hints[path]}")
 
     def let_go(self) -> None:
         """Free the memory of the checkpoint that the run started from."""

@@ -49,6 +49,7 @@ class CheckpointWriter:
         self._buffer = io.BytesIO()
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self._saving: concurrent.futures.Future[None] | None = None
+        self._paths: tuple[str, str | None] = "", None
 
     def save(self, state: Any, path: str, also: str | None = None) -> None:
         """Start to write a state of tensors and plain values to `path`, and link the finished file to `also`.
@@ -59,12 +60,19 @@ class CheckpointWriter:
         self._buffer.seek(0)
         torch.save(state, self._buffer, _use_new_zipfile_serialization=True)  # torch 1.5 has it, but not by default
         self._buffer.truncate()
+        self._paths = path, also
         self._saving = self._thread.submit(_write, self._buffer, path, also)
 
     def wait(self) -> BaseException | None:
-        """Wait until the last save is on the disk. Returns None, or what it raised (OSError: disk full, …)."""
+        """Wait until the last save is on the disk. Returns None, or what it raised (OSError: disk full, …).
+
+        If it failed and has an `also`, it is tried once more, now: no later save can take its place.
+        """
         saving, self._saving = self._saving, None
-        return None if saving is None else saving.exception()
+        error = None if saving is None else saving.exception()
+        if error is not None and self._paths[1] is not None:
+            error = self._thread.submit(_write, self._buffer, *self._paths).exception()
+        return error
 
     def finish(self) -> None:
         """Give the last save some seconds to reach the disk, before this process ends."""

@@ -85,9 +85,9 @@ class Run:
         """What the run would save now."""
         return to_file(self.state, COUNTS, self.info, self.optimizer, self.ema)
 
-    def resume(self, path: Any, rank: int = 0) -> Run:
-        """Continue from a file as main.py does."""
-        checkpointer = Checkpointer(os.path.dirname(str(path)), comm(rank), evaluate=False)
+    def resume(self, path: Any, rank: int = 0, folder: Any = None) -> Run:
+        """Continue from a file as main.py does. folder: of --output-dir, else that of the file."""
+        checkpointer = Checkpointer(str(folder or os.path.dirname(str(path))), comm(rank), evaluate=False)
         checkpointer.start = checkpointer.continued = load_checkpoint(str(path))
         checkpointer.check(self.info)
         checkpointer.load_weights(self.network)  # type: ignore[arg-type]

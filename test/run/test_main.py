@@ -299,8 +299,11 @@ def test_loader_workers_overwrite_no_batch_that_is_still_needed(tmp_path):
 
 
 def test_stop_step_num_ends_cleanly_without_validation(folder, tmp_path):
-    result = run_main(folder, *SMALL, "-b", 6, "--stop-step-num", 3, "--output-dir", tmp_path)
+    flags = [folder, *SMALL, "-b", 6, "--stop-step-num", 3, "--output-dir", tmp_path]
+    result = run_main(*flags)
     assert result.code == 0 and "FPS@all" in result.out and "AVG-ACC" not in result.out
+    result = run_main(*flags, "--auto-resume")
+    assert result.code == 0 and "=> nothing left to train" in result.out and "model_best" not in result.out
     state = load(str(tmp_path / "checkpoint.pth.tar"))
     assert (state["epoch"], state["step_in_epoch"], state["step"]) == (0, 3, 3)
 

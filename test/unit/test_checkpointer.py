@@ -7,7 +7,7 @@ import errno
 from typing import Any
 
 from engine.checkpoints import Checkpoint, Checkpointer, RunInfo, TrainState, checkpointer
-from engine.checkpoints.checkpointer import LATEST
+from engine.checkpoints.checkpointer import BEST, LATEST
 from engine.checkpoints.contents import load_checkpoint
 from engine.errors import CheckpointError, UsageError
 from engine.records import Totals
@@ -102,6 +102,45 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(tmp_path: Any) -> None
         assert torch.equal(momentum, buffers["momentum_buffer"])
     before = load_checkpoint(path).weights
     assert not torch.equal(ours["state_dict"]["features.0.weight"], before["features.0.weight"])
+
+
+def test_the_best_model_goes_along_into_another_folder(tmp_path: Any) -> None:
+    run = Run().train(3)
+    for name in ("first", "second", "third"):
+        (tmp_path / name).mkdir()
+    path = save(run.content(), tmp_path / "first" / LATEST)
+    save(of_epoch(1), tmp_path / "first" / BEST)
+    save(of_epoch(7), tmp_path / "third" / BEST)
+    for name, expected in (("first", 1), ("second", 1), ("third", 7)):  # that of another run there stays
+        Run(seed=1).resume(path, folder=tmp_path / name)
+        assert load_checkpoint(str(tmp_path / name / BEST)).progress["epoch"] == expected
+    (tmp_path / "fourth").mkdir()
+    Run(seed=1).resume(path, rank=1, folder=tmp_path / "fourth")
+    assert not (tmp_path / "fourth" / BEST).exists()
+
+
+@pytest.mark.parametrize(
+    "names, replaced, hint",
+    [
+        ([], None, None),
+        ([BEST], BEST, "--output-dir DIR keeps it"),
+        ([LATEST], LATEST, "--auto-resume would continue that run"),
+        ([LATEST, BEST], LATEST, "--auto-resume would continue that run"),
+    ],
+)
+def test_a_new_run_warns_that_it_replaces_an_earlier_one(
+    tmp_path: Any, capsys: Any, names: list[str], replaced: str | None, hint: str | None
+) -> None:
+    for name in names:
+        save(of_epoch(1), tmp_path / name)
+    run = Run()
+    Checkpointer(str(tmp_path), comm(), evaluate=False).log_changes(run.state, run.ema, 100)
+    printed = capsys.readouterr().err
+    if replaced is None:
+        assert printed == ""
+    else:
+        assert f"this run replaces {tmp_path / replaced}, the checkpoint of an earlier run; {hint}" in printed
+        assert len(printed.splitlines()) == 1
 
 
 def test_the_counts_of_an_epoch_continue_on_the_main_process_alone(tmp_path: Any) -> None:

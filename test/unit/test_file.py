@@ -284,6 +284,28 @@ def test_a_best_file_that_cannot_be_written_does_not_cost_the_checkpoint(tmp_pat
     assert load(path) == {"epoch": 1}
 
 
+@pytest.mark.parametrize("attempts", [1, 2])
+def test_the_best_is_tried_once_more_when_the_disk_was_full(tmp_path, monkeypatch, attempts):
+    """It is waited for an epoch later, when there may be space again; then no other save can take its place."""
+    path, best, flush = str(tmp_path / "x"), str(tmp_path / "best"), os.fsync
+    save({"epoch": 1}, path, best)
+    full = attempts * [OSError(errno.ENOSPC, "No space left on device")]
+
+    def refuse(file):
+        if full:
+            raise full.pop()
+        flush(file)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    writer = CheckpointWriter()
+    writer.save({"epoch": 2}, path, best)
+    error = writer.wait()
+    assert (error is None) == (attempts == 1)
+    assert load(path)["epoch"] == load(best)["epoch"] == (2 if error is None else 1)
+    writer.save({"epoch": 3}, path)
+    assert writer.wait() is None and load(path)["epoch"] == 3 and load(best)["epoch"] == (2 if error is None else 1)
+
+
 def test_a_file_system_that_cannot_flush_a_folder_keeps_every_save(tmp_path, monkeypatch):
     path, flush = str(tmp_path / "x"), os.fsync
 
