@@ -23,7 +23,7 @@ import warnings
 from typing import Any, Callable, Iterator, Sequence
 
 from engine import console  # first of all: engine sets variables that torch reads when it is imported
-from engine.checkpoints import CLASSES_HELP, Model, factorize, load_model, save_safetensors
+from engine.checkpoints import CLASSES_HELP, Model, check_output, factorize, load_model, save_safetensors
 from engine.data import Preprocessing
 from engine.errors import EXIT_FAILURE, UsageError, UserError, counted
 from engine.evaluation import classify, open_images, read_images
@@ -97,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_onnx, fp16 = args.output.endswith(".onnx"), args.dtype == "fp16"
     needed = INT8_ONNX if args.quantize else FP16_ONNX if fp16 else []
     import_modules(*(ONNX + needed if is_onnx else []), *["safetensors"] * args.output.endswith(".safetensors"))
+    check_output(args.output, args.checkpoint)
     source = load_model(args.checkpoint, args.classes)
     network, preprocessing = source.network.requires_grad_(False), source.preprocessing
     if args.reference_names and network.head != "paper":

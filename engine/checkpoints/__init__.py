@@ -4,7 +4,7 @@
 from engine.checkpoints.checkpointer import Checkpointer
 from engine.checkpoints.contents import Checkpoint, RunInfo, TrainState, save_safetensors
 from engine.checkpoints.file import CheckpointWriter
-from engine.checkpoints.model import CLASSES_HELP, Model, load_model
+from engine.checkpoints.model import CLASSES_HELP, Model, check_output, load_model
 from engine.checkpoints.svd import factorize
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Model",
     "RunInfo",
     "TrainState",
+    "check_output",
     "factorize",
     "load_model",
     "save_safetensors",

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from engine.checkpoints.contents import load_checkpoint, load_weights
 from engine.checkpoints.file import sha256
 from engine.data import Preprocessing
-from engine.errors import UsageError, counted, first_line
+from engine.errors import UsageError, UserError, counted, first_line
 
 import vgg
 
@@ -57,6 +57,16 @@ def load_model(path: str, classes_file: str | None = None) -> Model:
         names = counted(len(classes), "class name")
         raise UsageError(f"{classes_file or path} has {names}, the network has {counted(count, 'class')}")
     return Model(network.eval(), classes, Preprocessing.from_dict(info.preprocessing), info.val_split)
+
+
+def check_output(path: str, source: str) -> None:
+    """Raise UsageError if a file made from a checkpoint would overwrite it, or another one of a training."""
+    try:
+        overwrites = os.path.samefile(path, source) or "optimizer" in load_checkpoint(path).progress
+    except (OSError, UserError):  # no such file, or no checkpoint
+        return
+    if overwrites:
+        raise UsageError(f"--output {path}: would overwrite a checkpoint: choose another name")
 
 
 def read_classes(path: str) -> list[str]:

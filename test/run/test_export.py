@@ -127,6 +127,34 @@ def test_an_output_of_another_kind_is_refused(tmp_path: Any) -> None:
     assert result.code == 2 and "the name must end in .onnx or .safetensors" in result.err, result.err
 
 
+@pytest.mark.parametrize("name", ["checkpoint.pth.tar", "model_best.pth.tar", PRETRAINED, "link.pth", "hard.pth.tar"])
+@pytest.mark.parametrize("source", ["model_best.pth.tar", PRETRAINED])
+def test_no_checkpoint_of_a_training_and_not_the_one_given_is_overwritten(
+    root: Any, tmp_path: Any, name: str, source: str
+) -> None:
+    for file in ("checkpoint.pth.tar", "model_best.pth.tar", PRETRAINED):
+        shutil.copyfile(str(root / file), str(tmp_path / file))
+    (tmp_path / "link.pth").symlink_to("checkpoint.pth.tar")
+    os.link(str(tmp_path / "model_best.pth.tar"), str(tmp_path / "hard.pth.tar"))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    flags = ["--checkpoint", str(tmp_path / source), "--output", str(tmp_path / name)]
+    if name == PRETRAINED != source:  # weights alone
+        assert export.main(flags) == 0
+        return
+    with pytest.raises(UsageError, match=f"--output .*{name}: would overwrite a checkpoint: choose another name$"):
+        export.main(flags)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"not a checkpoint", bytes(100)])
+def test_an_older_export_and_what_is_no_checkpoint_are_replaced(root: Any, tmp_path: Any, content: bytes) -> None:
+    (tmp_path / "x.pth.tar").write_bytes(content)
+    for _ in range(2):
+        flags = ["--checkpoint", str(root / "model_best.pth.tar"), "--output", str(tmp_path / "x.pth.tar")]
+        assert export.main(flags) == 0
+        assert load(str(tmp_path / "x.pth.tar"))["classes"] == ["class 0", "class 1", "class 2"]
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: Any) -> str:
     """A small checkpoint, for export.py in this process."""
