@@ -45,13 +45,23 @@ class LearningCheck:
         """Print a warning if the run has not learned. totals: of training. validation: its metrics, if any."""
         self.steps += steps
         self.losses.append(totals.loss)
-        if validation is not None:  # the recall of one class is 1 then, and of all others 0
-            single = math.isclose(validation["balanced_acc"], 100 / self.val_classes, rel_tol=1e-9)
-            self.single_class = self.single_class + 1 if single else 0
+        if validation is not None:
+            self.single_class = self.single_class + 1 if self._is_single_class(validation) else 0
         reason = self._reason(totals, validation)
         if reason is not None and not self.done:
             self.done = True
             console.warning_once_per_node(f"this run does not learn: {reason}; {ADVICE}")
+
+    def _is_single_class(self, validation: dict[str, float]) -> bool:
+        """Whether all predictions were the same class, one of those in validation, if there are several.
+
+        Its recall is 1 then and that of the others 0. Only then do the precisions add up to the accuracy, because the
+        predictions of this class are those of all images.
+        """
+        count = max(1, self.val_classes)
+        recall, precision = 100 / count, validation["acc1"] / count
+        expected = {"balanced_acc": recall, "macro_recall": recall, "macro_precision": precision}
+        return count > 1 and all(math.isclose(validation[name], value, rel_tol=1e-9) for name, value in expected.items())
 
     def _reason(self, totals: Totals, validation: dict[str, float] | None) -> str | None:
         """Return what shows that the run does not learn, None if nothing does."""

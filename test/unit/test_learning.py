@@ -7,7 +7,7 @@ import math
 from argparse import Namespace
 
 from engine.records.learning import LearningCheck
-from engine.records.metrics import Totals
+from engine.records.metrics import Totals, macro_metrics
 
 import numpy as np
 import pytest
@@ -20,8 +20,9 @@ def totals(loss, acc1, images=1000):
     return Totals(images, acc1 / 100 * images, images, loss * images)
 
 
-def validation(loss, acc1, balanced):
-    return {"loss": loss, "acc1": acc1, "balanced_acc": balanced}
+def validation(loss, acc1, balanced, precision=None):
+    macro = {"macro_precision": balanced if precision is None else precision, "macro_recall": balanced}
+    return {"loss": loss, "acc1": acc1, "balanced_acc": balanced, **macro}
 
 
 def warnings(capsys, epochs, labels=None, steps=390, **options):
@@ -67,13 +68,39 @@ def test_chance_is_that_of_the_shares_of_the_classes(capsys):
 
 def test_one_class_for_all_images_is_said_after_two_validations(capsys):
     """As photos of clothing with ImageNet's defaults: the accuracy is the share of the largest class."""
-    epoch = (2.2, 26.0, validation(2.1, 26.0, 100 / 10))
+    epoch = (2.2, 26.0, validation(2.1, 26.0, 100 / 10, 26.0 / 10))
     assert warnings(capsys, [epoch], UNBALANCED, steps=60) == []
     lines = warnings(capsys, [epoch] * 4, UNBALANCED, steps=60)
     assert len(lines) == 1 and "same class" in lines[0]
     between = (1.9, 32.0, validation(1.9, 32.0, 15.0))
     assert warnings(capsys, [epoch, between] * 4, UNBALANCED, steps=60) == []
     assert len(warnings(capsys, [epoch] * 4, UNBALANCED, steps=60, weighted=True)) == 1
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 5, 100])
+def test_the_same_class_for_all_images_is_said_only_if_it_is_so(capsys, classes):
+    """For random confusion matrices, of few images so that coincidences are frequent; some classes have none."""
+    rng, said = np.random.RandomState(classes), 0
+    cases = [np.array([[7, 3], [7, 3]]), np.array([[10, 0], [9, 1]])] * (classes == 2)
+    while len(cases) < 2000:
+        matrix = rng.randint(0, rng.choice([2, 3, 20]), (classes, classes)) * (rng.rand(classes, 1) < 0.8)
+        if rng.rand() < 0.5:  # few predicted classes
+            matrix = np.repeat(matrix.sum(1)[:, None], classes, 1) * (np.arange(classes) == rng.randint(classes))
+            moved = matrix.any(1) & (rng.rand(classes) < rng.choice([0, 0.1, 0.5]))
+            matrix[moved] = np.roll(matrix[moved], 1, 1)
+        if matrix.any():
+            cases.append(matrix)
+    for matrix in cases:
+        counts = np.stack([matrix.sum(1), matrix.sum(0), np.diag(matrix)])
+        check = LearningCheck(Namespace(labels=[0, 1]), Namespace(labels=np.flatnonzero(counts[0])))
+        acc1 = 100 * counts[2].sum() / matrix.sum()
+        for _ in range(2):
+            check.add_epoch(100, totals(0.1, 90.0), {"loss": 0.1, "acc1": acc1, **macro_metrics(counts)})
+        several, same = (counts[0] > 0).sum() > 1, (counts[1] > 0).sum() == 1
+        expected = several and same and acc1 > 0  # else it is a class that no image has
+        said += expected
+        assert ("same class" in capsys.readouterr().err) == expected, matrix
+    assert (said > 50) == (classes > 1)
 
 
 @pytest.mark.parametrize("losses", [[9.0, 11.0], [2.5, 40.0, 300.0], [3.0, 2.2, 8.0]])
