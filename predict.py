@@ -144,14 +144,16 @@ class HeatmapRow(NamedTuple):
     predictions: list[Prediction]
 
 
-def check_heatmap(path: str, images: int) -> None:
+def check_heatmap(path: str, files: FileList) -> None:
     """Raise UsageError if a heatmap cannot be drawn or written, before any image is read."""
-    if images > MAX_HEATMAPS:
-        raise UsageError(f"--heatmap: at most {MAX_HEATMAPS} images, got {images}")
+    if len(files) > MAX_HEATMAPS:
+        raise UsageError(f"--heatmap: at most {MAX_HEATMAPS} images, got {len(files)}")
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--heatmap requires matplotlib: pip install matplotlib")
     if not path.lower().endswith((".png", ".jpg", ".pdf", ".svg")):
         raise UsageError(f"--heatmap {path}: the name must end in .png, .jpg, .pdf or .svg")
+    if os.path.realpath(path) in map(os.path.realpath, files.paths):
+        raise UsageError(f"--heatmap {path}: would overwrite an input image: choose another name")
     check_file("--heatmap", path)
 
 
@@ -232,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if files.left_out.keys() - NOTES:
         console.notice(describe_left_out(files.left_out))
     if args.heatmap:
-        check_heatmap(args.heatmap, len(files))
+        check_heatmap(args.heatmap, files)
     name, count = resolve_device("gpu" if args.device == "cuda" else args.device)
     device = ComputeDevice(name, resolve_device_list(None, args.gpu or 0, name, count, one_device=True)[0])
     model = load_model(args.checkpoint, args.classes)
@@ -258,6 +260,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 add_features(names, features(model.network, inputs, args.features, args.pool or "avg"))
                 continue
             heat, logits = grad_cam(model.network, inputs) if args.heatmap else (None, model.network(inputs))
+            if not torch.isfinite(logits.softmax(1)).all():
+                raise UsageError(f"{args.checkpoint}: its predictions are not finite: use another checkpoint")
             for position, predictions in enumerate(top_predictions(logits, model.classes, args.top_k)):
                 path = files.name(indices[position])
                 print_result(format_predictions(path, predictions, as_json=args.json, as_csv=args.csv))

@@ -156,6 +156,38 @@ def narrow(tmp_path_factory: Any) -> Any:
     return root
 
 
+@pytest.mark.parametrize("name", ["0\n.png", "./0\n.png", "link.png"])
+def test_a_heatmap_never_overwrites_an_input_image(narrow: Any, tmp_path: Any, monkeypatch: Any, name: str) -> None:
+    pytest.importorskip("matplotlib")
+    content = (narrow / "images" / "0\n.png").read_bytes()
+    (tmp_path / "0\n.png").write_bytes(content)
+    (tmp_path / "link.png").symlink_to("0\n.png")
+    monkeypatch.chdir(tmp_path)
+    for images in (["0\n.png"], [str(tmp_path)]):
+        flags = [*images, "--checkpoint", str(narrow / "narrow.pth"), *CPU, "--heatmap", name]
+        with pytest.raises(UsageError, match="would overwrite an input image: choose another name$"):
+            predict.main(flags)
+        assert (tmp_path / "0\n.png").read_bytes() == content
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
+@pytest.mark.parametrize("mode", [[], ["--json"], ["--csv"], ["--heatmap", "new.png"]], ids=" ".join)
+def test_predictions_that_are_not_finite_are_an_error(
+    narrow: Any, tmp_path: Any, monkeypatch: Any, capsys: Any, mode: list[str], value: float
+) -> None:
+    if "--heatmap" in mode:
+        pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    content = torch.load(str(narrow / "narrow.pth"))
+    content["state_dict"]["classifier.6.weight"][3] = value
+    content["state_dict"]["classifier.3.bias"][:] = 1e38
+    torch.save(content, "x.pth")
+    with pytest.raises(UsageError, match="^x.pth: its predictions are not finite: "):
+        predict.main([str(narrow / "images" / "0\n.png"), "--checkpoint", "x.pth", *CPU, *mode])
+    assert capsys.readouterr().out in ("", "image,rank,class,probability\n")
+    assert os.listdir(str(tmp_path)) == ["x.pth"]
+
+
 MAPS = {"relu1_1": (8, 64, 64), "pool1": (8, 32, 32), "relu4_2": (16, 8, 8), "relu5_2": (16, 4, 4), "pool5": (16, 2, 2)}
 VECTORS = {"fc6": 32, "fc7": 32, "logits": 10}
 
