@@ -104,6 +104,10 @@ class Logger:
         path = os.path.join(self.folder, "metrics.jsonl")
         try:
             self.jsonl = open(path, "a")  # noqa: SIM115  closed by close()
+            with open(path, "rb") as file:
+                file.seek(max(0, os.path.getsize(path) - 1))
+                if file.read(1) not in (b"", b"\n"):  # half a line: the power failed
+                    self.jsonl.write("\n")
         except OSError as error:
             raise UsageError(f"{path}: {error.strerror}") from error
         with _optional("TensorBoard's events are not written"):  # metrics.jsonl has the same values

@@ -13,6 +13,7 @@ from typing import Any, Sequence
 
 from engine import console
 from engine.records import logger as logger_module
+from engine.records.curves import read_events
 from engine.records.logger import Logger, ProgressMeter
 from engine.records.metrics import AccuracyCounter, Totals, read_snapshots
 
@@ -152,6 +153,22 @@ def test_metrics_are_appended_and_hold_no_nan(tmp_path: Any) -> None:
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
     assert "Infinity" not in (tmp_path / "metrics.jsonl").read_text()
     assert [record["loss"] for record in events(tmp_path)] == [1.5, None, None]
+
+
+def test_events_after_half_a_line_have_lines_of_their_own(tmp_path: Any) -> None:
+    """As a power cut leaves the file, at any byte, perhaps with zeros behind it."""
+    path = tmp_path / "metrics.jsonl"
+    whole = b'{"event": "epoch", "step": 5, "epoch": 0}\n{"event": "epoch", "step": 9, "epoch": 1}\n'
+    for content in [whole[:length] + zeros for length in range(len(whole) + 1) for zeros in (b"", b"\0" * 9)]:
+        path.write_bytes(content)
+        logger = Logger(str(tmp_path), writes=True)
+        logger.event("start", step=5)
+        logger.event("epoch", step=9, epoch=1, loss=2.0)
+        logger.close()
+        start, epoch = path.read_bytes().splitlines()[-2:]
+        assert (json.loads(start)["event"], json.loads(epoch)["loss"]) == ("start", 2.0)
+        assert path.read_bytes().startswith(content) and b"\n\n" not in path.read_bytes()
+        assert read_events(str(tmp_path))[0][-1]["loss"] == 2.0
 
 
 @pytest.mark.parametrize("writes", [True, False])
