@@ -59,7 +59,7 @@ def read_file(path: str | bytes) -> FileContent:
 
 @unreadable()
 def open_image(content: bytes) -> Image.Image:
-    """Return a Pillow image that is not decoded yet. Raises UnreadableError.
+    """Return a Pillow image that is not decoded yet, except a TIFF on its side. Raises UnreadableError.
 
     Also if the header claims more than MAX_PIXELS, or that many once the short side is resized to 256, or if pixels
     are of 32 bits: nobody knows which value is white.
@@ -73,6 +73,8 @@ def open_image(content: bytes) -> Image.Image:
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         raise ValueError("its pixels are 32-bit or signed integers, or floats: convert it to 8 bits")
     image.filename = getattr(content, "path", "")
+    if image.format == "TIFF" and image.tag_v2.get(EXIF_ORIENTATION) in (5, 6, 7, 8):
+        image.load()  # Pillow turns it; before version 11 it swaps width and height only now
     return image
 
 

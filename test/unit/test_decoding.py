@@ -175,17 +175,25 @@ def test_with_exif_rotate_images_are_upright_in_every_way(orientation, kind):
             assert np.array_equal(pixels, expected)
 
 
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize("rotate", [False, True])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_with_exif_rotate_a_tiff_is_turned_once_whether_pillow_turns_it_or_not(orientation):
-    from PIL import ImageOps
-
-    exif, content = Image.Exif(), io.BytesIO()
-    exif[0x0112] = orientation
-    Image.fromarray(photo(90, 60, 2)).save(content, "TIFF", exif=exif)
-    turned = ImageOps.exif_transpose(Image.open(io.BytesIO(content.getvalue())))
-    pixels = Preprocessing(48, exif_rotate=True)(content.getvalue())
-    assert np.array_equal(pixels, Preprocessing(48)(np.asarray(turned.convert("RGB"))))
-    assert Augmentation(48, exif_rotate=True)(content.getvalue(), generator(0)).shape == (48, 48, 3)
+def test_a_tiff_is_turned_once_in_every_way_because_pillow_turns_it(orientation, rotate, compression):
+    image, content = Image.fromarray(photo(90, 60, 2)), io.BytesIO()
+    image.save(content, "TIFF", tiffinfo={0x0112: orientation}, compression=compression)
+    stored, turn = content.getvalue(), decoding.TRANSPOSITIONS.get(orientation)
+    upright = image if turn is None else image.transpose(turn)
+    assert np.array_equal(Preprocessing(48, exif_rotate=rotate)(stored), Preprocessing(48)(np.asarray(upright)))
+    assert np.array_equal(transforms.whole_image(stored, 48, rotate), transforms.whole_image(np.asarray(upright), 48))
+    for options in ({}, {"crop_scale": (1, 1)}, {"train_scale": (48, 60)}):
+        for seed in range(5):
+            augmentation, rng = Augmentation(48, exif_rotate=rotate, **options), generator(seed)
+            if augmentation.train_scale:
+                box = transforms.random_scale_box(*upright.size, 48, augmentation.train_scale, rng)
+            else:
+                box = transforms.random_crop_box(*upright.size, augmentation.crop_scale, rng)
+            expected = transforms._pillow_resize_crop(upright, box, 48, rng.random_sample() < 0.5)
+            assert np.array_equal(augmentation(stored, generator(seed)), expected)
 
 
 def test_exif_rotate_is_in_a_checkpoint_only_if_it_is_on():
