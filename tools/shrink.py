@@ -19,12 +19,13 @@ import io
 import os
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from typing import Iterable, Tuple, Union
+from typing import Tuple, Union
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from engine.console import run_script
+from engine import console
 from engine.data.decoding import (
     EXIF_ORIENTATION,
     TRANSPOSITIONS,
@@ -34,7 +35,7 @@ from engine.data.decoding import (
     reason_of,
     to_rgb,
 )
-from engine.data.folder_index import EXTENSIONS
+from engine.data.folder_index import describe_left_out, walk
 from engine.errors import UsageError, printable
 from engine.options import OneLineParser, number
 
@@ -82,19 +83,23 @@ def write(content: bytes, path: str) -> None:
 
 
 def find_images(source: str, target: str) -> list[tuple[str, str]]:
-    """Return [(path, path of its copy)] of every image below `source`, and make the folders. Raises OSError."""
+    """Return [(path, path of its copy)] of every image that training reads below `source`, and make the folders.
 
-    def fail(error: OSError) -> None:
-        raise error
-
+    Raises UsageError if there is none, and OSError.
+    """
+    left_out: Counter[str] = Counter()
+    groups = list(walk(os.fsencode(source), b"", left_out))
+    found = describe_left_out(left_out) if left_out else ""
+    if not any(names for _, _, names in groups):
+        raise UsageError(f"{printable(source)}: no images in it{found and '; ' + found}")
+    if found:
+        console.line(f"=> {printable(source)}: {found}")
     pairs = []
-    for folder, _, names in os.walk(source, onerror=fail, followlinks=True):
-        copies = os.path.normpath(os.path.join(target, os.path.relpath(folder, source)))
-        os.makedirs(copies, exist_ok=True)
-        for name in sorted(names):
-            if name.lower().endswith(EXTENSIONS):
-                copy = name if name.lower().endswith((".jpg", ".jpeg")) else f"{name}.jpg"
-                pairs.append((os.path.join(folder, name), os.path.join(copies, copy)))
+    for folder, _, names in groups:
+        os.makedirs(os.path.join(target, os.fsdecode(folder)), exist_ok=True)
+        for name in map(os.fsdecode, names):
+            copy = name if name.lower().endswith((".jpg", ".jpeg")) else f"{name}.jpg"
+            pairs.append((os.path.join(source, name), os.path.join(target, copy)))
     return pairs
 
 
@@ -143,29 +148,24 @@ def main() -> int:
 
     written = existing = unreadable = 0
     begin = time.perf_counter()
-    with ThreadPoolExecutor(args.workers) as threads:  # Pillow works without Python's lock
-        outcomes: Iterable[Outcome] = (
-            outcome for chunk in threads.map(work, range(0, len(pairs), CHUNK)) for outcome in chunk
-        )
-        if sys.stderr.isatty():
-            try:
-                from tqdm import tqdm
-
-                outcomes = tqdm(outcomes, total=len(pairs), unit="image", dynamic_ncols=True)
-            except ImportError:
-                print(f"images: {len(pairs)}; pip install tqdm shows the progress", file=sys.stderr)
-        for path, is_new, problem in outcomes:
-            if problem is not None:
-                unreadable += 1
-                print(f"{printable(path)}: left out ({problem})", file=sys.stderr)
-            elif is_new:
-                written += 1
-            else:
-                existing += 1
+    # Pillow works without Python's lock.
+    with ThreadPoolExecutor(args.workers) as threads, console.progress(len(pairs), 0, "Images"):
+        for chunk in threads.map(work, range(0, len(pairs), CHUNK)):
+            for path, is_new, problem in chunk:
+                if problem is not None:
+                    unreadable += 1
+                    console.warning(f"{printable(path)}: left out ({problem})")
+                elif is_new:
+                    written += 1
+                else:
+                    existing += 1
+            console.advance(len(chunk))
     seconds = time.perf_counter() - begin
-    print(f"images written in {seconds:.0f} s: {written}; there already: {existing}; could not be read: {unreadable}")
+    console.result(
+        f"images written in {seconds:.0f} s: {written}; there already: {existing}; could not be read: {unreadable}"
+    )
     return 1 if unreadable else 0
 
 
 if __name__ == "__main__":
-    run_script(main)
+    console.run_script(main)

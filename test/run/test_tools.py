@@ -124,6 +124,27 @@ def test_shrink_leaves_no_image_out_for_an_error_of_the_machine(tmp_path, fault,
     assert run(*words).code == 0 and len(os.listdir(str(tmp_path / "small" / "a"))) == 70
 
 
+def test_shrink_copies_what_training_reads(tmp_path):
+    """Neither hidden files nor thumbnails; a loop of links ends; and no copy of nothing."""
+    source = tmp_path / "all"
+    for name in ("a/1.jpg", "a/._1.jpg", "a/.cache/2.jpg", "a/@eaDir/3.jpg", "b/c/4.png", "b/5.heic"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes(b"none")
+    for name in ("a/1.jpg", "b/c/4.png"):
+        Image.fromarray(photo(40, 40, 1)).save(str(source / name))
+    (source / "b" / "loop").symlink_to(source)
+    result = shrink(source, tmp_path / "small")
+    assert (result.code, result.err) == (0, "")
+    assert f"=> {source}: 4 files and folders left out: 2 hidden, 1 " in result.out
+    copies = [path for path in (tmp_path / "small").rglob("*") if path.is_file()]
+    assert sorted(str(path.relative_to(tmp_path / "small")) for path in copies) == ["a/1.jpg", "b/c/4.png.jpg"]
+    for name in ("a/1.jpg", "b/c/4.png"):
+        (source / name).unlink()
+    result = shrink(source, tmp_path / "other")
+    assert result.code == 2 and "no images in it; 4 files and folders left out: " in result.err
+    assert len(result.err.splitlines()) == 1 and not (tmp_path / "other").exists()
+
+
 def test_shrink_leaves_out_an_image_that_no_jpeg_can_hold(tmp_path):
     (tmp_path / "all").mkdir()
     Image.fromarray(np.zeros((40, 66000, 3), np.uint8)).save(str(tmp_path / "all" / "long.png"))
