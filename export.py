@@ -38,8 +38,7 @@ import torch
 TOLERANCE, FP16_TOLERANCE = 1e-4, 2e-2
 OPSET = 11  # the oldest that can express the network; Ascend's atc and every current onnxruntime read it
 INT8_OPSET = 13  # the oldest with a scale per channel
-CALIBRATION_IMAGES = 256  # training images, from which the ranges of all activations are taken
-BATCH = 8
+BATCH, CALIBRATION_IMAGES = 8, 256  # training images, from which the ranges of all activations are taken
 ONNX = ["onnx", "onnxruntime"]
 FP16_ONNX = ["onnxruntime.transformers.onnx_model"]
 INT8_ONNX = ["onnx.version_converter", "onnxruntime.quantization"]
@@ -70,8 +69,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--svd-rank", nargs=2, type=rank_or_share, metavar="R", help=svd)
     data = "as main.py's --data: its validation images compare the file with the checkpoint, training images calibrate"
     add("--calibrate", type=path, metavar="DATA", help=data)
-    drop = "write no file if the top-1 accuracy drops by more percentage points (default: %(default)s)"
-    add("--max-drop", type=number(float, 0), metavar="POINTS", default=1.0, help=drop)
+    add(
+        "--max-drop", type=number(float, 0), metavar="POINTS", help="top-1 accuracy that the file may lose (default: 1)"
+    )
     args = parser.parse_args(argv)
     if not args.output.endswith((".onnx", ".safetensors", *PTH)):
         parser.error(f"--output {args.output}: the name must end in .onnx or .safetensors, or in .pth.tar")
@@ -81,8 +81,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"{flag} requires an --output that ends in .onnx, got {args.output}")
     if args.reference_names and not args.output.endswith(PTH):
         parser.error(f"--reference-names requires an --output that ends in .pth.tar, got {args.output}")
-    if args.quantize and not args.calibrate:
-        parser.error("--quantize int8 requires --calibrate DATA: its images show the range of each activation")
+    for flag, given in {"--quantize int8": args.quantize, "--max-drop": args.max_drop is not None}.items():
+        if given and not args.calibrate:
+            parser.error(f"{flag} requires --calibrate DATA")
     return args
 
 
@@ -124,8 +125,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if before is not None:
             after = classify(val, preprocessing, predict, batch_size)
             line += f", {after.describe(before)}"
-            if before.acc1 - after.acc1 > args.max_drop + 1e-9:
-                raise ExportMismatchError(f"{line}: a loss above --max-drop {args.max_drop:g}, so no file is written")
+            max_drop = 1.0 if args.max_drop is None else args.max_drop
+            if before.acc1 - after.acc1 > max_drop + 1e-9:
+                raise ExportMismatchError(f"{line}: a loss above --max-drop {max_drop:g}, so no file is written")
         elif args.svd_rank or fp16:
             line += "; --calibrate DATA would compare its predictions with the checkpoint's"
         if args.layout == "nchw":
@@ -270,19 +272,12 @@ def trace(model: Any, example: torch.Tensor, path: str) -> None:
     """Trace the model into an ONNX file, whose first dimension is free if the example has several images."""
     # Since torch 2.9 another exporter is the default, which needs the package onnxscript and does not trace.
     options: dict[str, Any] = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
+    names = {"input_names": model.names[:1], "output_names": model.names[1:]}
     if len(example) > 1:
         options["dynamic_axes"] = {name: {0: "N"} for name in model.names}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer warns that sizes become constants, as they should
-        torch.onnx.export(
-            model,
-            (example,),
-            path,
-            input_names=model.names[:1],
-            output_names=model.names[1:],
-            opset_version=OPSET,
-            **options,
-        )
+        torch.onnx.export(model, (example,), path, opset_version=OPSET, **names, **options)
 
 
 def quantize(path: str, model: FromBytes, calibration: Iterator[torch.Tensor]) -> None:

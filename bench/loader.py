@@ -212,14 +212,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=0, help="end to end with this many (default: one core alone)")
     parser.add_argument("--augmentations", action="store_true", help="ours with each augmentation, one core")
     parser.add_argument("--batch-size", type=int, default=32, help="end to end (default: %(default)s)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.workers and args.count < args.batch_size:
+        parser.error(f"--count {args.count} is less than --batch-size {args.batch_size}")
+    return args
 
 
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(1)
-    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
     with tempfile.TemporaryDirectory() as scratch:
+        os.environ["XDG_CACHE_HOME"] = scratch
         root = os.path.join(scratch, "images")
         if args.data:
             link_subset(root, args.data, args.count)

@@ -112,7 +112,11 @@ def fetch(archive: Archive, folder: str, url: str) -> str:
             os.replace(part, path)
         unpack(path, archive.folder, target)
     except (OSError, HTTPException, ValueError, tarfile.TarError) as error:  # ValueError: url is no address
-        raise DownloadError(f"{url}: {first_line(error)}; {again}") from error
+        local = getattr(error, "filename", None) and not isinstance(
+            error, urllib.error.HTTPError
+        )  # whose filename is url
+        what = f"{error.filename}: {error.strerror}" if local else f"{url}: {first_line(error)}"  # type: ignore[union-attr]
+        raise DownloadError(f"{what}; {again}") from error
     os.remove(path)
     return target
 

@@ -71,9 +71,12 @@ def main() -> int:
         classes = (classes_from_devkit if os.path.isdir(args.labels) else classes_from_csv)(args.labels)
     except ImportError as error:
         raise UsageError("reading meta.mat needs scipy: pip install scipy, or use LOC_val_solution.csv") from error
-    except (OSError, KeyError, ValueError, IndexError) as error:
+    except (OSError, KeyError, ValueError, IndexError, AttributeError) as error:
         raise UsageError(f"{args.labels}: not the labels of ImageNet 2012 ({error!r})") from error
-    moved, unknown = sort(args.folder, classes)
+    try:
+        moved, unknown = sort(args.folder, classes)
+    except OSError as error:
+        raise UsageError(f"{error.filename}: {error.strerror}; mend it and run the same command again") from error
     print(f"images moved: {moved}, classes: {len(set(classes.values()))}")
     if unknown:
         print(f"images without a class, which stay: {len(unknown)}, the first is {unknown[0]}", file=sys.stderr)

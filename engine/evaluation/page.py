@@ -36,9 +36,8 @@ def render_page(
 
     classes = [" ".join(name.split()) for name in dataset.classes]
     labels, predicted, confidence = np.asarray(dataset.labels), predictions.predicted, predictions.confidence
-    evaluated = predicted >= 0
-    confusion = Confusion(labels[evaluated], predicted[evaluated], len(classes))
-    mistakes = np.flatnonzero(evaluated & (predicted != labels))
+    confusion = Confusion(labels, predicted, len(classes))
+    mistakes = np.flatnonzero(predicted != labels)
     mistakes = mistakes[np.argsort(-confidence[mistakes], kind="stable")]
     with open(os.path.join(os.path.dirname(__file__), "page.html"), encoding="utf-8") as file:
         template = jinja2.Template(file.read(), autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -48,7 +47,7 @@ def render_page(
         title=f"{facts['arch']}: {metrics['acc1']:.2f}% Acc@1",
         subtitle=", ".join(str(facts[key]) for key in ("weights", "data", "hardware") if key in facts),
         metrics=metrics,
-        images=int(evaluated.sum()),
+        images=len(labels),
         classes=classes,
         curves=list(zip(*(svg_curves(training_folder, color) for color in (LIGHT, DARK)))) if training_folder else [],
         wrong=len(mistakes),

@@ -61,7 +61,9 @@ class LearningCheck:
         count = max(1, self.val_classes)
         recall, precision = 100 / count, validation["acc1"] / count
         expected = {"balanced_acc": recall, "macro_recall": recall, "macro_precision": precision}
-        return count > 1 and all(math.isclose(validation[name], value, rel_tol=1e-9) for name, value in expected.items())
+        return count > 1 and all(
+            math.isclose(validation[name], value, rel_tol=1e-9) for name, value in expected.items()
+        )
 
     def _reason(self, totals: Totals, validation: dict[str, float] | None) -> str | None:
         """Return what shows that the run does not learn, None if nothing does."""

@@ -130,6 +130,12 @@ def test_an_address_that_is_none_is_one_line(tmp_path, url):
 
 def test_no_server_and_a_folder_that_cannot_be_made_are_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    for folder, url in ((tmp_path / "d", "http://127.0.0.1:1/"), (tmp_path / "file" / "d", "http://127.0.0.1:1/")):
+    url = "http://127.0.0.1:1/"
+    for folder, named in (
+        (tmp_path / "d", url),
+        (tmp_path / "file", tmp_path / "file"),
+        (tmp_path / "file" / "d", tmp_path),
+    ):
         result = run(sys.executable, TOOL, "10", folder, "--url", url)
         assert result.code == 1 and len(result.err.splitlines()) == 1, result.err
+        assert f"error: {named}" in result.err

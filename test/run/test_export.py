@@ -423,6 +423,7 @@ def test_a_form_that_is_not_compared_says_so(learned: str, tmp_path: Any, capsys
         (["--svd-rank", "four", "4"], "expected an integer"),
         (["--svd-rank", "4"], "expected 2 arguments"),
         (["--max-drop", "-1"], "must be at least 0"),
+        (["--max-drop", "0"], "--max-drop requires --calibrate DATA"),
         (["--reference-names"], "--reference-names requires an --output that ends in .pth.tar"),
         (["--calibrate", "nowhere"], "nowhere"),
     ],

@@ -197,10 +197,20 @@ def test_sorting_continues_and_leaves_images_without_a_label(tmp_path):
     assert (tmp_path / "ILSVRC2012_val_00000003.JPEG").exists()
 
 
+def test_a_class_folder_that_cannot_be_made_is_one_line(tmp_path):
+    flat_folder(tmp_path)
+    (tmp_path / "n02").write_text("")
+    result = run(sys.executable, SORT, tmp_path, labels_of_kaggle(tmp_path))
+    assert result.code == 2 and len(result.err.splitlines()) == 1, result.err
+    assert f"{tmp_path / 'n02'}: File exists; mend it and run the same command again" in result.err
+
+
 def test_a_file_that_holds_no_labels_is_named(tmp_path):
     flat_folder(tmp_path)
     (tmp_path / "x.csv").write_text("a,b\n1,2\n")
-    for path in (tmp_path / "x.csv", tmp_path / "missing.csv"):
+    rows = "ImageId,PredictionString\nILSVRC2012_val_00000001,n02 1 2 3 4\nILSVRC2012_val_0000"
+    (tmp_path / "cut.csv").write_text(rows)
+    for path in (tmp_path / "x.csv", tmp_path / "cut.csv", tmp_path / "missing.csv"):
         result = run(sys.executable, SORT, tmp_path, path)
         assert result.code == 2 and path.name in result.err and "Traceback" not in result.err
     assert (tmp_path / "ILSVRC2012_val_00000001.JPEG").exists()
