@@ -147,26 +147,38 @@ output_folder() {
     echo "test/output/ID$([ "$node_rank" = 0 ] || echo "_node$node_rank")"
 }
 
+# Makes the folder. No other script on this node takes it until this one and main.py have ended, if there is a command
+# flock. The folder itself is locked, so no file is left. A run that is just ending is waited for, as in main.py.
+lock_output() { # seconds to wait
+    local status=0
+    mkdir -p "$output" 2>/dev/null || fail "--output=$output: cannot write there"
+    if ! { exec 9<"$output"; } 2>/dev/null || ! command -v flock >/dev/null; then return; fi
+    flock -w "$1" 9 2>/dev/null || status=$?
+    # 1: another script holds it; other codes: no locks here. Not the same folder: another script has moved it aside.
+    if [ "$status" = 1 ] || ! [ "$output" -ef /dev/fd/9 ]; then
+        fail "--output=$output: another run writes there; wait until it ends, or name another folder"
+    fi
+}
+
 make_output() {
     local default
     default=$(output_folder)
     output=$(absolute "${output:-$repository/${default/ID/$device_id}}")
     local used
-    for used in "$PWD" "$repository" "$data_path"; do # it is moved aside as a whole
+    for used in "$(pwd -P)" "$repository" "$data_path"; do # it is moved aside as a whole
         case $used/ in "$output"/*) fail "--output=$output must not contain $used" ;; esac
     done
+    lock_output 30
     # A node that rejoins a torchrun job continues in its folder. CASE.log exists only if the run has finished.
-    if [ "$launcher" = torchrun ] && [ -d "$output" ] && [ ! -e "$output/$case_name.log" ]; then return; fi
-    moved=$(move_aside "$output")
-    if [ -n "$moved" ]; then # a checkpoint in that folder was moved with it
-        case $resume in "$output"/*) resume=$moved/${resume#"$output"/} ;; esac
-    fi
-    mkdir -p "$output" 2>/dev/null || fail "--output=$output: cannot write there"
-    if [ -n "$moved" ]; then
-        local earlier=("$output".[0-9]*)
-        echo "=> the earlier output is in $moved; all earlier ones (${#earlier[@]}) take $(du -shc "${earlier[@]}" |
-            tail -n 1 | cut -f 1): delete what you do not need"
-    fi
+    if [ "$launcher" = torchrun ] && [ ! -e "$output/$case_name.log" ]; then return; fi
+    if [ -z "$(ls -A "$output")" ]; then return; fi
+    moved=$(move_aside "$output" 2>/dev/null) ||
+        fail "--output=$output cannot be moved aside (a mount?): name a folder in it"
+    lock_output 0
+    case $resume in "$output"/*) resume=$moved/${resume#"$output"/} ;; esac # it was moved with the folder
+    local earlier=("$output".[0-9]*)
+    echo "=> the earlier output is in $moved; all earlier ones (${#earlier[@]}) take $(du -shc "${earlier[@]}" |
+        tail -n 1 | cut -f 1): delete what you do not need"
 }
 
 # The reference leaves its checkpoints in the repository's folder. train_eval_8p.sh looks for them there.

@@ -13,6 +13,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 
 from helpers.images import write_cifar
 from helpers.program import REPOSITORY, events, run
@@ -187,16 +188,136 @@ def test_earlier_output_is_moved_aside_and_its_checkpoint_is_found(clone, tmp_pa
     assert os.path.exists(moved) and moved.startswith(str(clone / "test" / "output" / "0."))
 
 
+WAITING = """
+import os, sys, time
+if sys.argv[1] == '-c':
+    sys.exit(0)
+print('training', flush=True)
+while not os.path.exists({end!r}):
+    time.sleep(0.05)
+print('[npu id: 0 ] [AVG-ACC] * Acc@1 73.385 Acc@5 91.337')
+"""
+
+
+@contextlib.contextmanager
+def training(clone, tmp_path):
+    """train_full_8p.sh while main.py trains, until the file `end` is there."""
+    python = tmp_path / "waiting python"
+    python.write_text(SHEBANG.format(python=sys.executable) + WAITING.format(end=str(tmp_path / "end")))
+    python.chmod(0o755)
+    log = clone / "test" / "output" / "0" / "train_0.log"
+    command = ["bash", clone / "test" / "train_full_8p.sh", "--data_path=."]
+    with started("nohup", *command, cwd=clone, PYTHON=str(python)) as (process, _):
+        try:
+            while not (log.exists() and "training" in log.read_text()):
+                assert process.poll() is None
+                time.sleep(0.01)
+            yield process
+        finally:
+            (tmp_path / "end").write_text("")
+
+
+def wait_one_second(clone):
+    """Instead of half a minute, for the run in a folder to end."""
+    script = clone / "test" / "common.sh"
+    assert "lock_output 30" in script.read_text()
+    script.write_text(script.read_text().replace("lock_output 30", "lock_output 1"))
+
+
 @pytest.mark.once
-@pytest.mark.parametrize("used", ["repository", "data", "folder"])
+@pytest.mark.skipif(shutil.which("flock") is None, reason="no flock")
+def test_the_folder_of_a_running_script_is_not_moved_aside(clone, tmp_path):
+    wait_one_second(clone)
+    (clone / "model_best.pth.tar").write_text("x")
+    (clone / "link").symlink_to(clone / "test" / "output")
+    output, python = clone / "test" / "output", stub(tmp_path)
+    with training(clone, tmp_path) as process:
+        for name, *options in (
+            ("train_eval_8p",),
+            ("train_full_8p", "--device_list=4,5"),
+            ("train_full_1p", "--output=link/0"),
+            ("train_full_multinodes", "--launcher=torchrun"),
+        ):
+            second = bash(clone, name, "--data_path=.", *options, python=python)
+            assert second.code == 2 and len(second.err.splitlines()) == 1, second.err
+            assert f"--output={output}/0: another run writes there" in second.err
+        assert os.listdir(str(output)) == ["0"] and os.listdir(str(output / "0")) == ["train_0.log"]
+        assert bash(clone, "train_full_8p", "--data_path=.", "--output=other", python=python).code == 0
+        (tmp_path / "end").write_text("")
+        assert process.wait(60) == 0
+    assert next((output / "0").glob("*_acc.log")).exists()
+    assert bash(clone, "train_eval_8p", "--data_path=.", python=python).code == 0
+    assert len(os.listdir(str(output))) == 2
+
+
+@pytest.mark.once
+@pytest.mark.skipif(shutil.which("flock") is None, reason="no flock")
+def test_a_folder_is_free_again_once_main_py_has_ended_however_the_script_ended(clone, tmp_path):
+    wait_one_second(clone)
+    python = stub(tmp_path)
+    with training(clone, tmp_path) as process:
+        process.kill()
+        process.wait()
+        assert bash(clone, "train_full_8p", "--data_path=.", python=python).code == 2  # main.py still trains
+        script = clone / "test" / "common.sh"
+        script.write_text(script.read_text().replace("lock_output 1", "lock_output 60"))
+        waiting = subprocess.Popen(
+            ["bash", str(clone / "test" / "train_full_8p.sh"), "--data_path=."],
+            cwd=str(clone),
+            env={**os.environ, "PYTHON": python},
+        )
+        (tmp_path / "end").write_text("")
+        assert waiting.wait(60) == 0
+
+
+@pytest.mark.once
+def test_scripts_run_on_a_file_system_without_locks(clone, tmp_path):
+    path = commands(tmp_path, flock="echo 'flock: 9: No locks available' >&2; exit 71")
+    for _ in range(2):
+        result = bash(clone, "train_full_1p", "--data_path=.", python=stub(tmp_path), PATH=path)
+        assert result.code == 0 and result.err == "", result.err
+    assert len(os.listdir(str(clone / "test" / "output"))) == 2
+
+
+@pytest.mark.once
+def test_of_scripts_that_start_at_once_a_folder_holds_the_output_of_one(clone, tmp_path):
+    """Each output, in place or moved aside, is that of one run."""
+    python, jobs = stub(tmp_path), []
+    for number in range(6):
+        command = ["bash", str(clone / "test" / "train_full_1p.sh"), "--data_path=.", f"--epochs={number}"]
+        jobs.append(subprocess.Popen(command, cwd=str(clone), env={**os.environ, "PYTHON": python}))
+    codes = [job.wait(60) for job in jobs]
+    assert 0 in codes and set(codes) <= {0, 2}
+    logs = list((clone / "test" / "output").glob("0*/train_0.log"))
+    assert len(logs) == codes.count(0) and all(log.read_text().count("ARGS") == 1 for log in logs)
+
+
+@pytest.mark.once
+def test_an_empty_output_folder_stays_and_one_that_cannot_be_moved_is_refused(clone, tmp_path):
+    """As a folder that is mounted into a container: it cannot be renamed."""
+    path = commands(tmp_path, mv="echo 'mv: Device or resource busy' >&2; exit 1")
+    (tmp_path / "out").mkdir()
+    for output, code in (("out", 0), ("out", 2), ("out/second", 0)):
+        options = ["--data_path=.", f"--output={tmp_path / output}"]
+        result = bash(clone, "train_performance_1p", *options, python=stub(tmp_path), PATH=path)
+        assert result.code == code, result.err
+        assert len(result.err.splitlines()) == (1 if code else 0), result.err
+        assert ("name a folder in it" in result.err) == (code == 2)
+    assert (tmp_path / "out" / "train_0.log").exists() and os.listdir(str(tmp_path)).count("out") == 1
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("used", ["repository", "data", "folder", "link"])
 def test_an_output_folder_that_holds_what_is_in_use_is_refused(clone, tmp_path, used):
     data, folder = tmp_path / "data" / "set", tmp_path / "folder" / "below"
     data.mkdir(parents=True)
     folder.mkdir(parents=True)
-    output = {"repository": clone, "data": data.parent, "folder": folder.parent}[used]
-    result = bash(
-        clone, "train_full_1p", f"--data_path={data}", f"--output={output}", python=stub(tmp_path), cwd=folder
-    )
+    output = {"repository": clone, "data": data.parent, "folder": folder.parent, "link": "."}[used]
+    (tmp_path / "link").symlink_to(folder)
+    script = clone / "test" / "train_full_1p.sh"
+    command = 'cd -- "$1"; shift; exec bash "$@"'  # a shell that changes the folder sets PWD, to the link's name
+    words = [tmp_path / "link" if used == "link" else folder, script, f"--data_path={data}", f"--output={output}"]
+    result = run("bash", "-c", command, "-", *words, env={"PYTHON": stub(tmp_path)})
     assert result.code == 2 and "must not contain" in result.err and len(result.err.splitlines()) == 1, result.err
     assert clone.exists() and data.exists() and folder.exists()
 
