@@ -7,7 +7,7 @@
 
 set -euo pipefail
 network=Vgg16_ID1630_for_PyTorch
-kind=acc cards=1 batch_size=256 learning_rate=0.01 epochs=90 nodes=one recipe=()
+nodes=one
 test_dir=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 repository=$(dirname "$test_dir")
 # shellcheck source-path=SCRIPTDIR source=setup.sh
@@ -45,7 +45,8 @@ USAGE
     fi
 }
 
-absolute() { # path, relative to the caller's folder
+absolute() { # path, relative to the caller's folder; the shell does not expand the ~ of --output=~/x
+    case $1 in \~ | \~/*) set -- "${HOME:-}${1#\~}" ;; esac
     realpath -m -- "$1"
 }
 
@@ -54,7 +55,7 @@ nnodes=1 node_rank=0 local_addr='' master_addr='' master_port=59629 rendezvous_t
 
 # The evaluation ignores it, as the reference's does, whose users pass --world_size=.
 unknown_option() { # message
-    if [ "$kind" != eval ]; then fail "$1; --help lists the options"; fi
+    if [ "${kind:?}" != eval ]; then fail "$1; --help lists the options"; fi
     warn "$1, which is ignored; --help lists the options"
 }
 
@@ -81,14 +82,17 @@ parse_options() { # the script's arguments
                 --rendezvous_timeout=* | --launcher=*)
                 if [ "$nodes" = many ]; then printf -v "${name#--}" '%s' "$value"
                 else unknown_option "$option requires a multi-node script"; fi ;;
-            *) unknown_option "unknown option $option" ;;
+            *)
+                if [[ $(usage) = *"  $option="* ]]; then fail "write $option=VALUE"; fi
+                unknown_option "unknown option $option" ;;
         esac
     done
     [ -n "$data_path" ] || fail "--data_path=DIR is required: a folder with train/ and val/, or CIFAR"
     data_path=$(absolute "$data_path")
-    [ -d "$data_path" ] || fail "--data_path=$data_path: no such folder"
+    [ -e "$data_path" ] || fail "--data_path=$data_path: no such folder"
     if [ -n "$resume" ]; then resume=$(absolute "$resume"); fi
-    if [ "$cards" = 1 ] && [ -n "${ASCEND_DEVICE_ID:-}" ]; then device_id=$ASCEND_DEVICE_ID; fi # as in the reference
+    if [ "${cards:?}" = 1 ] && [ -n "${ASCEND_DEVICE_ID:-}" ]; then device_id=$ASCEND_DEVICE_ID; fi # as in the reference
+    [[ $device_id =~ ^[0-9]+$ ]] || fail "--device_id must be a number, got '$device_id'"
     case $launcher in
         spawn) ;;
         torchrun)
@@ -230,7 +234,7 @@ code_under_torchrun() { # number of lines that the log had before this run
 build_command() {
     launch=("$python" -u)
     flags=(--data "$data_path" --seed 49 --print-freq 1 --epochs "$epochs" -b "$batch_size" --lr "$learning_rate"
-        --amp --opt-level "$opt_level" --addr "$master_addr" --output-dir "$output" ${recipe[@]+"${recipe[@]}"})
+        --amp --opt-level "$opt_level" --addr "$master_addr" --output-dir "$output" "${recipe[@]}")
     if [ -n "$workers" ]; then flags+=(--workers "$workers"); fi
     if [ -n "$device" ]; then flags+=(--device "$device"); fi
     if [ -n "$resume" ]; then flags+=(--resume "$resume"); fi

@@ -356,11 +356,37 @@ def test_a_training_is_no_failure_if_its_checkpoints_cannot_be_copied(clone, tmp
         ["--data_path=.", "--resume="],
         ["--data_path=/no/such"],
         ["--data_path=.", "--nnodes=2"],
+        ["--data_path=.", "--device_id="],
+        ["--data_path=.", "--device_id=.."],
     ],
 )
 def test_wrong_options_are_one_line_and_exit_code_2(clone, tmp_path, options):
     result = bash(clone, "train_full_8p", *options, python=stub(tmp_path))
     assert result.code == 2 and len(result.err.splitlines()) == 1 and "error" in result.err
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", ["train_full_1p", "train_eval_8p", "train_full_multinodes"])
+@pytest.mark.parametrize("option", ["--data_path", "--resume", "--output"])
+def test_an_option_without_its_equals_sign_is_told_how_to_write_it(clone, tmp_path, name, option):
+    result = bash(clone, name, option, "value", python=stub(tmp_path))
+    assert result.code == 2 and result.err == f"{name}.sh: error: write {option}=VALUE\n"
+
+
+@pytest.mark.once
+def test_a_tilde_is_the_home_folder_and_a_list_of_images_is_data(clone, tmp_path):
+    home = tmp_path / "my & home"
+    (home / "data").mkdir(parents=True)
+    (home / "list.csv").write_text("image,label\n")
+    for data, output in (("~/data", "~/out"), ("~/list.csv", "~/~/~out"), ("~", "relative/~")):
+        options = [f"--data_path={data}", f"--output={output}", "--resume=~/x.tar"]
+        result = bash(clone, "train_full_1p", *options, python=stub(tmp_path), HOME=str(home))
+        assert result.code == 0, result.err
+        folder = home / output[2:] if output.startswith("~/") else clone / output
+        flags = (folder / "train_0.log").read_text()
+        for flag, path in (("--data", data.replace("~", str(home))), ("--resume", home / "x.tar")):
+            assert f"'{flag}', '{path}'" in flags, flags
+    assert not (clone / "~").exists()
 
 
 @pytest.mark.once
