@@ -215,7 +215,7 @@ use_torchrun() {
     if [ "$node_rank" = 0 ]; then host=true; fi
     launch+=(-m torch.distributed.run --nnodes "$nnodes" --nproc_per_node "$(count_cards)" --max_restarts 5
         --rdzv_backend c10d --rdzv_endpoint "$master_addr:$master_port" --rdzv_id "$master_port"
-        --rdzv_conf "is_host=$host")
+        --rdzv_conf "is_host=$host,join_timeout=$rendezvous_timeout,read_timeout=$rendezvous_timeout")
     if [ -n "$local_addr" ]; then launch+=(--local_addr "$local_addr"); fi
     # With the shared store, a node that rejoins waits for an address that was announced before (dynamic_rendezvous.py).
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1

@@ -466,6 +466,7 @@ def test_torchrun_is_started_and_continues_an_unfinished_output(clone, tmp_path)
         "--master_addr=10.0.0.1",
         "--local_addr=127.0.0.1",
         "--device_list=0,1",
+        "--rendezvous_timeout=90",
     ]
     python = stub(tmp_path)
     output = clone / "test" / "output" / "0_node1"  # nodes may share the file system
@@ -483,7 +484,7 @@ def test_torchrun_is_started_and_continues_an_unfinished_output(clone, tmp_path)
     for part in (
         "'--nnodes', '2', '--nproc_per_node', '2'",
         "'--rdzv_endpoint', '10.0.0.1:59629'",
-        "'is_host=false'",
+        "'is_host=false,join_timeout=90,read_timeout=90'",
         "'--local_addr', '127.0.0.1'",
         "'--auto-resume', '--save-freq', '100'",
         "'--device-list', '0,1'",
