@@ -12,6 +12,7 @@ source "$repository/test/env_npu.sh"
 evaluation=()
 for word in "$@"; do
     case $word in
+        -h | --help) sed -n '3,4s/^# //p' "${BASH_SOURCE[0]}"; exit 0 ;;
         --output-dir* | --stop-step-num*)
             fail "$word is for main.py alone: the quick start evaluates the whole run" ;;
         --auto-resume) ;;
@@ -19,8 +20,7 @@ for word in "$@"; do
     esac
 done
 
-cd "$repository"
-output=test/output/quickstart
+output=$repository/test/output/quickstart
 mkdir -p "$output"
 # Of VGG16's weights and momentum: the latest checkpoint, the one before it, the best, and one that is being written.
 # Those of an earlier quick start are replaced.
@@ -39,9 +39,9 @@ keep_lines() { # file
 
 train() {
     if [ -t 2 ]; then # stderr stays on the terminal: main.py shows a progress bar there
-        "$python" -u main.py "$@" | keep_lines "$output/train.log" || return "${PIPESTATUS[0]}"
+        "$python" -u "$repository/main.py" "$@" | keep_lines "$output/train.log" || return "${PIPESTATUS[0]}"
     else
-        "$python" -u main.py "$@" 2>&1 | keep_lines "$output/train.log" || return "${PIPESTATUS[0]}"
+        "$python" -u "$repository/main.py" "$@" 2>&1 | keep_lines "$output/train.log" || return "${PIPESTATUS[0]}"
     fi
 }
 
@@ -61,15 +61,21 @@ if ! python_can "$python" 'import matplotlib'; then
     report=()
     echo "=> matplotlib is not installed: no curves and no evaluation page"
 fi
+if ! python_can "$python" 'import jinja2'; then
+    report=()
+    echo "=> jinja2 is not installed: no evaluation page"
+fi
 if ! python_can "$python" 'import tqdm'; then echo "=> tqdm is not installed: no progress bar"; fi
 train ${amp[@]+"${amp[@]}"} --output-dir "$output" "$@" || stop_with $?
 
-"$python" main.py ${amp[@]+"${amp[@]}"} ${evaluation[@]+"${evaluation[@]}"} --evaluate \
+"$python" "$repository/main.py" ${amp[@]+"${amp[@]}"} ${evaluation[@]+"${evaluation[@]}"} --evaluate \
     --resume "$output/model_best.pth.tar" ${report[@]+"${report[@]}"} --output-dir "$output" >"$output/evaluate.log" ||
     stop_with $?
 accuracy=$(sed -n 's/.*\[AVG-ACC\] \* Acc@1 \([0-9.]*\).*/\1/p' "$output/evaluate.log" | tail -n 1)
+[ -n "$accuracy" ] || fail "main.py validated nothing, see $output/evaluate.log" 1
 echo
 LC_ALL=C printf 'Validation accuracy: %.2f%%\n' "$accuracy"
 echo "Next, in $repository:"
+output=${output#"$repository"/}
 if [ ${#report[@]} -gt 0 ]; then echo "  open $output/page/index.html in a browser"; fi
 echo "  ${python#"$repository"/} predict.py IMAGE --checkpoint $output/model_best.pth.tar"

@@ -755,14 +755,16 @@ TRAINER = (
     + """
 import os, sys
 if sys.argv[1] == '-c':
-    sys.exit(0)
+    sys.exit(sys.argv[2].split()[-1] in os.environ.get('STUB_MISSES', '').split())
 output = sys.argv[sys.argv.index('--output-dir') + 1]
+print('ARGS', os.getcwd(), sys.argv[1:])
 if os.environ.get('STUB_SAYS'):
     sys.exit('main.py: error: ' + os.environ['STUB_SAYS'])
 for step in range(2):
     sys.stderr.write('\\rBAR %d' % step if sys.stderr.isatty() else '')
     print('line', step, flush=True)
-print('[npu id: 0 ] [AVG-ACC] * Acc@1 98.889 Acc@5 100.000')
+if not os.environ.get('STUB_IS_SILENT'):
+    print('[npu id: 0 ] [AVG-ACC] * Acc@1 98.889 Acc@5 100.000')
 print('warning', file=sys.stderr)
 """
 )
@@ -792,8 +794,14 @@ def quick_start(clone, tmp_path, surroundings, *flags, free_gb=(100.0, 100.0), p
 def test_the_quick_start_shows_the_progress_bar_on_a_terminal_and_keeps_the_lines(clone, tmp_path):
     code, said, log = quick_start(clone, tmp_path, "terminal")
     assert code == 0 and "Validation accuracy: 98.89%" in said, said
+    output, program = "test/output/quickstart", tmp_path / "commands" / "python3"
+    assert said.replace("\r", "").splitlines()[-3:] == [
+        f"Next, in {clone}:",
+        f"  open {output}/page/index.html in a browser",
+        f"  {program} predict.py IMAGE --checkpoint {output}/model_best.pth.tar",
+    ]
     assert "BAR 0" in said and "\r\x1b[Kline 0\r\n" in said and "\r\x1b[Kline 1\r\n" in said  # the bar is erased first
-    assert log.splitlines()[:2] == ["line 0", "line 1"] and "BAR" not in log
+    assert log.splitlines()[1:3] == ["line 0", "line 1"] and "BAR" not in log
 
 
 @pytest.mark.once
@@ -823,6 +831,36 @@ def test_a_quick_start_that_filled_the_disk_says_how_to_continue(clone, tmp_path
 def test_a_quick_start_that_failed_otherwise_does_not_blame_the_disk(clone, tmp_path):
     code, said, _ = quick_start(clone, tmp_path, "nohup", STUB_SAYS="something broke")
     assert code == 1 and "something broke" in said and "--auto-resume" not in said
+
+
+@pytest.mark.once
+def test_the_quick_start_leaves_relative_paths_to_the_callers_folder(clone, tmp_path):
+    code, said, log = quick_start(clone, tmp_path, "nohup", "my data")
+    assert code == 0 and f"ARGS {tmp_path} " in log and "'my data'" in log, said
+    evaluated = (clone / "test" / "output" / "quickstart" / "evaluate.log").read_text()
+    assert f"ARGS {tmp_path} " in evaluated and f"'{clone}/test/output/quickstart/model_best.pth.tar'" in evaluated
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("missing", ["matplotlib", "jinja2", "matplotlib jinja2"])
+def test_the_quick_start_without_what_the_page_needs_names_it_and_leaves_the_page_out(clone, tmp_path, missing):
+    code, said, _ = quick_start(clone, tmp_path, "nohup", STUB_MISSES=missing)
+    assert code == 0 and "index.html" not in said, said
+    assert all((f"=> {name} is not installed" in said) == (name in missing) for name in ("matplotlib", "jinja2"))
+    assert "--report" not in (clone / "test" / "output" / "quickstart" / "evaluate.log").read_text()
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_the_help_of_the_quick_start_starts_nothing(clone, tmp_path, flag):
+    code, said, log = quick_start(clone, tmp_path, "nohup", "--seed", "7", flag)
+    assert code == 0 and log is None and len(said.splitlines()) == 2 and "go to main.py" in said, said
+
+
+@pytest.mark.once
+def test_a_quick_start_that_validated_nothing_has_failed(clone, tmp_path):
+    code, said, _ = quick_start(clone, tmp_path, "nohup", STUB_IS_SILENT="1")
+    assert code == 1 and "accuracy" not in said and said.splitlines()[-1].endswith("quickstart/evaluate.log"), said
 
 
 # A Python without torch, whose venv has one after pip.
