@@ -116,13 +116,6 @@ choose_master() {
     master_addr=${master_addr:-127.0.0.1}
 }
 
-# Sets `python`: PYTHON, the .venv that quickstart.sh made, or the active one.
-find_python() {
-    if [ -n "${PYTHON:-}" ]; then python=$PYTHON
-    elif [ -x "$repository/.venv/bin/python" ]; then python=$repository/.venv/bin/python
-    else python=$(command -v python3 || command -v python || fail "no python3 found"); fi
-}
-
 # The collective libraries use the network interface that has the address --local_addr.
 choose_interface() {
     if [ -z "$local_addr" ]; then return; fi
@@ -293,10 +286,10 @@ exit_with_end_of_log() {
 
 run_training() { # the script's arguments
     parse_options "$@"
-    find_python
     choose_interface
     # shellcheck source-path=SCRIPTDIR source=env_npu.sh
     if [ "${etp_running_flag:-}" != true ]; then source "$test_dir/env_npu.sh"; fi
+    find_python || fail "python3 cannot import torch and torchvision: set PYTHON, or bash test/quickstart.sh installs them"
     local case_name=${network}_bs${batch_size}_${cards}p_$kind launch flags code begin
     make_output
     if [ -z "$opt_level" ]; then

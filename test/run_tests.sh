@@ -8,7 +8,6 @@ set -euo pipefail
 repository=$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")
 # shellcheck source=test/setup.sh
 source "$repository/test/setup.sh"
-cd "$repository"
 table=() failed=() code=0
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
@@ -89,6 +88,7 @@ run_tests() { # python, arguments of pytest
 }
 
 set_up_python 0 ''
+cd "$repository"
 add_dev_tools
 run_linters
 run_tests "$python" "$@"

@@ -43,17 +43,26 @@ torch_works() { # python
     python_can "$1" 'import torch, torchvision, PIL, numpy; torch.ones(2).sum()'
 }
 
-# Sets `python`: the active one if its torch works, as in an Ascend or CUDA image, where nothing must be replaced;
-# else the one in .venv, where requirements.txt is installed if necessary. Exits with code 2 if the disk is too small.
-set_up_python() { # GB that the caller is going to write, what for
-    local active candidate venv=${repository:?}/.venv
-    active=$(command -v python3 || command -v python || true)
-    for python in "$active" "$venv/bin/python"; do
-        if [ -x "$python" ] && torch_works "$python"; then
-            if [ "$1" != 0 ]; then require_space "$1" "$2"; fi
-            return
-        fi
+# Sets `python`: PYTHON if it is set, else the active one if its torch works, as in an Ascend or CUDA image, where
+# nothing must be replaced, else that of .venv. Returns 1 if no torch works.
+find_python() {
+    if [ -n "${PYTHON:-}" ]; then
+        python=$(realpath -s -- "$(command -v "$PYTHON")" 2>/dev/null) || fail "PYTHON=$PYTHON: no such program"
+        return
+    fi
+    for python in "$(command -v python3 || command -v python)" "${repository:?}/.venv/bin/python"; do
+        if torch_works "$python"; then return; fi
     done
+    return 1
+}
+
+# Sets `python`, and installs requirements.txt into .venv if no torch works. Exits with code 2 if the disk is too small.
+set_up_python() { # GB that the caller is going to write, what for
+    local candidate venv=$repository/.venv
+    if find_python; then
+        if [ "$1" != 0 ]; then require_space "$1" "$2"; fi
+        return
+    fi
     for candidate in python3 python3.13 python3.12 python3.11 python3.10 python3.14; do
         if "$candidate" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
             # 6 GB stay. While pip installs, the archives are there too, 3 GB.

@@ -487,7 +487,7 @@ if [ "${parts[*]}" != slurm ]; then
     fi
 fi
 if [ "${#possible[@]}" -gt 0 ]; then
-    if [ -n "${PYTHON:-}" ]; then python=$PYTHON; else set_up_python 3 "the fault tests"; fi
+    set_up_python 3 "the fault tests"
     export PYTHON=$python
     prepare
     for part in "${possible[@]}"; do "try_$part"; done

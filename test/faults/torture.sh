@@ -9,7 +9,7 @@ faults_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repository=$(dirname "$(dirname "$faults_dir")")
 # shellcheck source-path=SCRIPTDIR source=../setup.sh
 source "$repository/test/setup.sh"
-if [ -n "${PYTHON:-}" ]; then python=$PYTHON; else set_up_python 3 "the fault tests"; fi
+set_up_python 3 "the fault tests"
 if [ "$(id -u)" = 0 ] && unshare -m true 2>/dev/null; then
     # File systems are mounted in a separate mount namespace, which disappears with its last process.
     TORTURE_MAY_MOUNT=1 exec unshare -m "$python" "$faults_dir/torture.py" "$@"

@@ -390,6 +390,32 @@ def test_a_tilde_is_the_home_folder_and_a_list_of_images_is_data(clone, tmp_path
 
 
 @pytest.mark.once
+@pytest.mark.parametrize("active", [True, False])
+@pytest.mark.parametrize("venv", [True, False, None])
+@pytest.mark.parametrize("named", [True, False])
+def test_a_script_takes_the_first_python_whose_torch_works(clone, tmp_path, named, active, venv):
+    """PYTHON is taken as it is, then the active one, then that of .venv, which may be half-made or missing."""
+    path = commands(tmp_path, python3="")
+    pythons = {"named": tmp_path / "named", "active": tmp_path / "commands" / "python3"}
+    if venv is not None:
+        pythons["venv"] = clone / ".venv" / "bin" / "python"
+        pythons["venv"].parent.mkdir(parents=True)
+    works = {"named": named, "active": active, "venv": venv}
+    for name, python in pythons.items():
+        text = STUB.format(python=sys.executable, autocast=int(not works[name]))
+        python.write_text(text.replace("'ARGS'", "'ARGS', sys.argv[0]"))
+        python.chmod(0o755)
+    result = bash(clone, "train_full_1p", "--data_path=.", python=str(pythons["named"]) if named else "", PATH=path)
+    expected = next((name for name, can in works.items() if can), None)
+    if expected:
+        assert result.code == 0, result.err
+        assert f"ARGS {pythons[expected]} " in (clone / "test" / "output" / "0" / "train_0.log").read_text()
+    else:
+        assert result.code == 2 and len(result.err.splitlines()) == 1 and "PYTHON" in result.err, result.err
+        assert not (clone / "test" / "output").exists()
+
+
+@pytest.mark.once
 def test_the_evaluation_ignores_unknown_options_as_the_references_does(clone, tmp_path):
     (clone / "model_best.pth.tar").write_text("x")
     options = ["--data_path=.", "--world_size=8", "--no_such=1", "--nnodes=2"]
@@ -783,7 +809,7 @@ def quick_start(clone, tmp_path, surroundings, *flags, free_gb=(100.0, 100.0), p
         python3=python.format(python=sys.executable).replace("#!/bin/sh\n", "", 1),
     )
     command = ["bash", clone / "test" / "quickstart.sh", *flags]
-    with started(surroundings, *command, cwd=tmp_path, **{"PATH": path, **env}) as (process, reader):
+    with started(surroundings, *command, cwd=tmp_path, **{"PATH": path, "PYTHON": "", **env}) as (process, reader):
         said = read_all(reader)
         code = process.wait(60)
     log = clone / "test" / "output" / "quickstart" / "train.log"
@@ -894,6 +920,19 @@ def test_the_quick_start_that_cannot_install_ends_with_one_line(clone, tmp_path,
     assert (clone / ".venv").exists() == (expected == 1)  # nothing is written before the check
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("name", ["./named python", "{}/named python", "named python"])
+def test_the_quick_start_takes_the_python_that_is_named(clone, tmp_path, name):
+    (tmp_path / "named python").write_text(TRAINER.format(python=sys.executable))
+    (tmp_path / "named python").chmod(0o755)
+    options = {"PYTHON": name.format(tmp_path), "python": "#!/bin/sh\nexit 1\n"}
+    code, said, _ = quick_start(clone, tmp_path, "nohup", **options)
+    if "/" in name:
+        assert code == 0 and f"\n  {tmp_path}/named python predict.py" in said, said
+    else:
+        assert code == 2 and said == "quickstart.sh: error: PYTHON=named python: no such program\n"
+
+
 # What the scripts of Ascend's model zoo make of a log: last throughput and accuracy, the loss of each training step,
 # the last loss of a validation.
 ASCEND_PARSERS = {
@@ -990,7 +1029,7 @@ def run_the_tests(clone, tmp_path, surroundings, *words, **env):
         (clone / f".venv-{version}" / "bin").mkdir(parents=True)
         shutil.copy(str(tmp_path / "commands" / "python3"), str(clone / f".venv-{version}" / "bin" / "python"))
     command = ["bash", clone / "test" / "run_tests.sh", *words]
-    with started(surroundings, *command, cwd=tmp_path, **{"PATH": path, **env}) as (process, reader):
+    with started(surroundings, *command, cwd=tmp_path, **{"PATH": path, "PYTHON": "", **env}) as (process, reader):
         said = read_all(reader).replace("\r\n", "\n")
         return process.wait(60), said
 
@@ -1010,6 +1049,15 @@ def test_the_tests_end_with_a_table_of_their_parts_however_they_were_started(clo
     linters = ["ruff check", "ruff format", "mypy --no-error-summary", "shellcheck -x"]
     assert [row and row[1] for row in rows] == [*linters, *parts, "all"], said
     assert [row[2] for row in rows] == ["passed"] * 4 + ["1 of 9 tests"] * 6 + ["passed"]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", ["./named", "{}/named"])
+def test_the_tests_run_with_the_python_that_is_named(clone, tmp_path, name):
+    (tmp_path / "named").write_text(TESTED.format(python=sys.executable).replace("2.9", "2.7"))
+    (tmp_path / "named").chmod(0o755)
+    code, said = run_the_tests(clone, tmp_path, "nohup", PYTHON=name.format(tmp_path))
+    assert code == 0 and "PYTEST 2.7 " in said and "PYTEST 2.9 " not in said, said
 
 
 @pytest.mark.once
