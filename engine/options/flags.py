@@ -283,6 +283,11 @@ def _conflicts(args: argparse.Namespace) -> list[str]:
     if args.data and not os.path.isdir(args.data) and not is_list:
         found = f"expected a folder or a list ({' '.join(LISTS)})" if os.path.exists(args.data) else "no such folder"
         conflicts[f"--data {args.data}: {found}"] = True
+    for flag, folder in (("--output-dir", args.output_dir), ("--report", args.report)):
+        if args.val_split and folder and args.data and os.path.isdir(args.data):
+            below = os.path.relpath(os.path.realpath(folder), os.path.realpath(args.data))
+            found = f"{flag} {folder} lies in --data {args.data}, whose folders are the classes: choose one outside"
+            conflicts[found] = below == "." or not below.startswith(".")  # a hidden folder is no class
     reads_weights = args.rank <= 0 and os.environ.get("RANK", "0") == "0"  # only rank 0 does
     for flag, file in (("--resume", args.resume), ("--pretrained", args.pretrained)):
         if file and reads_weights and not os.path.isfile(file) and (flag, file) != ("--pretrained", "imagenet"):

@@ -200,6 +200,43 @@ def test_wrong_use_is_one_line(words: list[str], message: str, capsys: Any) -> N
     assert leaving.value.code == 2 and message in err and len(err.splitlines()) == 1, err
 
 
+@pytest.mark.parametrize("flag", ["--output-dir", "--report"])
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize(
+    "data, folder, inside",
+    [
+        (".", ".", True),
+        (".", "out", True),
+        ("../flowers", "cat/out/1", True),
+        (".", "link", True),
+        (".", "..", False),
+        ("cat", ".", False),
+        (".", "../flowers2/out", False),
+        (".", ".hidden/out", False),  # left out, as all hidden folders are
+        ("list.csv", "out", False),
+    ],
+)
+def test_what_a_run_writes_is_no_class_of_the_folder_that_it_splits(
+    tmp_path: Any, monkeypatch: Any, capsys: Any, flag: str, split: bool, data: str, folder: str, inside: bool
+) -> None:
+    for name in ("cat", ".hidden", "../flowers2"):
+        (tmp_path / "flowers" / name).mkdir(parents=True)
+    (tmp_path / "flowers" / "link").symlink_to("cat")
+    (tmp_path / "flowers" / "list.csv").write_text("")
+    monkeypatch.chdir(tmp_path / "flowers")
+    words = [data, *["--val-split", "0.1"] * split, flag, folder]
+    if flag == "--report":
+        words += ["-e", "--pretrained", "imagenet", "--output-dir", ".."]
+    if not (inside and split):
+        parse_args(words)
+        return
+    with pytest.raises(SystemExit) as leaving:
+        parse_args(words)
+    err = capsys.readouterr().err
+    assert leaving.value.code == 2 and len(err.splitlines()) == 1, err
+    assert f"{flag} {folder} lies in --data {data}, whose folders are the classes: choose one outside" in err
+
+
 # --- --exif-rotate ----------------------------------------------------------------------------------------------------
 
 
