@@ -104,7 +104,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.left_open = [name for name in DEFAULTS if getattr(args, name) is None]  # completed again by with_checkpoint
     complete_defaults(args, {} if args.data or args.dummy else DIGITS, args.left_open)
     args.small_defaults = False
-    for conflict in _conflicts(args):
+    lr_is_known = "lr" not in args.left_open or not args.data
+    for conflict in _conflicts(args) + schedule_conflicts(args, lr_is_known=lr_is_known):
         parser.error(conflict)
     return args
 
@@ -272,13 +273,10 @@ def _conflicts(args: argparse.Namespace) -> list[str]:
         "--patience requires validation images: leave --dummy out": args.patience and args.dummy,
         "--val-split requires --data DIR, a folder of classes": args.val_split and not args.data,
         "--world-size must be at least 1, got 0": args.world_size == 0,
-        f"--min-lr must be at most --lr {args.lr}, got {args.min_lr}": args.min_lr > args.lr,
     }
     for flag, bounds in (("--crop-scale", args.crop_scale), ("--train-scale", args.train_scale)):
         if bounds:
             conflicts[f"{flag}: MIN must be at most MAX, got {bounds[0]} {bounds[1]}"] = bounds[0] > bounds[1]
-    for flag, epochs in (("--start-epoch", args.start_epoch), ("--warmup-epochs", args.warmup_epochs)):
-        conflicts[f"{flag} must be less than --epochs {args.epochs}, got {epochs}"] = epochs >= args.epochs
     is_list = args.data and args.data.lower().endswith(LISTS) and os.path.isfile(args.data)
     if args.data and not os.path.isdir(args.data) and not is_list:
         found = f"expected a folder or a list ({' '.join(LISTS)})" if os.path.exists(args.data) else "no such folder"
@@ -293,4 +291,14 @@ def _conflicts(args: argparse.Namespace) -> list[str]:
         if file and reads_weights and not os.path.isfile(file) and (flag, file) != ("--pretrained", "imagenet"):
             found = "expected a file, this is a folder" if os.path.isdir(file) else "no such file"
             conflicts[f"{flag} {file}: {found}"] = True
+    return [conflict for conflict, found in conflicts.items() if found]
+
+
+def schedule_conflicts(args: argparse.Namespace, *, lr_is_known: bool = True) -> list[str]:
+    """Return what is wrong with the schedule. With few images --epochs may still become less, and --lr more."""
+    conflicts = {
+        f"{flag} must be less than --epochs {args.epochs}, got {epochs}": epochs >= args.epochs
+        for flag, epochs in (("--start-epoch", args.start_epoch), ("--warmup-epochs", args.warmup_epochs))
+    }
+    conflicts[f"--min-lr must be at most --lr {args.lr}, got {args.min_lr}"] = lr_is_known and args.min_lr > args.lr
     return [conflict for conflict, found in conflicts.items() if found]

@@ -28,7 +28,7 @@ from engine.device import (
 )
 from engine.errors import UsageError, counted
 from engine.options.class_weights import resolve_class_weights
-from engine.options.flags import AUGMENTATION, SMALL, complete_defaults, parse_args
+from engine.options.flags import AUGMENTATION, SMALL, complete_defaults, parse_args, schedule_conflicts
 from engine.options.parser import check_file, check_folder
 from engine.parallel import Topology, resolve_topology, under_torchrun
 
@@ -155,7 +155,7 @@ def with_checkpoint(
     Few images, trained from scratch, get the defaults SMALL in place of ImageNet's, unless --lr or a network without
     batch norm is given; so does a run that continues such a run.
     images: of the training set, of `size` pixels per side; 0 for an evaluation. memory: bytes of a node.
-    Raises UsageError if the checkpoint does not hold the weights of a VGG, or its batch does not fit the processes.
+    Raises UsageError if the checkpoint holds no weights of a VGG, or its batch or the schedule does not fit the run.
     """
     args = argparse.Namespace(**vars(args))
     left_open = vars(args).pop("left_open")
@@ -188,6 +188,8 @@ def with_checkpoint(
     if args.small_defaults and start is None:
         values = {f"--{name.replace('_', '-')}": getattr(args, name) for name in SMALL if name in left_open}
         console.line(f"=> few images: {' '.join(f'{flag} {value}' for flag, value in values.items())}, as in recipes/")
+    for conflict in schedule_conflicts(args):
+        raise UsageError(conflict)
     if not args.evaluate:
         _resize(args, images_per_step)
     return args, {**batch, "images_per_step": images_per_step}
@@ -202,10 +204,8 @@ def _resize(args: argparse.Namespace, wanted: int) -> None:
     nodes = counted(args.nodes, "node")
     if wanted % own == 0:
         args.accum_steps = wanted // own
-        console.line(
-            f"=> resized to {nodes}: {counted(args.accum_steps, 'batch')} per step, so a step still has "
-            f"{counted(wanted, 'image')}"
-        )
+        batches = counted(args.accum_steps, "batch")
+        console.line(f"=> resized to {nodes}: {batches} per step, so a step still has {counted(wanted, 'image')}")
         return
     factor = images / wanted
     args.lr, args.min_lr = args.lr * factor, args.min_lr * factor

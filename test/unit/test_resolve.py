@@ -44,6 +44,41 @@ def test_a_resize_that_cannot_keep_the_images_per_step_scales_the_learning_rate(
     assert with_checkpoint(args, checkpoint)[0].lr == 0.01 and capsys.readouterr().out == ""
 
 
+# What is trained on, its images, and the --epochs and --lr that it gets.
+@pytest.mark.parametrize(
+    "data, images, epochs, lr",
+    [(".", 10**6, 90, 0.01), (".", 8000, 30, 0.1 * 64 / 128), (".", 64000, 30, 0.1), (None, 1438, 16, 0.05)],
+    ids=["ImageNet", "few images", "more images", "digits"],
+)
+@pytest.mark.parametrize("given", [[], ["--epochs", "20"], ["--lr", "0.03"], ["--epochs", "50", "--lr", "0.3"]])
+def test_a_schedule_must_fit_the_defaults_of_what_is_trained_on(data, images, epochs, lr, given):
+    flags = dict(zip(given[::2], given[1::2]))
+    if data and "--lr" in flags:
+        epochs = 90  # ImageNet's defaults then
+    epochs, lr = int(flags.get("--epochs", epochs)), float(flags.get("--lr", lr))
+
+    def refusal(*words):
+        """The line that refuses the flags, before the images are known or after."""
+        try:
+            args = parse_args([*[data] * bool(data), *given, *words])
+            args.nodes, args.processes, args.precision = 1, 1, "fp32"
+            with_checkpoint(args, None, images, 32)
+        except SystemExit as exited:
+            return str(exited.code)
+        except UsageError as error:
+            return str(error)
+        return None
+
+    for flag in ("--start-epoch", "--warmup-epochs"):
+        found = [refusal(flag, str(value)) for value in (1, epochs - 1, epochs, 89, 90, 91)]
+        assert found[:2] == [None, None] and all(found[2:3] + found[4:]), found
+        assert found[2] in ("2", f"{flag} must be less than --epochs {epochs}, got {epochs}")
+        assert (found[3] is None) == (epochs > 89)
+    found = [refusal("--min-lr", str(value)) for value in (0, lr, 1.01 * lr)]
+    assert found[:2] == [None, None]
+    assert found[2] in ("2", f"--min-lr must be at most --lr {lr}, got {1.01 * lr}")
+
+
 def test_an_evaluation_normalizes_as_the_training_did():
     dataset = read_digits(training=False)
     args = parse_args(["-e", "--pretrained", "imagenet", "--image-size", "48"])
