@@ -74,6 +74,9 @@ def resolve_topology(
     if under_torchrun():
         here = _torchrun_ranks()
         processes = here.local_world_size
+        if here.world_size % processes:
+            sizes = f"WORLD_SIZE {here.world_size} is not divisible by LOCAL_WORLD_SIZE {processes}"
+            raise UsageError(f"{sizes}: start as many processes on each node")
         nodes, node_rank = here.world_size // processes, here.rank // processes
         return Topology(nodes, node_rank, processes, dist_url or "env://", spawn=False)
     if world_size < 0 and "WORLD_SIZE" in os.environ:  # without LOCAL_RANK, as Kubernetes operators set it

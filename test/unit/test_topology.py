@@ -60,6 +60,19 @@ def test_a_variable_of_torchrun_that_is_wrong_is_named(monkeypatch, name, value)
         topology()
 
 
+@pytest.mark.parametrize("local", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("world", [1, 2, 5, 6, 7, 16])
+def test_each_node_must_have_as_many_processes(monkeypatch, world, local):
+    """Otherwise an epoch would have the wrong number of steps."""
+    for name, value in {"LOCAL_RANK": 0, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": local, "RANK": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    if world % local == 0:
+        assert topology().nodes * local == world
+        return
+    with pytest.raises(UsageError, match=f"^WORLD_SIZE {world} is not divisible by LOCAL_WORLD_SIZE {local}: start as"):
+        topology()
+
+
 def test_a_process_gets_its_place_from_the_flags_or_from_torchrun(monkeypatch):
     assert topology().ranks() == Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1)
     assert topology(world_size=3, rank=2).ranks() == Ranks(2, 3, 0, 1)
