@@ -28,7 +28,7 @@ REQUIREMENTS = {  # of the devices that auto looks for, the first that works fir
     "npu": "install CANN and the torch_npu for this torch, run `source /usr/local/Ascend/ascend-toolkit/set_env.sh`, "
     "check `npu-smi info`",
     "gpu": "check `nvidia-smi`, and that this torch has CUDA",
-    "mps": "it requires an Apple GPU and torch 1.12 or later",
+    "mps": "it requires an Apple GPU and torch 2.0 or later",
 }
 CGROUPS, OWN_CGROUP, MEMORY = "/sys/fs/cgroup", "/proc/self/cgroup", "/proc/meminfo"
 
@@ -53,8 +53,8 @@ def count_devices(device: str) -> int:
     """Return how many NPUs, GPUs or MPS devices there are, at least one."""
     try:
         load_runtime(device)
-        runtime: Any = torch.backends.mps if device == "mps" else getattr(torch, TORCH_DEVICES[device])
-        found, reason = runtime.is_available(), ""
+        runtime: Any = getattr(torch, TORCH_DEVICES[device])
+        found, reason = (torch.backends.mps if device == "mps" else runtime).is_available(), ""
     except (AttributeError, ImportError, OSError, RuntimeError) as error:
         found, reason = False, f" ({first_line(error)})"
     if not found:

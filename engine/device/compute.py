@@ -47,8 +47,10 @@ class ComputeDevice:
         self.device = torch.device(name) if type in ("cpu", "mps") else torch.device(name, index)
         self.runtime = cast("Any", getattr(torch, name, None))  # torch.cuda, torch.npu, …
         self.log_interval = 0.0 if type == "cpu" else 1.0
-        # NPUs do not support channels_last, and torch before 1.7 does only partly.
-        self.memory_format = torch.contiguous_format if type == "npu" or TORCH < (1, 7) else torch.channels_last
+        # NPUs do not support channels_last, torch before 1.7 does only partly, and on MPS its backward pass is wrong
+        # (pytorch/pytorch#175189, #175190).
+        contiguous = type in ("npu", "mps") or TORCH < (1, 7)
+        self.memory_format = torch.contiguous_format if contiguous else torch.channels_last
         if type == "cpu":
             keep_freed_memory()
             torch.set_num_threads(default_threads(local_world_size))

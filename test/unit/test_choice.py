@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 from engine.device import choice as device
@@ -79,6 +80,21 @@ def test_missing_hardware_is_refused_in_one_line() -> None:
                 resolve_flags(parse_args(["--device", name]))
             assert len(str(refusal.value).splitlines()) == 1
             assert "another --device" in str(refusal.value)
+
+
+@pytest.mark.parametrize("has_metal", [False, True])
+@pytest.mark.parametrize("has_runtime", [False, True])
+def test_an_apple_gpu_requires_torch_mps(monkeypatch: Any, has_metal: bool, has_runtime: bool) -> None:
+    """torch 1.12 and 1.13 find the GPU, but have no torch.mps to synchronize with."""
+    monkeypatch.setattr(torch.backends, "mps", SimpleNamespace(is_available=lambda: has_metal), raising=False)
+    monkeypatch.setattr(torch, "mps", SimpleNamespace(), raising=False)
+    if not has_runtime:
+        monkeypatch.delattr(torch, "mps")
+    if has_metal and has_runtime:
+        assert device.resolve_device("mps") == ("mps", 1)
+        return
+    with pytest.raises(DeviceUnavailableError, match=r"^no MPS.*: it requires an Apple GPU and torch 2\.0 or later"):
+        device.resolve_device("mps")
 
 
 def test_auto_is_the_first_device_that_works(monkeypatch: Any) -> None:

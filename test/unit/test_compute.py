@@ -98,6 +98,13 @@ class FusedSGD(torch.optim.SGD):
     """A stand-in for torch_npu.optim.NpuFusedSGD, which raises TypeError for bf16."""
 
 
+@pytest.mark.skipif(TORCH < (1, 12), reason="torch before 1.12 has no MPS")
+def test_mps_has_no_channels_last() -> None:
+    """Its pooling and batch norm are broken there, in the backward pass."""
+    assert ComputeDevice("mps").memory_format == torch.contiguous_format
+    assert ComputeDevice("cpu").memory_format == torch.channels_last
+
+
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
