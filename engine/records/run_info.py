@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import os
@@ -79,13 +80,19 @@ def log_data(
 
 
 def write_bad_images(folder: str, *datasets: Any) -> None:
-    """List the unreadable images that datasets leave out in folder/bad_images.txt, if there are any."""
+    """List the unreadable images that datasets leave out in folder/bad_images.txt; without any, remove the old list.
+
+    None in place of a dataset: nothing is known of its images, so the list stays.
+    """
     # Both parts of --val-split name the same images.
     unreadable = dict.fromkeys(image for dataset in datasets if dataset is not None for image in dataset.unreadable)
+    path = os.path.join(folder, "bad_images.txt")
     if unreadable:
-        path = os.path.join(folder, "bad_images.txt")
         write_text(path, "".join(f"{name}\t{reason}\n" for name, reason in unreadable))
         console.line(f"=> skipping {counted(len(unreadable), 'unreadable image')}, listed in {path}")
+    elif None not in datasets:
+        with contextlib.suppress(OSError):
+            os.remove(path)
 
 
 def versions(hardware: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from types import SimpleNamespace
 from typing import Any
 
 from engine.errors import UsageError
@@ -53,3 +54,23 @@ def test_a_text_keeps_the_bytes_of_a_path_and_an_error_names_the_file(tmp_path: 
     assert (tmp_path / "a").read_bytes() == "图 ".encode() + b"\xff\n"
     with pytest.raises(UsageError, match="missing/a: No such file"):
         write_text(str(tmp_path / "missing" / "a"), "")
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize(
+    "train, val, after",
+    [(1, 0, 1), (0, 1, 1), (1, 1, 1), (0, 0, 0), (None, 1, 1), (None, 0, "before"), (None, None, "before")],
+)
+def test_the_list_of_unreadable_images_is_that_of_this_run(
+    tmp_path: Any, before: bool, train: Any, val: Any, after: Any
+) -> None:
+    """An evaluation (train: None) or synthetic images know nothing of the training images that are listed."""
+    path = tmp_path / "bad_images.txt"
+    if before:
+        path.write_text("old")
+    datasets = [
+        None if count is None else SimpleNamespace(unreadable=[("x.jpg", "cut")] * count) for count in (train, val)
+    ]
+    run_info.write_bad_images(str(tmp_path), *datasets)
+    found = path.read_text() if path.exists() else ""
+    assert found == (["", "x.jpg\tcut\n"][after] if after != "before" else "old" * before)
