@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import csv
-import itertools
 import os
 import re
 import unicodedata
@@ -79,14 +78,16 @@ def read_list(path: str) -> Listing:
 def _rows(path: str) -> Iterator[tuple[int, str, str, str | None]]:
     """Yield (line, path, label, split) of each row; split is None without a column for it. Raises DataError.
 
-    Columns are separated by a tab, a comma or spaces, whichever the first line has. A header may name them.
+    Columns are separated by a tab, a comma or spaces, whichever the first line has that is not blank. A header may name
+    them.
     """
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        first = file.readline()
-        if "\0" in first:
+        first = next(filter(str.strip, file), "")
+        if "\0" in first or first.startswith("\udcff\udcfe"):  # its mark, in front of an empty line
             raise DataError(f"{printable(path)}: this is UTF-16, not UTF-8: save it as UTF-8")
         delimiter = next((character for character in "\t," if character in first), " ")
-        reader = csv.reader(itertools.chain([first], file), delimiter=delimiter, skipinitialspace=True)
+        file.seek(0)
+        reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True)
         columns: list[int] = []
         count = 0
         try:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 from engine.data.list_file import read_list
@@ -41,7 +42,9 @@ def read(root: Any, text: str) -> tuple[list[str], list[str], list[int], list[in
     ],
     ids=["comma", "header and Windows", "columns by name", "tab", "spaces"],
 )
-def test_a_list_is_read_however_it_is_written(root: Any, text: str) -> None:
+@pytest.mark.parametrize("blank", ["", "\n", "\r\n \r\n", " \t\n" * 3])
+def test_a_list_is_read_however_it_is_written(root: Any, text: str, blank: str) -> None:
+    text = "\ufeff" * text.startswith("\ufeff") + blank + text.lstrip("\ufeff")
     assert read(root, text) == (["a/2.jpg", "a/1.jpg", "b/1, 图.jpg"], ["cat", "dog"], [1, 0, 0], [])
 
 
@@ -49,6 +52,11 @@ def test_a_list_is_read_however_it_is_written(root: Any, text: str) -> None:
 def test_a_third_column_splits_the_images_and_those_for_testing_are_left_out(root: Any, train: str, val: str) -> None:
     text = f'path,label,split\na/1.jpg,x,{train}\nmissing.jpg,other,test\na/2.jpg,y,{train}\n"b/x y.jpg",x,{val}\n'
     assert read(root, text) == (["a/1.jpg", "a/2.jpg", "b/x y.jpg"], ["x", "y"], [0, 1, 0], [0, 0, 1])
+
+
+@pytest.mark.parametrize("text", ["", "\n", " \r\n\n"])
+def test_a_list_without_a_row_has_no_classes(root: Any, text: str) -> None:
+    assert read(root, text) == ([], [], [], [])
 
 
 def test_numbers_are_the_numbers_of_classes(root: Any) -> None:
@@ -82,14 +90,17 @@ def test_an_absolute_path_in_the_folder_and_a_name_that_is_not_utf_8_are_taken(r
         ('a/1.jpg,x\n"' + 200000 * "a", "line 2: field larger than field limit"),
     ],
 )
-def test_the_line_that_cannot_be_used_is_named(root: Any, text: str, message: str) -> None:
+@pytest.mark.parametrize("blank", [0, 1, 3])
+def test_the_line_that_cannot_be_used_is_named(root: Any, text: str, message: str, blank: int) -> None:
+    message = re.sub(r"(?<=line )\d", lambda match: str(int(match[0]) + blank), message)
     with pytest.raises(DataError, match=message) as caught:
-        read(root, text)
+        read(root, "\n" * blank + text)
     assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
-def test_a_list_from_windows_in_utf_16_gets_one_line(root: Any, encoding: str) -> None:
-    (root / "list.csv").write_bytes("a/1.jpg,cat\r\n".encode(encoding))
+@pytest.mark.parametrize("blank", ["", "\r\n", "\n\n", " \r\n"])
+def test_a_list_from_windows_in_utf_16_gets_one_line(root: Any, encoding: str, blank: str) -> None:
+    (root / "list.csv").write_bytes(f"{blank}a/1.jpg,cat\r\n".encode(encoding))
     with pytest.raises(DataError, match="list.csv: this is UTF-16, not UTF-8: save it as UTF-8"):
         read_list(str(root / "list.csv"))
