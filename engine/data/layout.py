@@ -13,10 +13,11 @@ from engine.errors import DataError, printable
 
 
 def _folders(path: str) -> list[str]:
-    """Return the names of the folders in a folder, in order; none if it cannot be read."""
-    with contextlib.suppress(OSError):
+    """Return the names of the folders in a folder, in order. Raises DataError if it cannot be read."""
+    try:
         return sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
-    return []
+    except OSError as error:
+        raise DataError(f"{printable(error.filename or path)}: {error.strerror}") from error
 
 
 def find_part(root: str, names: Sequence[str]) -> str | None:
@@ -37,11 +38,13 @@ def advice_of(root: str) -> tuple[str, str]:
     """Return what to do about a folder without train/ and val/, as the end of a sentence: in general, in main.py."""
     names = _folders(root)
     parent, own = os.path.split(os.path.abspath(root))
-    if own.lower() in TRAIN + VAL + TEST and find_part(parent, TRAIN) and find_part(parent, VAL):
-        return f", but beside it: use {printable(parent)}", ""
+    with contextlib.suppress(DataError):
+        if own.lower() in TRAIN + VAL + TEST and find_part(parent, TRAIN) and find_part(parent, VAL):
+            return f", but beside it: use {printable(parent)}", ""
     for name in names:
-        if _is_split(_folders(os.path.join(root, name)), alone=len(names) == 1):
-            return f", but in {printable(name)}/: use {printable(os.path.join(root, name))}", ""
+        with contextlib.suppress(DataError):
+            if _is_split(_folders(os.path.join(root, name)), alone=len(names) == 1):
+                return f", but in {printable(name)}/: use {printable(os.path.join(root, name))}", ""
     if len(names) == 1 or any(name.lower() in TEST for name in names):
         return f", only {', '.join(printable(name) + '/' for name in names[:5])}: use the folder that has them", ""
     return "", "; if its folders are the classes, use --val-split 0.1"

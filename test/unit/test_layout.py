@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Where the images of a dataset are, and which folder was meant."""
 
+import errno
 import os
 import unicodedata
 
@@ -85,6 +86,31 @@ def test_a_folder_several_levels_too_high_leads_to_the_right_one(tmp_path, depth
         if share or depth == 1:
             assert f"use {root}" in str(refusal.value)
     assert len(open_both(root)[0]) == 4
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("evaluate", [False, True])
+@pytest.mark.parametrize("share", [None, 0.2])
+@pytest.mark.parametrize("locked", ["val", "val/train", "val/test", ""])
+def test_a_folder_that_cannot_be_read_is_named_if_it_is_needed(tmp_path, monkeypatch, locked, share, evaluate, code):
+    for name in ("train", "in/train", "in/val"):
+        write_classes(tmp_path / "val" / name, {"a": 2, "b": 2})
+    os.rename(str(tmp_path / "val" / "train"), str(tmp_path / "val" / "test"))
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.path.realpath(os.fsdecode(path)) == os.path.realpath(str(tmp_path / locked)):
+            raise OSError(code, os.strerror(code), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError) as refusal:
+        open_datasets(str(tmp_path / "val"), evaluate=evaluate, skip_unreadable=False, val_split=share)
+    text = str(refusal.value)
+    if locked == "val" or (locked == "val/test" and share):
+        assert text == f"{tmp_path / locked}: {os.strerror(code)}"
+    else:
+        assert "but in in/: use" in text or "in it; use" in text
 
 
 @pytest.mark.parametrize("part", ["train", "val", "test"])
