@@ -272,6 +272,9 @@ def split_by_name(index: FolderIndex, share: float, *, evaluate: bool) -> tuple[
     chosen = numbers < share
     for label, name in enumerate(index.classes):
         positions = np.flatnonzero(index.labels == label)
+        if not len(positions):
+            hint = " (numbers of classes count from 0)" * name.isdigit()
+            raise DataError(f"{printable(name)}: no image of this class{hint}")
         if len(positions) < 2:
             raise DataError(f"{printable(name)}: a single image in this class, and a split needs two{whole}")
         order = positions[np.argsort(numbers[positions])]

@@ -188,6 +188,25 @@ def test_a_list_without_a_split_is_split_by_name_or_evaluated_as_a_whole(tmp_pat
     assert len(open_datasets(path, evaluate=True, skip_unreadable=False)[1]) == 18
 
 
+@pytest.mark.parametrize("evaluate", [False, True])
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_a_number_without_images_is_named_and_numbers_count_from_0(tmp_path, missing, evaluate):
+    """Labels that start at 1, for example."""
+    write_classes(tmp_path, {"a": 8})
+    labels = [label for label in range(4) if label != missing] * 2
+    (tmp_path / "list.csv").write_text("".join(f"a/{row}.png,{label}\n" for row, label in enumerate(labels)))
+    with pytest.raises(DataError, match=rf"^{missing}: no image of this class \(numbers of classes count from 0\)$"):
+        open_datasets(str(tmp_path / "list.csv"), evaluate=evaluate, skip_unreadable=False, val_split=0.3)
+
+
+def test_a_name_without_a_readable_image_is_named(tmp_path):
+    write_classes(tmp_path, {"a": 4})
+    (tmp_path / "a" / "3.png").write_bytes(b"no image")
+    (tmp_path / "list.csv").write_text("a/0.png,cat\na/1.png,cat\na/3.png,dog\n")
+    with pytest.raises(DataError, match="^dog: no image of this class$"):
+        open_datasets(str(tmp_path / "list.csv"), evaluate=False, skip_unreadable=True, val_split=0.3)
+
+
 def test_a_list_is_cached_until_it_or_a_folder_changes(tmp_path, monkeypatch):
     monkeypatch.setattr("engine.data.folder_index.SETTLING_SECONDS", -3600)
     root = make_folder(tmp_path, classes=2, train=3, val=2)
