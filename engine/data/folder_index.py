@@ -50,10 +50,7 @@ Parts = Dict[str, Any]
 
 
 class FolderIndex:
-    """The images of a folder or a list: classes, labels, parts (see Listing), fingerprint.
-
-    unreadable: (path, reason) of the images left out.
-    """
+    """The images of a folder or a list. parts: see Listing. unreadable: (path, reason) of the images left out."""
 
     def __init__(self, root: str, parts: Parts) -> None:
         header = json.loads(bytes(parts["header"]).decode())
@@ -230,12 +227,16 @@ def _list_folder(root: str) -> Listing:
 def _list_class(root: bytes, name: str, folders: Folders, left_out: Counter[str]) -> list[bytes]:
     """Return the images below root/name relative to root, in the order of torchvision's ImageFolder.
 
-    Adds each folder to `folders`. Raises OSError.
+    Adds each folder to `folders`. Raises OSError, and DataError if there are none.
     """
-    found = []
+    found, before = [], left_out.copy()
     for folder, status, images in walk(root, os.fsencode(name), left_out):
         folders.append([os.fsdecode(folder), *_stamp_of(status)])
         found.append((os.fsdecode(folder), sorted(images, key=os.fsdecode)))
+    if not any(images for _, images in found):
+        path, own = printable(os.path.join(os.fsdecode(root), name)), left_out - before
+        others = f"; {describe_left_out(own)}" if own else ""
+        raise DataError(f"{path}: no images in it ({' '.join(EXTENSIONS)}{others})")
     return [image for _, images in sorted(found) for image in images]
 
 
@@ -329,9 +330,7 @@ def _build(listed: str, begin: float, listing: Listing, unreadable: dict[bytes, 
     labels, parts = listing.labels[kept], listing.parts[kept[: len(listing.parts)]]
     for images, folder in zip(np.bincount(labels, minlength=len(listing.classes)), listing.class_folders):
         if not images:
-            what = "no readable image" if unreadable else "no images"
-            found = f"; {describe_left_out(listing.left_out)}" if listing.left_out else ""
-            raise DataError(f"{printable(os.path.join(root, folder))}: {what} in it ({' '.join(EXTENSIONS)}{found})")
+            raise DataError(f"{printable(os.path.join(root, folder))}: no readable image in it")
     ends = np.cumsum([0] + [len(name) for name in names], dtype=np.int64)
     text = b"".join(names)
     bad = [[os.fsdecode(name), reason] for name, reason in unreadable.items()]

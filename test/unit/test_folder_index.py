@@ -301,13 +301,16 @@ def test_what_pillow_reads_is_read(tmp_path, ending):
 
 
 @pytest.mark.parametrize("ending", [".heic", ".gif", ".xyz"])
-def test_a_class_of_other_files_is_named_with_their_ending(tmp_path, ending):
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_class_of_other_files_is_named_with_their_ending(tmp_path, ending, skip):
     write_image(tmp_path / "a" / "1.jpg")
-    (tmp_path / "b").mkdir()
-    for number in range(3):
-        (tmp_path / "b" / f"{number}{ending.upper()}").write_bytes(b"x")
-    with pytest.raises(DataError, match=f"b: no images in it.*3 {ending}"):
-        open_index(str(tmp_path))
+    for name, other in (("a", ending), ("a", ".txt"), ("b", ending), ("c", ".csv")):  # only those of b count
+        (tmp_path / name).mkdir(exist_ok=True)
+        for number in range(3):
+            (tmp_path / name / f"{number}{other.upper()}").write_bytes(b"x")
+    (tmp_path / "notes.txt").write_bytes(b"x")
+    with pytest.raises(DataError, match=rf"b: no images in it \([^;]*; 3 files and folders left out: 3 {ending}\)$"):
+        open_index(str(tmp_path), skip_unreadable=skip)
 
 
 # --- names of classes -------------------------------------------------------------------------------------------------
