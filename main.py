@@ -433,12 +433,12 @@ def fit(job: Job, training: Training, data: Data) -> int:
     job.comm.before_exit(checkpointer.finish)  # if another process is lost, the save in flight still ends
     checkpointer.restore(state, training.counter, training.optimizer, training.ema)
     sampler = build_sampler(job, data.count, training=True, start=(state.epoch, state.images_in_epoch))
+    augmentation = None if data.train is None else options.resolve_augmentation(args, data.train, size)
     checkpointer.log_changes(state, training.ema, data.count)
     checkpointer.let_go()  # up to a gigabyte
     if data.train is None:
         batches = synthetic_batches(job, sampler, size)
     else:
-        augmentation = options.resolve_augmentation(args, data.train, size)
         batches = read_batches(build_loader(job, data.train, augmentation, sampler))
     val_loader = None
     if data.val is not None:

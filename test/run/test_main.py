@@ -420,6 +420,21 @@ def test_another_val_split_than_that_of_the_training_is_refused_and_changes_noth
     assert result.code == 0 and "this run replaces" in result.err and "--auto-resume would continue" in result.err
 
 
+@pytest.mark.parametrize("flag", ["--crop-scale", "--train-scale"])
+@pytest.mark.parametrize("digits", [True, False])
+def test_augmentation_that_does_not_fit_the_data_replaces_no_run(folder, tmp_path, digits, flag):
+    """So nothing is said of the checkpoint that is there."""
+    (tmp_path / "checkpoint.pth.tar").write_bytes(b"of another run")
+    bounds = [0.5, 1] if flag == "--crop-scale" else [48, 96]
+    data = [] if digits else [folder, *SMALL, "-b", 6, "--image-size", 64]
+    result = run_main(*data, flag, *bounds, "--stop-step-num", 1, "--output-dir", tmp_path)
+    if digits or flag == "--train-scale":
+        assert result.code == 2 and flag in result.err and len(result.err.splitlines()) == 1, result.err
+        assert (tmp_path / "checkpoint.pth.tar").read_bytes() == b"of another run"
+    else:
+        assert result.code == 0 and "this run replaces" in result.err, result.err
+
+
 def test_a_trace_is_written_and_compressed_gradients_stay_close(folder, tmp_path):
     """Two processes, 16 steps: bf16 on the network does change the weights, in their last digits."""
     if TORCH < (2, 0):
