@@ -19,7 +19,7 @@ REWORDED = [  # from argparse's words to ours
     (r"^argument ([^:]+): (?=must)", r"\1 "),  # "--epochs must be at least 1, got 0"
     (r"^argument ", ""),
     (r": ignored explicit argument (.*)$", r" takes no value, got \1"),
-    (r"^\[Errno \d+\] (.*): '(.*)'$", r"@\2: \1"),
+    (r"^\[Errno \d+\] ([^:]*): (['\"])(.*)\2$", r"@\3: \1"),
 ]
 # A comment begins with a word, outside of quotes; for shlex it may begin within a word, as in run#3.
 QUOTED_OR_COMMENT = r"""(\\.#*|'[^']*'|"(?:\\.|[^"\\])*")|(?<!\S)#.*"""

@@ -84,6 +84,10 @@ def test_a_file_in_the_home_folder_is_found(tmp_path: Any, monkeypatch: Any) -> 
     "words, message",
     [
         (["@/no/such/file"], "error: @/no/such/file: No such file or directory;"),
+        (["@no's"], "error: @no's: No such file or directory;"),
+        (['@a "file"'], 'error: @a "file": No such file or directory;'),
+        (["@it's: 'a'"], "error: @it's: 'a': No such file or directory;"),
+        (["@/"], "error: @/: Is a directory;"),
         (["--batch_size", "8"], "unrecognized arguments: --batch_size (did you mean --batch-size?);"),
         (["--num-workers=8"], "unrecognized arguments: --num-workers=8 (did you mean --workers?);"),
         (["--foo", "1"], "unrecognized arguments: --foo;"),
