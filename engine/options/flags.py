@@ -146,7 +146,7 @@ def _add_data(add: Add) -> None:
     add("-j", "--j", "--workers", dest="workers", **FROM_0, help=workers)
     size = "pixels per side (default: 224; CIFAR and digits: 32; of a checkpoint: its own)"
     add("--image-size", type=SIDE, metavar="S", help=size)
-    split = "for a folder of classes without train/ and val/: the share of images used for validation, such as 0.1"
+    split = "for a folder of classes, or a list, that is not split: the share of images for validation, such as 0.1"
     add("--val-split", type=number(float, above=0, below=1), metavar="SHARE", help=split)
     bad_images = f"unreadable images: stop at the first, or check all once and leave them out {DEFAULT}"
     add("--bad-images", default="error", choices=["error", "skip"], help=bad_images)
@@ -271,7 +271,7 @@ def _conflicts(args: argparse.Namespace) -> list[str]:
         "--dummy cannot be combined with --data, --val-split or --evaluate: leave it out": args.dummy and real_data,
         "--class-weights requires training images: leave --dummy out": args.class_weights and args.dummy,
         "--patience requires validation images: leave --dummy out": args.patience and args.dummy,
-        "--val-split requires --data DIR, a folder of classes": args.val_split and not args.data,
+        "--val-split requires --data: a folder of classes or a list of images": args.val_split and not args.data,
         "--world-size must be at least 1, got 0": args.world_size == 0,
     }
     for flag, bounds in (("--crop-scale", args.crop_scale), ("--train-scale", args.train_scale)):

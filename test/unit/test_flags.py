@@ -168,7 +168,7 @@ def test_every_path_flag_knows_the_home_folder(monkeypatch: Any, tmp_path: Any) 
         ),
         (["--resume", "/"], "--resume /: expected a file, this is a folder"),
         ([sys.executable], "expected a folder"),
-        (["--val-split", "0.1"], "--val-split requires --data DIR"),
+        (["--val-split", "0.1"], "--val-split requires --data: a folder of classes or a list of images"),
         (["-e", "--auto-resume", "--pretrained", "imagenet"], "name the checkpoint with --resume"),
         (["--val-split", "1"], "--val-split must be above 0 and below 1, got 1"),
         (["--dummy", "8", "--val-split", "0.1"], "--dummy cannot be combined with --data, --val-split or --evaluate"),
