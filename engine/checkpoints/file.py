@@ -49,7 +49,7 @@ class CheckpointWriter:
         self._buffer = io.BytesIO()
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self._saving: concurrent.futures.Future[None] | None = None
-        self._paths: tuple[str, str | None] = "", None
+        self._paths: tuple[str, str | None] = ("", None)
 
     def save(self, state: Any, path: str, also: str | None = None) -> None:
         """Start to write a state of tensors and plain values to `path`, and link the finished file to `also`.
