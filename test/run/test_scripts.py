@@ -925,8 +925,7 @@ def test_the_quick_start_that_cannot_install_ends_with_one_line(clone, tmp_path,
 def test_the_quick_start_takes_the_python_that_is_named(clone, tmp_path, name):
     (tmp_path / "named python").write_text(TRAINER.format(python=sys.executable))
     (tmp_path / "named python").chmod(0o755)
-    options = {"PYTHON": name.format(tmp_path), "python": "#!/bin/sh\nexit 1\n"}
-    code, said, _ = quick_start(clone, tmp_path, "nohup", **options)
+    code, said, _ = quick_start(clone, tmp_path, "nohup", PYTHON=name.format(tmp_path))
     if "/" in name:
         assert code == 0 and f"\n  {tmp_path}/named python predict.py" in said, said
     else:
