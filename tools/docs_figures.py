@@ -125,7 +125,7 @@ def draw_programs(source: str, path: str) -> None:
 
     figure = Figure(figsize=(8, 3.6), constrained_layout=True)
     axis = figure.subplots()
-    others = itertools.cycle((BLUE, "#3a8f5c", "#7a5aa8"))
+    others = itertools.cycle((BLUE, "#3a8f5c", "#7a5aa8", "#707070"))
     for name, (minutes, accuracies) in read_programs(source).items():
         color = ORANGE if name.startswith("main.py") else next(others)
         times = [minutes * epoch for epoch in range(1, len(accuracies) + 1)]
