@@ -25,7 +25,9 @@ from typing import Any, Callable, Dict
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from engine import console
 from engine.data import Augmentation, FileList, ImageBatches, ResumableBatchSampler, read_batches, worker_options
+from engine.errors import UsageError
 
 import numpy as np
 import torch
@@ -212,13 +214,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=0, help="end to end with this many (default: one core alone)")
     parser.add_argument("--augmentations", action="store_true", help="ours with each augmentation, one core")
     parser.add_argument("--batch-size", type=int, default=32, help="end to end (default: %(default)s)")
-    args = parser.parse_args()
-    if args.workers and args.count < args.batch_size:
-        parser.error(f"--count {args.count} is less than --batch-size {args.batch_size}")
-    return args
+    return parser.parse_args()
 
 
-def main() -> None:
+def main() -> int:
     args = parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
@@ -231,6 +230,8 @@ def main() -> None:
         paths = [os.path.join(root, "a", name) for name in os.listdir(os.path.join(root, "a"))]
         kilobytes = sum(map(os.path.getsize, paths)) / len(paths) / 1e3
         if args.workers:
+            if len(paths) < args.batch_size:
+                raise UsageError(f"--batch-size {args.batch_size} requires as many images, got {len(paths)}")
             contestants = end_to_end(root, args.batch_size, args.workers)
             images = len(paths) // args.batch_size * args.batch_size
         else:
@@ -257,7 +258,8 @@ def main() -> None:
         "ours_relative_to": ratios,
     }
     print(json.dumps(result, ensure_ascii=False))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    console.run_script(main)

@@ -7,7 +7,7 @@
 The folder structure is kept. Every image becomes a JPEG of quality 95 (x.png becomes x.png.jpg), except JPEGs that are
 small already: they are copied. Each file is first written under another name: after an interruption, the same command
 continues. The EXIF orientation is kept. Unreadable images are named and left out; the exit code is then 1. Any other
-error, such as a full disk, ends it with exit code 2.
+error, such as a full disk, ends it with exit code 2. Files that training does not read are left out, too.
 
 Training on the copy is not training on the originals: a small crop is enlarged from fewer pixels.
 """
@@ -15,13 +15,14 @@ Training on the copy is not training on the originals: a small crop is enlarged 
 from __future__ import annotations
 
 import argparse
+import collections
 import io
 import os
 import sys
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from typing import Tuple, Union
+from itertools import chain, islice
+from typing import Counter, Tuple, Union
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -35,7 +36,9 @@ from engine.data.decoding import (
     reason_of,
     to_rgb,
 )
-from engine.data.folder_index import describe_left_out, walk
+from engine.data.folder_index import EXTENSIONS, describe_left_out, kind_left_out, walk
+from engine.data.layout import find_part
+from engine.data.list_file import TRAIN, VAL
 from engine.errors import UsageError, printable
 from engine.options import OneLineParser, number
 
@@ -83,23 +86,24 @@ def write(content: bytes, path: str) -> None:
 
 
 def find_images(source: str, target: str) -> list[tuple[str, str]]:
-    """Return [(path, path of its copy)] of every image that training reads below `source`, and make the folders.
+    """Return [(path, path of its copy)] of the images that training reads. Raises OSError, or UsageError without any.
 
-    Raises UsageError if there is none, and OSError.
+    Each folder in `source` is walked on its own, so that val/ may be a link to train/.
     """
-    left_out: Counter[str] = Counter()
-    groups = list(walk(os.fsencode(source), b"", left_out))
-    found = describe_left_out(left_out) if left_out else ""
-    if not any(names for _, _, names in groups):
-        raise UsageError(f"{printable(source)}: no images in it{found and '; ' + found}")
-    if found:
-        console.line(f"=> {printable(source)}: {found}")
-    pairs = []
-    for folder, _, names in groups:
-        os.makedirs(os.path.join(target, os.fsdecode(folder)), exist_ok=True)
-        for name in map(os.fsdecode, names):
+    root, pairs = os.fsencode(source), []
+    left_out: Counter[str] = collections.Counter()
+    folders = [entry.name for entry in os.scandir(root) if entry.is_dir() and not kind_left_out(entry.name, True)]
+    walks = [islice(walk(root, b"", left_out), 1), *(walk(root, folder, left_out) for folder in sorted(folders))]
+    for _, _, images in chain(*walks):
+        for name in map(os.fsdecode, images):
             copy = name if name.lower().endswith((".jpg", ".jpeg")) else f"{name}.jpg"
             pairs.append((os.path.join(source, name), os.path.join(target, copy)))
+    what = describe_left_out(left_out) if left_out else ""
+    if not pairs:
+        kinds = " ".join(EXTENSIONS)
+        raise UsageError(f"{printable(source)}: no images in it ({kinds}{what and '; '}{what})")
+    if what:
+        console.line(f"=> {printable(source)}: {what}")
     return pairs
 
 
@@ -126,8 +130,10 @@ def main() -> int:
         raise UsageError(f"{args.target} is inside {args.source}: name a folder outside it")
     try:
         pairs = find_images(source, target)
+        for folder in {os.path.dirname(copy) for _, copy in pairs}:
+            os.makedirs(folder, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{error.filename}: {error.strerror}") from error
+        raise UsageError(f"{printable(error.filename)}: {error.strerror}") from error
 
     def work(first: int) -> list[Outcome]:
         results: list[Outcome] = []
@@ -148,9 +154,9 @@ def main() -> int:
 
     written = existing = unreadable = 0
     begin = time.perf_counter()
-    # Pillow works without Python's lock.
-    with ThreadPoolExecutor(args.workers) as threads, console.progress(len(pairs), 0, "Images"):
-        for chunk in threads.map(work, range(0, len(pairs), CHUNK)):
+    with console.progress(len(pairs), 0, "Images"), ThreadPoolExecutor(args.workers) as threads:
+        for chunk in threads.map(work, range(0, len(pairs), CHUNK)):  # Pillow works without Python's lock
+            console.advance(len(chunk))
             for path, is_new, problem in chunk:
                 if problem is not None:
                     unreadable += 1
@@ -159,11 +165,12 @@ def main() -> int:
                     written += 1
                 else:
                     existing += 1
-            console.advance(len(chunk))
     seconds = time.perf_counter() - begin
-    console.result(
-        f"images written in {seconds:.0f} s: {written}; there already: {existing}; could not be read: {unreadable}"
-    )
+    line = f"images written in {seconds:.0f} s: {written}; there already: {existing}; could not be read: {unreadable}"
+    renamed = any(os.path.basename(path) != os.path.basename(copy) for path, copy in pairs)
+    if renamed and not find_part(source, [*TRAIN, *VAL]):
+        line += "; not all names are as before, so --val-split splits the copy differently: evaluate on the copy"
+    console.line(line)
     return 1 if unreadable else 0
 
 

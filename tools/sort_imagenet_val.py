@@ -19,7 +19,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from engine.console import run_script
-from engine.errors import UsageError
+from engine.errors import UsageError, printable
 
 
 def classes_from_csv(path: str) -> dict[str, str]:
@@ -71,12 +71,13 @@ def main() -> int:
         classes = (classes_from_devkit if os.path.isdir(args.labels) else classes_from_csv)(args.labels)
     except ImportError as error:
         raise UsageError("reading meta.mat needs scipy: pip install scipy, or use LOC_val_solution.csv") from error
-    except (OSError, KeyError, ValueError, IndexError, AttributeError) as error:
+    except (OSError, KeyError, ValueError, IndexError, AttributeError) as error:  # a row cut off has no string
         raise UsageError(f"{args.labels}: not the labels of ImageNet 2012 ({error!r})") from error
     try:
         moved, unknown = sort(args.folder, classes)
     except OSError as error:
-        raise UsageError(f"{error.filename}: {error.strerror}; mend it and run the same command again") from error
+        again = "run the same command again to continue"
+        raise UsageError(f"{printable(error.filename)}: {error.strerror}; {again}") from error
     print(f"images moved: {moved}, classes: {len(set(classes.values()))}")
     if unknown:
         print(f"images without a class, which stay: {len(unknown)}, the first is {unknown[0]}", file=sys.stderr)

@@ -4,6 +4,7 @@
 import os
 import sys
 
+from engine.data import open_datasets
 from engine.data.decoding import read_rgb
 
 from helpers.images import photo
@@ -124,33 +125,67 @@ def test_shrink_leaves_no_image_out_for_an_error_of_the_machine(tmp_path, fault,
     assert run(*words).code == 0 and len(os.listdir(str(tmp_path / "small" / "a"))) == 70
 
 
-def test_shrink_copies_what_training_reads(tmp_path):
-    """Neither hidden files nor thumbnails; a loop of links ends; and no copy of nothing."""
-    source = tmp_path / "all"
-    for name in ("a/1.jpg", "a/._1.jpg", "a/.cache/2.jpg", "a/@eaDir/3.jpg", "b/c/4.png", "b/5.heic"):
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        (source / name).write_bytes(b"none")
-    for name in ("a/1.jpg", "b/c/4.png"):
-        Image.fromarray(photo(40, 40, 1)).save(str(source / name))
-    (source / "b" / "loop").symlink_to(source)
-    result = shrink(source, tmp_path / "small")
-    assert (result.code, result.err) == (0, "")
-    assert f"=> {source}: 4 files and folders left out: 2 hidden, 1 " in result.out
-    copies = [path for path in (tmp_path / "small").rglob("*") if path.is_file()]
-    assert sorted(str(path.relative_to(tmp_path / "small")) for path in copies) == ["a/1.jpg", "b/c/4.png.jpg"]
-    for name in ("a/1.jpg", "b/c/4.png"):
-        (source / name).unlink()
-    result = shrink(source, tmp_path / "other")
-    assert result.code == 2 and "no images in it; 4 files and folders left out: " in result.err
-    assert len(result.err.splitlines()) == 1 and not (tmp_path / "other").exists()
-
-
 def test_shrink_leaves_out_an_image_that_no_jpeg_can_hold(tmp_path):
     (tmp_path / "all").mkdir()
     Image.fromarray(np.zeros((40, 66000, 3), np.uint8)).save(str(tmp_path / "all" / "long.png"))
     result = shrink(tmp_path / "all", tmp_path / "small", "--short-side", 40)
     assert result.code == 1 and "long.png: left out (" in result.err.splitlines()[-1]
     assert os.listdir(str(tmp_path / "small")) == []
+
+
+def make_messy_folder(root):
+    """Folders as storage boxes and macOS leave them, with links, one in a loop. Returns the images of training."""
+    names = ["train/a/1.jpg", "train/a/in/2.PNG", "train/b/3.webp", "val/a/4.jpe", "val/b/5.jpeg"]
+    for name in [*names, "train/@eaDir/1.jpg/SYNO.jpg", "train/a/@eaDir/1.jpg", "out/6.jpg", "train/.Trash/7.jpg"]:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photo(60, 50, len(name))).save(str(root / name), "JPEG")
+    for name in ("train/a/._1.jpg", ".hidden.png", "val/a/.DS_Store", "val/x.heic", "notes.txt"):
+        (root / name).write_bytes(b"not an image")
+    (root / "out").rename(root.parent / "out")
+    (root / "val" / "b" / "link").symlink_to(root.parent / "out")
+    (root / "val" / "b" / "loop").symlink_to(root / "val" / "b")
+    (root / "validation").symlink_to("val")
+    return [*names, "val/b/link/6.jpg", "validation/a/4.jpe", "validation/b/5.jpeg", "validation/b/link/6.jpg"]
+
+
+def files_below(root):
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+
+
+def test_shrink_copies_what_training_reads(tmp_path):
+    names = make_messy_folder(tmp_path / "all")
+    result = shrink(tmp_path / "all", tmp_path / "small")
+    assert result.code == 0 and result.err == "", result.err
+    copies = [name if name.endswith(("jpg", "jpeg")) else f"{name}.jpg" for name in names]
+    assert files_below(tmp_path / "small") == sorted(copies)
+    left_out, summary = result.out.splitlines()
+    assert left_out.startswith(f"=> {tmp_path / 'all'}: 10 files and folders left out: ") and "2 @eaDir" in left_out
+    assert "; could not be read: 0" in summary and "--val-split" not in summary
+    ours, copied = (
+        open_datasets(str(tmp_path / name), evaluate=False, skip_unreadable=False) for name in ("all", "small")
+    )
+    assert [len(part) for part in ours] == [len(part) for part in copied] == [3, 3]
+
+
+@pytest.mark.parametrize("names", [[], ["a/x.heic", "b/y.heic"], ["a/._x.jpg", "@eaDir/x.jpg"]], ids=" ".join)
+def test_shrink_of_no_image_is_one_line(tmp_path, names):
+    for name in names:
+        (tmp_path / "all" / name).parent.mkdir(parents=True)
+        (tmp_path / "all" / name).write_bytes(b"")
+    (tmp_path / "all").mkdir(exist_ok=True)
+    result = shrink(tmp_path / "all", tmp_path / "small")
+    (line,) = result.err.splitlines()
+    assert result.code == 2 and f"{tmp_path / 'all'}: no images in it (.jpg " in line, line
+    assert ("left out: " in line) == bool(names) and result.out == "" and not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize(
+    "name, said", [("a/1.png", True), ("a/1.JPG", False), ("train/a/1.png", False), ("val/a/1.png", False)]
+)
+def test_shrink_says_that_a_split_by_names_is_another_one(tmp_path, name, said):
+    (tmp_path / "all" / name).parent.mkdir(parents=True)
+    Image.fromarray(photo(60, 50, 1)).save(str(tmp_path / "all" / name))
+    assert ("--val-split splits the copy differently" in shrink(tmp_path / "all", tmp_path / "small").out) == said
 
 
 # --- sort_imagenet_val.py ---------------------------------------------------------------------------------------------
@@ -197,20 +232,52 @@ def test_sorting_continues_and_leaves_images_without_a_label(tmp_path):
     assert (tmp_path / "ILSVRC2012_val_00000003.JPEG").exists()
 
 
-def test_a_class_folder_that_cannot_be_made_is_one_line(tmp_path):
-    flat_folder(tmp_path)
-    (tmp_path / "n02").write_text("")
-    result = run(sys.executable, SORT, tmp_path, labels_of_kaggle(tmp_path))
-    assert result.code == 2 and len(result.err.splitlines()) == 1, result.err
-    assert f"{tmp_path / 'n02'}: File exists; mend it and run the same command again" in result.err
-
-
 def test_a_file_that_holds_no_labels_is_named(tmp_path):
     flat_folder(tmp_path)
     (tmp_path / "x.csv").write_text("a,b\n1,2\n")
-    rows = "ImageId,PredictionString\nILSVRC2012_val_00000001,n02 1 2 3 4\nILSVRC2012_val_0000"
-    (tmp_path / "cut.csv").write_text(rows)
-    for path in (tmp_path / "x.csv", tmp_path / "cut.csv", tmp_path / "missing.csv"):
+    for path in (tmp_path / "x.csv", tmp_path / "missing.csv"):
         result = run(sys.executable, SORT, tmp_path, path)
         assert result.code == 2 and path.name in result.err and "Traceback" not in result.err
     assert (tmp_path / "ILSVRC2012_val_00000001.JPEG").exists()
+
+
+@pytest.mark.parametrize("row", ["ILSVRC2012_val_00000002", "ILSVRC2012_val_00000002,", ""])
+def test_labels_that_are_cut_off_move_nothing(tmp_path, row):
+    flat_folder(tmp_path)
+    path = labels_of_kaggle(tmp_path)
+    path.write_text(path.read_text().replace("ILSVRC2012_val_00000002,n01 1 2 3 4\n", row))
+    result = run(sys.executable, SORT, tmp_path, path)
+    if row:
+        assert result.code == 2 and path.name in result.err and len(result.err.splitlines()) == 1, result.err
+        assert (tmp_path / "ILSVRC2012_val_00000001.JPEG").exists()
+    else:  # the table of another part
+        assert result.code == 1 and "ILSVRC2012_val_00000002.JPEG" in result.err
+
+
+@pytest.mark.parametrize("call", ["file", "os.listdir", "os.makedirs", "os.rename"])
+def test_sorting_that_the_disk_refuses_is_one_line_and_continues(tmp_path, call):
+    flat_folder(tmp_path)
+    words = [SORT, tmp_path, labels_of_kaggle(tmp_path)]
+    code = "import os, runpy, sys\n"
+    if call == "file":
+        (tmp_path / "n02").write_text("")
+    else:  # to root nothing is read-only
+        code += f"def refuse(path, *_, **__): raise PermissionError(13, 'Permission denied', path)\n{call} = refuse\n"
+    code += "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+    result = run(sys.executable, "-c", code, *words)
+    (line,) = result.err.splitlines()
+    assert result.code == 2 and line.startswith(f"sort_imagenet_val.py: error: {tmp_path}"), line
+    assert line.endswith("; run the same command again to continue")
+    if call == "file":
+        (tmp_path / "n02").unlink()
+    assert run(sys.executable, *words).code == 0
+
+
+# --- bench/loader.py --------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_of_the_loader_refuses_less_than_a_batch_and_leaves_no_file(tmp_path):
+    words = [os.path.join(REPOSITORY, "bench", "loader.py"), "--width", 40, "--height", 30, "--count", 5]
+    result = run(sys.executable, *words, "--workers", 2, "--batch-size", 6, env={"TMPDIR": str(tmp_path)})
+    assert result.err == "loader.py: error: --batch-size 6 requires as many images, got 5\n"
+    assert result.code == 2 and os.listdir(str(tmp_path)) == []
