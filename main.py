@@ -371,7 +371,7 @@ def train(
             job.logger.curves()
     if state.epoch < args.epochs and state.has_lost_patience(args.patience):
         console.line(f"=> stopped by --patience: {state.since_best} validations without a better {args.best}")
-    if job.comm.rank == 0 and os.path.exists(training.checkpointer.best_path):
+    if val is not None and job.comm.rank == 0 and os.path.exists(training.checkpointer.best_path):
         best_by = f"{args.best.replace('acc1', 'Acc@1')} {state.best_value:.3f}"
         console.line(f"=> best {best_by}: {training.checkpointer.best_path}")
     return 0

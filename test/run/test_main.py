@@ -109,6 +109,13 @@ def test_dummy_measures_without_data(tmp_path):
     assert result.code == 0 and "FPS@all" in result.out, result.err
 
 
+def test_a_run_that_validates_nothing_names_no_best_model_of_another_run(tmp_path):
+    (tmp_path / "model_best.pth.tar").write_bytes(b"of another run")
+    flags = ["--dummy", 16, "--arch", "vgg11", "--head", "linear", "--image-size", 32, "-b", 8, "--epochs", 1]
+    result = run_main(*flags, "--output-dir", tmp_path)
+    assert result.code == 0 and "FPS@all" in result.out and "=> best" not in result.out, result.err
+
+
 def test_help_lists_every_flag_of_the_reference():
     result = run(sys.executable, MAIN, "--help")
     assert result.code == 0
