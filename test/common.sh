@@ -144,14 +144,15 @@ output_folder() {
     echo "test/output/ID$([ "$node_rank" = 0 ] || echo "_node$node_rank")"
 }
 
-# Makes the folder. No other script on this node takes it until this one and main.py have ended, if there is a command
-# flock. The folder itself is locked, so no file is left. A run that is just ending is waited for, as in main.py.
+# Makes the output folder and locks it until this script and main.py have ended, if there is a command flock. The folder
+# itself is locked, so no file is left. A run that is just ending is waited for, as in main.py.
 lock_output() { # seconds to wait
     local status=0
     mkdir -p "$output" 2>/dev/null || fail "--output=$output: cannot write there"
     if ! { exec 9<"$output"; } 2>/dev/null || ! command -v flock >/dev/null; then return; fi
     flock -w "$1" 9 2>/dev/null || status=$?
-    # 1: another script holds it; other codes: no locks here. Not the same folder: another script has moved it aside.
+    # Code 1: another script holds the lock; other codes: this file system has no locks. If the locked folder has another
+    # name by now, another script has moved it aside.
     if [ "$status" = 1 ] || ! [ "$output" -ef /dev/fd/9 ]; then
         fail "--output=$output: another run writes there; wait until it ends, or name another folder"
     fi

@@ -112,11 +112,9 @@ def fetch(archive: Archive, folder: str, url: str) -> str:
             os.replace(part, path)
         unpack(path, archive.folder, target)
     except (OSError, HTTPException, ValueError, tarfile.TarError) as error:  # ValueError: url is no address
-        local = getattr(error, "filename", None) and not isinstance(
-            error, urllib.error.HTTPError
-        )  # whose filename is url
-        what = f"{error.filename}: {error.strerror}" if local else f"{url}: {first_line(error)}"  # type: ignore[union-attr]
-        raise DownloadError(f"{what}; {again}") from error
+        at = getattr(error, "filename", None) or url  # of an HTTPError, the url
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise DownloadError(f"{at}: {reason}; {again}") from error
     os.remove(path)
     return target
 

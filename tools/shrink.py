@@ -93,6 +93,7 @@ def find_images(source: str, target: str) -> list[tuple[str, str]]:
     root, pairs = os.fsencode(source), []
     left_out: Counter[str] = collections.Counter()
     folders = [entry.name for entry in os.scandir(root) if entry.is_dir() and not kind_left_out(entry.name, True)]
+    # The images in `source` itself, then those of each folder.
     walks = [islice(walk(root, b"", left_out), 1), *(walk(root, folder, left_out) for folder in sorted(folders))]
     for _, _, images in chain(*walks):
         for name in map(os.fsdecode, images):

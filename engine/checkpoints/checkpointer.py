@@ -180,7 +180,7 @@ class Checkpointer:
                 f"training cannot continue from this checkpoint ({type(error).__name__}: {error}); --pretrained "
                 "takes its weights alone"
             ) from error
-        # Continued in another folder, the run has not validated anything better yet.
+        # In another folder the best model is still that of the run that is continued.
         best = os.path.join(os.path.dirname(self.continued.path), BEST)
         if self.comm.rank == 0 and os.path.exists(best) and not os.path.exists(self.best_path):
             try:
@@ -195,7 +195,8 @@ class Checkpointer:
                 console.line(f"=> {line}")
         elif self.comm.rank == 0:
             hints = {self.path: "--auto-resume would continue that run", self.best_path: "--output-dir DIR keeps it"}
-            for path in [path for path in hints if os.path.exists(path)][:1]:
+            path = next(filter(os.path.exists, hints), None)
+            if path is not None:
                 console.warning(f"this run replaces {path}, the checkpoint of an earlier run; {hints[path]}")
 
     def let_go(self) -> None:

@@ -66,7 +66,7 @@ class CheckpointWriter:
     def wait(self) -> BaseException | None:
         """Wait until the last save is on the disk. Returns None, or what it raised (OSError: disk full, …).
 
-        If it failed and has an `also`, it is tried once more, now: no later save can take its place.
+        A save that failed and has an `also` is tried once more, here: no later save has its weights.
         """
         saving, self._saving = self._saving, None
         error = None if saving is None else saving.exception()

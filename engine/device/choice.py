@@ -53,7 +53,7 @@ def count_devices(device: str) -> int:
     """Return how many NPUs, GPUs or MPS devices there are, at least one."""
     try:
         load_runtime(device)
-        runtime: Any = getattr(torch, TORCH_DEVICES[device])
+        runtime: Any = getattr(torch, TORCH_DEVICES[device])  # torch.mps came after torch.backends.mps
         found, reason = (torch.backends.mps if device == "mps" else runtime).is_available(), ""
     except (AttributeError, ImportError, OSError, RuntimeError) as error:
         found, reason = False, f" ({first_line(error)})"

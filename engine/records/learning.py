@@ -55,8 +55,8 @@ class LearningCheck:
     def _is_single_class(self, validation: dict[str, float]) -> bool:
         """Whether all predictions were the same class, one of those in validation, if there are several.
 
-        Its recall is 1 then and that of the others 0. Only then do the precisions add up to the accuracy, because the
-        predictions of this class are those of all images.
+        Then its recall is 1, that of the others 0, and its precision is the accuracy. No other predictions have these
+        three means.
         """
         count = max(1, self.val_classes)
         recall, precision = 100 / count, validation["acc1"] / count

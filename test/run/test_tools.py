@@ -167,6 +167,14 @@ def test_shrink_copies_what_training_reads(tmp_path):
     assert [len(part) for part in ours] == [len(part) for part in copied] == [3, 3]
 
 
+@pytest.mark.parametrize("name", [os.fsdecode(b"\xff\xe9.jpg"), "-f.jpg", "a\nb.jpg", "\u56fe \u7247.JPEG"], ids=ascii)
+def test_shrink_keeps_names_that_are_hard_to_write(tmp_path, name):
+    (tmp_path / "all" / name).mkdir(parents=True)  # a class may be named so, too
+    Image.fromarray(photo(60, 50, 1)).save(str(tmp_path / "all" / name / name), "JPEG")
+    result = shrink(tmp_path / "all", tmp_path / "small")
+    assert result.code == 0 and files_below(tmp_path / "small") == [os.path.join(name, name)], result.err
+
+
 @pytest.mark.parametrize("names", [[], ["a/x.heic", "b/y.heic"], ["a/._x.jpg", "@eaDir/x.jpg"]], ids=" ".join)
 def test_shrink_of_no_image_is_one_line(tmp_path, names):
     for name in names:

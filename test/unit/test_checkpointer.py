@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from typing import Any
 
 from engine.checkpoints import Checkpoint, Checkpointer, RunInfo, TrainState, checkpointer
@@ -104,11 +105,23 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(tmp_path: Any) -> None
     assert not torch.equal(ours["state_dict"]["features.0.weight"], before["features.0.weight"])
 
 
-def test_the_best_model_goes_along_into_another_folder(tmp_path: Any) -> None:
+@pytest.mark.parametrize("relative", [False, True], ids=["absolute", "relative"])
+@pytest.mark.parametrize("links", [True, False], ids=["links", "another file system"])
+def test_the_best_model_goes_along_into_another_folder(
+    tmp_path: Any, monkeypatch: Any, links: bool, relative: bool
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
     run = Run().train(3)
     for name in ("first", "second", "third"):
         (tmp_path / name).mkdir()
     path = save(run.content(), tmp_path / "first" / LATEST)
+    if relative:
+        monkeypatch.chdir(tmp_path / "first")
+        path = LATEST
     save(of_epoch(1), tmp_path / "first" / BEST)
     save(of_epoch(7), tmp_path / "third" / BEST)
     for name, expected in (("first", 1), ("second", 1), ("third", 7)):  # that of another run there stays
