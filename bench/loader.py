@@ -61,7 +61,9 @@ def generate(root: str, args: argparse.Namespace) -> None:
 
 
 def link_subset(root: str, source: str, count: int) -> None:
-    """Fill ROOT/a with links to `count` images spread evenly over a folder DIR/class/image."""
+    """Fill ROOT/a with links to `count` images spread evenly over a folder DIR/class/image. Raises UsageError."""
+    if not os.path.isdir(source):
+        raise UsageError(f"--data {source}: no such folder")
     os.makedirs(os.path.join(root, "a"))
     dataset = FileList.find([source])
     chosen = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)

@@ -43,6 +43,10 @@ class CheckpointError(UserError):
     """A file that is corrupt, is not a checkpoint, or carries code. The text names it."""
 
 
+class CheckpointReadError(CheckpointError):
+    """A file that the system cannot read now. Its content may be intact."""
+
+
 class RendezvousError(UserError):
     """The processes of a job cannot find each other."""
 

@@ -92,7 +92,9 @@ parse_options() { # the script's arguments
     [ -e "$data_path" ] || fail "--data_path=$data_path: no such folder"
     if [ -n "$resume" ]; then resume=$(absolute "$resume"); fi
     if [ "${cards:?}" = 1 ] && [ -n "${ASCEND_DEVICE_ID:-}" ]; then device_id=$ASCEND_DEVICE_ID; fi # as in the reference
-    [[ $device_id =~ ^[0-9]+$ ]] || fail "--device_id must be a number, got '$device_id'"
+    for name in device_id node_rank master_port rendezvous_timeout; do
+        [[ ${!name} =~ ^[0-9]+$ ]] || fail "--$name must be a number, got '${!name}'"
+    done
     case $launcher in
         spawn) ;;
         torchrun)

@@ -13,7 +13,7 @@ from engine.checkpoints.file import CheckpointWriter, link, lock_folder
 from engine.checkpoints.model import imagenet_weights
 from engine.data import check_same_classes
 from engine.device import MixedPrecisionOptimizer, ModelEma
-from engine.errors import CheckpointError, SaveError, UsageError, counted
+from engine.errors import CheckpointError, CheckpointReadError, SaveError, UsageError, counted
 from engine.parallel import Communicator
 from engine.records import AccuracyCounter, Totals
 
@@ -84,6 +84,9 @@ class Checkpointer:
         for path in paths:
             try:
                 checkpoint = load_checkpoint(path)
+            except CheckpointReadError as error:  # it may be intact: falling back would lose its last steps
+                other = f"; if this stays so, rename it to continue from {paths[-1]}" if path != paths[-1] else ""
+                raise CheckpointReadError(f"{error}{other}") from error
             except CheckpointError as error:
                 if path == paths[-1]:
                     raise  # never a silent fresh start

@@ -10,7 +10,7 @@ from typing import Any, Callable
 
 from engine.checkpoints.file import load
 from engine.device import MixedPrecisionOptimizer, ModelEma
-from engine.errors import CheckpointError, UsageError, first_line
+from engine.errors import CheckpointError, CheckpointReadError, UsageError, first_line
 from engine.records import Totals
 
 import vgg
@@ -187,7 +187,7 @@ def _load_safetensors(path: str) -> dict[str, Any]:
             metadata = file.metadata() or {}
             weights = {name: torch.as_tensor(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118  not a dict
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or first_line(error)}") from error
+        raise CheckpointReadError(f"{path}: {error.strerror or first_line(error)}") from error
     except (SafetensorError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: corrupt, or not a safetensors file ({first_line(error)})") from error
     content: dict[str, Any] = {"state_dict": weights}

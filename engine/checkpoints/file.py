@@ -25,7 +25,7 @@ import time
 import zipfile
 from typing import IO, Any
 
-from engine.errors import CheckpointError, UsageError, counted, first_line
+from engine.errors import CheckpointError, CheckpointReadError, UsageError, counted, first_line
 from engine.safe_pickle import CarriesCodeError, Storages, load_tensors
 
 import torch
@@ -33,6 +33,7 @@ import torch
 CHECKSUM_MARK = b"sha256:"
 LOCK_SECONDS, FINISH_SECONDS = 30, 20
 BLOCK_BYTES = 1 << 22  # of a file that is read for its checksum
+ZIP_END_BYTES = 1 << 17  # the end of a zip archive, with the longest comment
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle in a file written by torch < 1.6
 
 
@@ -166,13 +167,16 @@ def lock_folder(folder: str) -> None:
 def load(path: str) -> Any:
     """Read a checkpoint: nested dicts and lists of plain values and CPU tensors.
 
-    Verifies the checksum of our own files, and the CRC of each part of others. Raises CheckpointError.
+    Verifies the checksum of our own files, and the CRC of each part of others. Raises CheckpointError,
+    CheckpointReadError if the system cannot read the file.
     """
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if file.read(2) != b"PK":
                 return _read_legacy(file, size)
+            file.seek(max(0, size - ZIP_END_BYTES))
+            file.read()  # a disk's error shows here; zipfile would take it for a file that is not a zip
             if not zipfile.is_zipfile(file):
                 raise ValueError("it is truncated")
             return _read_zip(file, size)
@@ -181,11 +185,12 @@ def load(path: str) -> Any:
             f"{path}: refused, it carries code ({error}); nothing in it was run; if you trust it, load it with torch "
             "and save its state_dict alone"
         ) from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from error
     except MemoryError as error:
-        raise CheckpointError(f"{path}: not enough memory to read it") from error
+        raise CheckpointReadError(f"{path}: not enough memory to read it") from error
     except Exception as error:  # a corrupt pickle or archive raises nearly any type
+        # EINVAL: a corrupt zip has told zipfile to read before the start of the file.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise CheckpointReadError(f"{path}: {error.strerror or error}") from error
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise CheckpointError(f"{path}: corrupt, or not a checkpoint ({reason})") from error
 

@@ -366,6 +366,15 @@ def test_wrong_options_are_one_line_and_exit_code_2(clone, tmp_path, options):
 
 
 @pytest.mark.once
+@pytest.mark.parametrize("name", ["train_full_multinodes", "train_performance_multinodes"])
+@pytest.mark.parametrize("option", ["--node_rank", "--master_port", "--rendezvous_timeout", "--device_id"])
+@pytest.mark.parametrize("value", ["", "x", "1x", "-1", "1.5"])
+def test_a_number_that_is_none_is_named(clone, tmp_path, name, option, value):
+    result = bash(clone, name, "--data_path=.", f"{option}={value}", python=stub(tmp_path))
+    assert result.code == 2 and result.err == f"{name}.sh: error: {option} must be a number, got '{value}'\n"
+
+
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["train_full_1p", "train_eval_8p", "train_full_multinodes"])
 @pytest.mark.parametrize("option", ["--data_path", "--resume", "--output"])
 def test_an_option_without_its_equals_sign_is_told_how_to_write_it(clone, tmp_path, name, option):

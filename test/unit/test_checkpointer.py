@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 from typing import Any
 
-from engine.checkpoints import Checkpoint, Checkpointer, RunInfo, TrainState, checkpointer
+from engine.checkpoints import Checkpoint, Checkpointer, RunInfo, TrainState, checkpointer, file
 from engine.checkpoints.checkpointer import BEST, LATEST
 from engine.checkpoints.contents import load_checkpoint
 from engine.errors import CheckpointError, UsageError
@@ -61,6 +62,37 @@ def test_a_file_system_that_fails_is_no_fresh_start(tmp_path: Any, monkeypatch: 
     monkeypatch.setattr(checkpointer.os, "listdir", fail)
     with pytest.raises(OSError, match="Input/output error"):
         find(tmp_path, auto_resume=True)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ENOMEM, errno.ESTALE])
+@pytest.mark.parametrize("share", [0, 0.3, 0.6, 0.9, 0.99])
+def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_corrupt(
+    tmp_path: Any, monkeypatch: Any, number: int, share: float
+) -> None:
+    """share: of the file that can be read."""
+    path = save({**of_epoch(1), "state_dict": {"a": torch.ones(100_000)}}, tmp_path / LATEST)
+    save({**of_epoch(2), "state_dict": {"a": torch.ones(100_000)}}, tmp_path / LATEST)
+    limit = share * os.path.getsize(path)
+
+    class FailingFile(io.FileIO):
+        def readinto(self, buffer: Any) -> int:
+            if self.tell() + len(memoryview(buffer)) > limit and self.name == str(path):
+                raise OSError(number, os.strerror(number))
+            return super().readinto(buffer) or 0
+
+        def readall(self) -> bytes:
+            content = bytearray(os.path.getsize(self.name) - self.tell())
+            self.readinto(content)
+            return bytes(content)
+
+    def open_failing(name: Any, mode: str) -> Any:
+        return io.BufferedReader(FailingFile(name, mode), 512)
+
+    monkeypatch.setattr(file, "open", open_failing, raising=False)
+    with pytest.raises(CheckpointError, match=f"{os.strerror(number)}; .* rename it to continue from .*previous"):
+        find(tmp_path, auto_resume=True)
+    monkeypatch.undo()
+    assert find(tmp_path, auto_resume=True) == 2
 
 
 @pytest.mark.parametrize("names", [[LATEST], [f"{LATEST}.previous"], [LATEST, f"{LATEST}.previous"]])
