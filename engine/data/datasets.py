@@ -164,7 +164,8 @@ def open_datasets(
 
     No training dataset to evaluate. skip_unreadable: leaves unreadable images out. val_split: the share of a single
     folder, or of a list without a split, that is for validation; saved_val_split: that of a checkpoint, for what is not
-    split already. Raises DataError, or UsageError if the classes of the two differ or --val-split does not fit.
+    split already. Without either, an evaluation takes all images of a single folder, or of a list.
+    Raises DataError, or UsageError if the classes of the two differ or --val-split does not fit.
     """
     if root is None:
         return None if evaluate else read_digits(training=True), read_digits(training=False)
@@ -188,15 +189,20 @@ def open_datasets(
         if train is not None and training is not None:
             names = (f"{os.path.basename(path)}/" for path in (train, val))
             check_same_classes(training.classes, validation.classes, *names)
-    elif train is not None:
-        rename = f"; to validate on {printable(test)}, rename it to val" if test else ""
-        split = f"; to split train/, use --data {printable(train)} --val-split 0.1"
+    elif train is not None or (test is not None and evaluate and share is None):
+        rename = f"; to validate on {printable(test)}, rename it to val" if test and not evaluate else ""
+        split = f"; to split train/, use --data {printable(train or '')} --val-split 0.1"
+        if evaluate:
+            other = printable(test or train or "")
+            split = f"; to evaluate {other}, use --data {other}"
         raise DataError(f"{name}: no val/ in it{rename}", split)
-    elif share is None:
+    elif share is not None:
+        training, validation = split_by_name(open_classes(root, skip_unreadable), share, evaluate=evaluate)
+    elif evaluate:
+        training, validation = None, ImageFolder(open_classes(root, skip_unreadable))
+    else:
         where, split = advice_of(root)
         raise DataError(f"{name}: no train/ and val/ in it{where}", split)
-    else:
-        training, validation = split_by_name(open_classes(root, skip_unreadable), share, evaluate=evaluate)
     log_duplicates(training, validation)
     return training, validation
 

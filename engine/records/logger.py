@@ -98,7 +98,7 @@ class Logger:
         self.jsonl: IO[str] | None = None
 
     def open(self) -> None:
-        """Open metrics.jsonl, and TensorBoard's file if it is installed. Raises UsageError."""
+        """Open metrics.jsonl. Raises UsageError."""
         if self.jsonl is not None or not self.writes:
             return
         path = os.path.join(self.folder, "metrics.jsonl")
@@ -110,6 +110,9 @@ class Logger:
                     self.jsonl.write("\n")
         except OSError as error:
             raise UsageError(f"{path}: {error.strerror}") from error
+
+    def _open_tensorboard(self) -> None:
+        """Open TensorBoard's file if it is installed."""
         with _optional("TensorBoard's events are not written"):  # metrics.jsonl has the same values
             from torch.utils.tensorboard import SummaryWriter
 
@@ -120,11 +123,13 @@ class Logger:
     def event(self, event: str, **fields: Any) -> None:
         """Write a line of metrics.jsonl. event: start, train, epoch, validate, checkpoint, stop or done.
 
-        Raises UsageError if the file cannot be opened.
+        A training starts with `start`, and has TensorBoard's events too. Raises UsageError if the file cannot be opened.
         """
         self.open()
         if self.jsonl is None:
             return
+        if event == "start":
+            self._open_tensorboard()
         record: dict[str, Any] = {"event": event}
         for key, value in fields.items():
             record[key] = None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no NaN

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 from typing import Any
 
 from engine.checkpoints.file import load
@@ -54,6 +55,16 @@ def test_an_evaluation_writes_its_metrics(evaluated: Any) -> None:
     metrics = json.loads((root / "metrics.json").read_text(encoding="utf-8"))
     assert (f"{metrics['acc1']:.3f}", f"{metrics['acc5']:.3f}") == result.accuracy()
     assert metrics["images"] == 15 and metrics["weights"] == str(root / "model_best.pth.tar")
+
+
+def test_a_folder_of_classes_is_evaluated_whole(folder: str, tmp_path: Any) -> None:
+    trained = train_classifier(folder, tmp_path)
+    val = shutil.copytree(os.path.join(folder, "val"), str(tmp_path / "my test"))
+    flags = [*FLAGS, "-e", "--resume", tmp_path / "model_best.pth.tar", "--output-dir"]
+    # Twice with its files in the folder of the classes: none of them is a folder, and so a class.
+    results = [run_main(path, *flags, output) for path, output in ((folder, tmp_path), (val, val), (val, val))]
+    assert trained.code == results[0].code == results[1].code == results[2].code == 0, results[2].err
+    assert results[0].accuracy() == results[1].accuracy() == results[2].accuracy()
 
 
 @needs_both

@@ -127,6 +127,29 @@ def test_the_split_of_a_checkpoint_is_used_only_where_it_can_be(tmp_path):
     assert shares(split, saved_val_split=0.3) == shares(None, saved_val_split=0.3) == [None, None]
 
 
+@pytest.mark.parametrize("name", ["test", "Testing", "val", "train", "留出 的", "a/train/b"])
+@pytest.mark.parametrize("beside", [[], ["train"], ["train", "val"], ["train", "val", "test"]])
+def test_an_evaluation_takes_all_images_of_a_single_folder(tmp_path, name, beside):
+    for other in beside:
+        write_classes(tmp_path / other, {"a": 2, "b": 3})
+    write_classes(tmp_path / name / "x", {"a": 1, "b": 5})
+    path = str(tmp_path / name / "x")
+    for root in (path, f"{path}/", os.path.relpath(path)):
+        training, validation = open_datasets(root, evaluate=True, skip_unreadable=False)
+        assert training is None and validation.val_split is None
+        assert validation.classes == ["a", "b"] and list(validation.labels) == [0, 1, 1, 1, 1, 1]
+    with pytest.raises(DataError, match="--val-split 0.1"):
+        open_datasets(path, evaluate=False, skip_unreadable=False)
+
+
+@pytest.mark.parametrize("parts, other", [(["test"], "test"), (["train"], "train"), (["train", "Testing"], "Testing")])
+def test_an_evaluation_of_a_folder_without_val_names_what_could_be_evaluated(tmp_path, parts, other):
+    for part in parts:
+        write_classes(tmp_path / part, {"a": 1, "b": 1})
+    with pytest.raises(DataError, match=f"no val/ in it; to evaluate .*/{other}, use --data .*/{other}$"):
+        open_datasets(str(tmp_path), evaluate=True, skip_unreadable=False)
+
+
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.3, 0.6])
 @pytest.mark.parametrize("counts", [(9, 9), (2, 40), (1, 5)])
 def test_an_evaluation_says_what_the_split_of_a_checkpoint_leaves_and_how_to_take_all(tmp_path, capsys, share, counts):

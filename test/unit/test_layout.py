@@ -66,9 +66,10 @@ def test_a_folder_one_level_too_high_is_refused_and_the_right_one_named(tmp_path
         write_classes(tmp_path, {"docs": 2})
     if beside and len(parts) == 1:
         return  # a class may have a folder of trains
-    with pytest.raises(DataError) as refusal:
-        open_both(tmp_path, val_split=share)
-    assert f"use {tmp_path / 'photos'}" in str(refusal.value) and "--val-split" not in str(refusal.value)
+    for evaluate in (False, True):
+        with pytest.raises(DataError) as refusal:
+            open_datasets(str(tmp_path), evaluate=evaluate, skip_unreadable=False, val_split=share)
+        assert f"use {tmp_path / 'photos'}" in str(refusal.value) and "--val-split" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -109,6 +110,8 @@ def test_a_folder_that_cannot_be_read_is_named_if_it_is_needed(tmp_path, monkeyp
     text = str(refusal.value)
     if locked == "val" or (locked == "val/test" and share):
         assert text == f"{tmp_path / locked}: {os.strerror(code)}"
+    elif evaluate and share is None:
+        assert text.endswith(f"to evaluate {tmp_path / 'val/test'}, use --data {tmp_path / 'val/test'}")
     else:
         assert "but in in/: use" in text or "in it; use" in text
 

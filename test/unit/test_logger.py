@@ -193,6 +193,7 @@ def test_tensorboard_has_the_same_values(tmp_path: Any) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logger = Logger(str(tmp_path), writes=True)
+    logger.event("start", step=0)
     for step in (1, 2):
         logger.event("train", loss=0.5 * step, acc1=10.0 * step, lr=0.1, samples=8, step=step)
     logger.event("validate", acc1=55.0, step=2)
@@ -216,13 +217,14 @@ def test_a_broken_optional_package_costs_a_warning_and_nothing_else(
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", Broken("torch.utils.tensorboard"))
     monkeypatch.setattr(logger_module, "save_curves", broken)
     logger = Logger(str(tmp_path), writes=True)
+    logger.event("start", step=2)
     logger.event("validate", acc1=55.0, step=2)
     logger.curves()
     logger.close()
     first, second = capsys.readouterr().err.splitlines()
     assert first.endswith("TensorBoard's events are not written (TypeError: Descriptors cannot be created directly.)")
     assert second.endswith("curves.png is not drawn (ValueError: unknown font)")
-    assert len(events(tmp_path)) == 1
+    assert len(events(tmp_path)) == 2
 
 
 # --- the progress bar -------------------------------------------------------------------------------------------------
