@@ -123,7 +123,7 @@ class Logger:
     def event(self, event: str, **fields: Any) -> None:
         """Write a line of metrics.jsonl. event: start, train, epoch, validate, checkpoint, stop or done.
 
-        A training starts with `start`, and has TensorBoard's events too. Raises UsageError if the file cannot be opened.
+        `start` begins a training, which has TensorBoard's events too. Raises UsageError if the file cannot be opened.
         """
         self.open()
         if self.jsonl is None:
