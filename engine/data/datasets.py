@@ -189,12 +189,12 @@ def open_datasets(
         if train is not None and training is not None:
             names = (f"{os.path.basename(path)}/" for path in (train, val))
             check_same_classes(training.classes, validation.classes, *names)
-    elif train is not None or (test is not None and evaluate and share is None):
-        rename = f"; to validate on {printable(test)}, rename it to val" if test and not evaluate else ""
-        split = f"; to split train/, use --data {printable(train or '')} --val-split 0.1"
-        if evaluate:
-            other = printable(test or train or "")
-            split = f"; to evaluate {other}, use --data {other}"
+    elif evaluate and (train or (test and share is None)):
+        other = printable(test or train or "")
+        raise DataError(f"{name}: no val/ in it", f"; to evaluate {other}, use --data {other}")
+    elif train is not None:
+        rename = f"; to validate on {printable(test)}, rename it to val" if test else ""
+        split = f"; to split train/, use --data {printable(train)} --val-split 0.1"
         raise DataError(f"{name}: no val/ in it{rename}", split)
     elif share is not None:
         training, validation = split_by_name(open_classes(root, skip_unreadable), share, evaluate=evaluate)
