@@ -13,7 +13,7 @@ import sys
 import time
 
 from engine.checkpoints.file import CheckpointWriter, load
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, CheckpointReadError
 from engine.parallel import free_port
 
 from helpers import strace
@@ -198,7 +198,8 @@ def damage(folder: str) -> int:
             file.write(variant)
         try:
             loaded = load(path)
-        except CheckpointError:
+        except CheckpointError as error:
+            assert not isinstance(error, CheckpointReadError), error  # --auto-resume would not fall back
             continue
         # If the mark of the checksum is corrupt, the file is read like another program's, and zip's own CRCs hold.
         assert torch.equal(loaded["weights"], torch.arange(50.0)) and loaded["epoch"] == 3
