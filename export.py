@@ -27,7 +27,7 @@ from engine.checkpoints import CLASSES_HELP, Model, check_output, factorize, loa
 from engine.data import Preprocessing
 from engine.errors import EXIT_FAILURE, UsageError, UserError, counted
 from engine.evaluation import classify, open_images, read_images
-from engine.options import OneLineParser, nonempty_path, number
+from engine.parser import OneLineParser, nonempty_path, number
 
 import vgg
 

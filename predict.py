@@ -25,7 +25,8 @@ from engine.checkpoints import CLASSES_HELP, Model, load_model
 from engine.data import FileList, ImageBatches, describe_left_out, read_batches, worker_options
 from engine.device import ComputeDevice, available_cores, resolve_device, resolve_device_list
 from engine.errors import EXIT_USAGE, UsageError
-from engine.options import DEVICE_FLAG, OneLineParser, check_file, nonempty_path, number
+from engine.options import DEVICE_FLAG
+from engine.parser import OneLineParser, check_file, nonempty_path, number
 from engine.records import feature_file
 
 import vgg

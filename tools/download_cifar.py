@@ -10,7 +10,6 @@ https://www.cs.toronto.edu/~kriz/cifar.html.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import shutil
@@ -25,6 +24,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from engine import console
 from engine.errors import EXIT_FAILURE, UserError, first_line
+from engine.parser import OneLineParser, nonempty_path
 
 URL = "https://www.cs.toronto.edu/~kriz/"
 BLOCK = 1 << 20  # bytes
@@ -120,9 +120,9 @@ def fetch(archive: Archive, folder: str, url: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = OneLineParser("tools/download_cifar.py", (__doc__ or "").splitlines()[0])
     parser.add_argument("classes", choices=list(ARCHIVES), help="10 for CIFAR-10, 100 for CIFAR-100")
-    parser.add_argument("folder", help="where to put it")
+    parser.add_argument("folder", type=nonempty_path, help="where to put it")
     parser.add_argument(
         "--url", default=URL, help="a mirror: the address in front of the archive's name (default: %(default)s)"
     )

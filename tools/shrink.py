@@ -40,7 +40,7 @@ from engine.data.folder_index import EXTENSIONS, describe_left_out, kind_left_ou
 from engine.data.layout import find_part
 from engine.data.list_file import TRAIN, VAL
 from engine.errors import UsageError, printable
-from engine.options import OneLineParser, number
+from engine.parser import OneLineParser, nonempty_path, number
 
 from PIL import Image
 
@@ -110,8 +110,8 @@ def find_images(source: str, target: str) -> list[tuple[str, str]]:
 
 def parse_args() -> argparse.Namespace:
     parser = OneLineParser("tools/shrink.py", (__doc__ or "").splitlines()[0])
-    parser.add_argument("source", help="a folder of images, at any depth")
-    parser.add_argument("target", help="where the copy goes; outside the source")
+    parser.add_argument("source", type=nonempty_path, help="a folder of images, at any depth")
+    parser.add_argument("target", type=nonempty_path, help="where the copy goes; outside the source")
     parser.add_argument(
         "--short-side", type=number(int, 32), default=320, metavar="N", help="pixels (default: %(default)s)"
     )

@@ -20,6 +20,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from engine.console import run_script
 from engine.errors import UsageError, printable
+from engine.parser import OneLineParser, nonempty_path
 
 
 def classes_from_csv(path: str) -> dict[str, str]:
@@ -56,9 +57,9 @@ def sort(folder: str, classes: dict[str, str]) -> tuple[int, list[str]]:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", help="the flat val/ folder")
-    parser.add_argument("labels", help="the folder of the development kit, or LOC_val_solution.csv")
+    parser = OneLineParser("tools/sort_imagenet_val.py", (__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=nonempty_path, help="the flat val/ folder")
+    parser.add_argument("labels", type=nonempty_path, help="the folder of the development kit, or LOC_val_solution.csv")
     return parser.parse_args()
 
 

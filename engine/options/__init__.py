@@ -2,7 +2,6 @@
 """The command line: flags, their errors, and what they mean on this machine and for this data."""
 
 from engine.options.flags import DEVICE_FLAG
-from engine.options.parser import OneLineParser, check_file, nonempty_path, number
 from engine.options.resolve import (
     describe_run,
     parse_flags,
@@ -15,11 +14,7 @@ from engine.options.resolve import (
 
 __all__ = [
     "DEVICE_FLAG",
-    "OneLineParser",
-    "check_file",
     "describe_run",
-    "nonempty_path",
-    "number",
     "parse_flags",
     "resolve_augmentation",
     "resolve_preprocessing",

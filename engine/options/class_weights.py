@@ -9,7 +9,7 @@ import unicodedata
 from typing import Any, Sequence
 
 from engine.errors import UsageError
-from engine.options.parser import nonempty_path, number
+from engine.parser import nonempty_path, number
 
 import numpy as np
 

@@ -10,7 +10,7 @@ from typing import Any, Callable, Mapping, Sequence
 from engine.data import Augmentation
 from engine.evaluation import VIEWS
 from engine.options.class_weights import class_weights
-from engine.options.parser import OneLineParser, device_list, loss_scale, nonempty_path, number
+from engine.parser import OneLineParser, device_list, loss_scale, nonempty_path, number
 
 import vgg
 

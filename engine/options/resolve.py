@@ -29,8 +29,8 @@ from engine.device import (
 from engine.errors import UsageError, counted
 from engine.options.class_weights import resolve_class_weights
 from engine.options.flags import AUGMENTATION, SMALL, complete_defaults, parse_args, schedule_conflicts
-from engine.options.parser import check_file, check_folder
 from engine.parallel import Topology, resolve_topology, under_torchrun
+from engine.parser import check_file, check_folder
 
 import vgg
 

@@ -24,6 +24,23 @@ def shrink(*args):
     return run(sys.executable, SHRINK, *args)
 
 
+# --- their command lines ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["--no-such-flag", "10", "{tmp}"], ["10"], ["10", ""], ["10", "{tmp}", "more"]], ids=len
+)
+@pytest.mark.parametrize("tool", ["download_cifar", "shrink", "sort_imagenet_val"])
+def test_a_wrong_command_is_one_line_and_needs_no_torch(tmp_path, tool, words):
+    path = os.path.join(REPOSITORY, "tools", f"{tool}.py")
+    code = "import runpy, sys\nsys.argv = sys.argv[1:]\nif 'shrink' not in sys.argv[0]: sys.modules['torch'] = None\n"
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    result = run(sys.executable, "-c", code, path, *[word.format(tmp=tmp_path) for word in words])
+    (line,) = result.err.splitlines()
+    assert result.code == 2 and result.out == "" and line.startswith(f"tools/{tool}.py: error: "), line
+    assert line.endswith(f"; see python tools/{tool}.py --help")
+
+
 # --- shrink.py --------------------------------------------------------------------------------------------------------
 
 

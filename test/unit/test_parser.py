@@ -13,7 +13,7 @@ from typing import Any
 
 from engine.errors import UsageError
 from engine.options.flags import parse_args
-from engine.options.parser import check_file, check_folder, device_list, loss_scale, nonempty_path, number
+from engine.parser import check_file, check_folder, device_list, loss_scale, nonempty_path, number
 
 import export
 import predict
