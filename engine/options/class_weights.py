@@ -64,6 +64,8 @@ def resolve_class_weights(
         if len(given) != len(classes):
             raise UsageError(f"--class-weights: expected {len(classes)} weights, one per class, got {len(given)}")
         weights = np.array([named[name] for name in classes] if names else [weight for _, weight in given])
-    if not (weights * counts).any():
+    largest = weights[counts > 0].max()
+    if not largest:
         raise UsageError("--class-weights: the weights of all training images are 0")
+    weights = np.ldexp(weights, -np.frexp(largest)[1])  # by a power of two, which is exact: the sum cannot overflow
     return (weights * (len(labels) / (weights * counts).sum())).tolist()

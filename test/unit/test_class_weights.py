@@ -32,6 +32,12 @@ def test_given_class_weights_keep_their_ratios(rows: list[list[Any]]) -> None:
     assert weights == pytest.approx([value / 1.6 for value in (1, 2, 4)])
 
 
+@pytest.mark.parametrize("scale", [1e-320, 1e-300, 1e-30, 1, 1e30, 1e300, 4e307])
+def test_class_weights_of_any_size_keep_their_ratios(scale: float) -> None:
+    weights = resolve_class_weights([["", scale], ["", 2 * scale], ["", 4 * scale]], ["a", "b", "c"], LABELS)
+    assert weights == pytest.approx([value / 1.6 for value in (1, 2, 4)], rel=1e-3)  # 1e-320 has three digits
+
+
 @pytest.mark.parametrize(
     "rows, message",
     [
