@@ -96,11 +96,16 @@ def resolve_device_list(
     return devices
 
 
-def resolve_backend(given: str | None, device: str) -> str:
-    """Return the backend of torch.distributed: hccl, nccl or gloo."""
+def resolve_backend(given: str | None, device: str, sends_bf16: str = "") -> str:
+    """Return the backend of torch.distributed: hccl, nccl or gloo.
+
+    sends_bf16: the flag by which processes send each other gradients in bf16, if they do.
+    """
     own = BACKENDS[device]
     if given not in (None, own, "gloo"):
         raise DeviceUnavailableError(f"--dist-backend {given} does not support {device}: leave it out for {own}")
+    if sends_bf16 and (given or own) == "gloo":
+        _require_torch("2.2", f"{sends_bf16} over gloo")  # pytorch#113557
     return given or own
 
 

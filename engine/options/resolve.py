@@ -27,6 +27,7 @@ from engine.device import (
     resolve_precision,
 )
 from engine.errors import UsageError, counted
+from engine.options.batch_size import check_batch_size, default_batch_size, keep_images_per_step
 from engine.options.class_weights import resolve_class_weights
 from engine.options.flags import AUGMENTATION, SMALL, complete_defaults, parse_args, schedule_conflicts
 from engine.parallel import Topology, resolve_topology, under_torchrun
@@ -85,9 +86,6 @@ def _resolve_device(args: argparse.Namespace) -> None:
         )
     one_device = not (args.multiprocessing_distributed or under_torchrun())
     args.device_list = resolve_device_list(args.device_list, args.gpu, args.device, count, one_device=one_device)
-    args.dist_backend = resolve_backend(args.dist_backend, args.device)
-    if len(set(args.device_list)) < len(args.device_list) and args.dist_backend != "gloo":
-        raise UsageError("--device-list names a device twice: processes share one only with --dist-backend gloo")
     args.precision = resolve_precision(
         args.device, args.device_list, amp=args.amp, opt_level=args.opt_level, amp_dtype=args.amp_dtype
     )
@@ -107,21 +105,20 @@ def _resolve_device(args: argparse.Namespace) -> None:
 
 
 def _check_processes(args: argparse.Namespace) -> None:
+    sends_bf16 = ""
+    if args.nodes * args.processes > 1 and args.grad_compress == "bf16":
+        sends_bf16 = "--grad-compress bf16"
+    elif args.nodes * args.processes > 1 and args.precision == "bf16" and args.opt_level in ("O2", "O3"):
+        sends_bf16 = f"--opt-level {args.opt_level} in bf16"
+    args.dist_backend = resolve_backend(args.dist_backend, args.device, sends_bf16)
+    if len(set(args.device_list)) < len(args.device_list) and args.dist_backend != "gloo":
+        raise UsageError("--device-list names a device twice: processes share one only with --dist-backend gloo")
     if args.device != "cpu" and args.processes > len(args.device_list):
         devices = len(args.device_list)
         started = f"{counted(args.processes, 'process')} on {counted(devices, 'device')}"
         raise UsageError(f"torchrun starts {started}: use --nproc-per-node {devices}")
     if "batch_size" not in args.left_open:  # else with_checkpoint does it
-        _check_batch_size(args)
-
-
-def _check_batch_size(args: argparse.Namespace) -> None:
-    if args.batch_size % args.processes:
-        below = args.batch_size // args.processes * args.processes
-        nearest = f"{below} or {below + args.processes}" if below else str(args.processes)
-        raise UsageError(
-            f"--batch-size {args.batch_size} is not divisible by {counted(args.processes, 'process')}: use {nearest}"
-        )
+        check_batch_size(args)
 
 
 # Flags that may differ between nodes.
@@ -177,7 +174,7 @@ def with_checkpoint(
             args.batch_size = start.info.batch.get("batch_size", args.batch_size)
         elif args.data or args.dummy:
             args.batch_size = default_batch_size(args, images, size, memory)
-        _check_batch_size(args)
+        check_batch_size(args)
     args.arch, args.head = args.arch or "vgg16", args.head or "paper"
     batch = {"batch_size": args.batch_size, "accum_steps": args.accum_steps}
     images_per_step = args.batch_size * args.nodes * args.accum_steps
@@ -191,61 +188,14 @@ def with_checkpoint(
     for conflict in schedule_conflicts(args):
         raise UsageError(conflict)
     if not args.evaluate:
-        _resize(args, images_per_step)
+        keep_images_per_step(args, images_per_step)
     return args, {**batch, "images_per_step": images_per_step}
-
-
-def _resize(args: argparse.Namespace, wanted: int) -> None:
-    """Make a step have the wanted number of images on this number of nodes, or scale the learning rates."""
-    own = args.batch_size * args.nodes
-    images = own * args.accum_steps
-    if images == wanted:
-        return
-    nodes = counted(args.nodes, "node")
-    if wanted % own == 0:
-        args.accum_steps = wanted // own
-        batches = counted(args.accum_steps, "batch")
-        console.line(f"=> resized to {nodes}: {batches} per step, so a step still has {counted(wanted, 'image')}")
-        return
-    factor = images / wanted
-    args.lr, args.min_lr = args.lr * factor, args.min_lr * factor
-    console.line(
-        f"=> resized to {nodes}: {counted(images, 'image')} per step in place of {wanted:,}, so learning rates are "
-        f"multiplied by {factor:.4g}"
-    )
 
 
 def _takes_small_defaults(args: argparse.Namespace, left_open: Sequence[str], images: int) -> bool:
     """Whether a new run takes the defaults for few images."""
     has_batch_norm = args.arch is None or args.arch.endswith("_bn")
     return bool(args.data and 0 < images < SMALL_LIMIT and "lr" in left_open and has_batch_norm)
-
-
-def default_batch_size(args: argparse.Namespace, images: int, size: int, memory: float) -> int:
-    """Return --batch-size for few images or little memory, which ImageNet's default would not fit.
-
-    Each process has the same power of two. An epoch has 20 steps or more (with the defaults SMALL 90), unless they
-    would have fewer than 8 images.
-    A batch takes half of the memory at most, less the 2 GB that each further process takes; VGG16's weights, gradients
-    and momentum, and a checkpoint being written take 3 GB. Measured per image of 224 pixels on a CPU: 145 MB in fp32
-    (VGG16-BN: 195), 57 in bf16; 40 to evaluate are an estimate.
-    """
-    room = 0.5 * memory - 2e9 * (args.processes - 1)
-    per_image = 40e6 if args.evaluate else 200e6 if args.precision == "fp32" else 100e6
-    limits = {
-        counted(args.processes, "process"): args.batch_size,
-        f"{memory / 1e9:.1f} GB of memory": room / (per_image * (size / 224) ** 2),
-    }
-    if images:
-        steps = 90 if args.small_defaults else 20
-        limits[counted(images, "image")] = max(images // steps, min(images, 8)) / (args.nodes * args.accum_steps)
-    reason = min(limits, key=lambda name: limits[name])
-    batch_size = args.processes
-    while 2 * batch_size <= limits[reason]:
-        batch_size *= 2
-    if batch_size != args.batch_size:
-        console.line(f"=> --batch-size {batch_size} in place of {args.batch_size}, for {reason}")
-    return batch_size
 
 
 def resolve_preprocessing(

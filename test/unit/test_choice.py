@@ -16,10 +16,10 @@ from engine.options.flags import parse_args
 from engine.options.resolve import resolve_flags
 from engine.versions import TORCH
 
+from helpers.program import TWO
+
 import pytest
 import torch
-
-# --- an NPU that computes nothing -------------------------------------------------------------------------------------
 
 
 # --- devices ----------------------------------------------------------------------------------------------------------
@@ -70,6 +70,25 @@ def test_each_device_has_its_backend_and_gloo_supports_all() -> None:
     assert {device.resolve_backend("gloo", name) for name in backends} == {"gloo"}
     with pytest.raises(DeviceUnavailableError, match="--dist-backend nccl does not support npu: leave it out for hccl"):
         device.resolve_backend("nccl", "npu")
+
+
+@pytest.mark.parametrize("version", [(1, 13), (2, 0), (2, 1), (2, 2), (2, 14)])
+@pytest.mark.parametrize("processes", [[], TWO, ["--world-size", "2", "--rank", "0", "--dist-url", "tcp://h:1234"]])
+@pytest.mark.parametrize("flags", [["--opt-level", "O2"], ["--opt-level", "O3"], ["--grad-compress", "bf16"], []])
+def test_gloo_of_torch_before_2_2_is_not_asked_to_send_bf16(
+    monkeypatch: Any, version: tuple[int, int], processes: list[str], flags: list[str]
+) -> None:
+    monkeypatch.setattr(device, "TORCH", version)
+    args = parse_args(["--device", "cpu", "--amp", "--amp-dtype", "bf16", *processes, *flags])
+    if version < (2, 0) and flags[:1] == ["--grad-compress"]:
+        message = "^--grad-compress requires torch 2.0"
+    elif version < (2, 2) and processes and flags:
+        message = f"^{' '.join(flags)}( in bf16)? over gloo requires torch 2.2 or later"
+    else:
+        assert resolve_flags(args)[0].dist_backend == "gloo"
+        return
+    with pytest.raises(DeviceUnavailableError, match=message):
+        resolve_flags(args)
 
 
 def test_missing_hardware_is_refused_in_one_line() -> None:

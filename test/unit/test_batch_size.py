@@ -9,8 +9,9 @@ from typing import Any
 
 from engine.checkpoints import Checkpoint, RunInfo
 from engine.errors import UsageError
+from engine.options.batch_size import default_batch_size
 from engine.options.flags import parse_args
-from engine.options.resolve import default_batch_size, shared_flags, with_checkpoint
+from engine.options.resolve import shared_flags, with_checkpoint
 from engine.records import run_info
 
 import vgg
