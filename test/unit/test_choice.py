@@ -21,7 +21,6 @@ from helpers.program import TWO
 import pytest
 import torch
 
-
 # --- devices ----------------------------------------------------------------------------------------------------------
 
 
