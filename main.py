@@ -118,7 +118,6 @@ def build_data(job: Job, start: Any) -> Data:
                 skip_unreadable=args.bad_images == "skip",
                 val_split=args.val_split,
                 saved_val_split=None if start is None else start.info.val_split,
-                saved_classes=() if start is None else start.info.classes,
             )
     job.comm.check_same({"the fingerprint of --data": [part.fingerprint for part in (train, val) if part is not None]})
     return Data(train, val, options.resolve_preprocessing(args, val, start), len(train) if train else args.dummy or 0)

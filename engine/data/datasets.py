@@ -52,21 +52,6 @@ class ImageFolder:
             self.labels = self.labels[self.positions]
             self.fingerprint += f" {name} part" + (f", --val-split {self.val_split}" if self.val_split else "")
 
-    def number_as(self, classes: Sequence[str]) -> None:
-        """Give the images the numbers of their classes in a checkpoint's `classes`; a test set may lack some of them.
-
-        Does nothing if a class is not among them.
-        """
-        names = [[unicodedata.normalize("NFC", name) for name in part] for part in (classes, self.classes)]
-        numbers = {name: number for number, name in enumerate(names[0])}
-        if set(names[1]) <= set(numbers) and names[1] != names[0]:
-            self.labels = np.array([numbers[name] for name in names[1]])[self.labels]
-            self.classes = list(classes)
-            missing = [name for name in names[0] if name not in set(names[1])]
-            if missing:
-                count = f"{len(missing):,} of {counted(len(classes), 'class')}"
-                console.line(f"=> no images of {count} of the checkpoint: {', '.join(map(printable, missing[:5]))}")
-
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -174,14 +159,12 @@ def open_datasets(
     skip_unreadable: bool,
     val_split: float | None = None,
     saved_val_split: float | None = None,
-    saved_classes: Sequence[str] = (),
 ) -> tuple[ImageDataset | None, ImageDataset | None]:
     """Return (training, validation) datasets of a folder or a list file; the embedded digits without one.
 
     No training dataset to evaluate. skip_unreadable: leaves unreadable images out. val_split: the share of a single
     folder, or of a list without a split, that is for validation; saved_val_split: that of a checkpoint, for what is not
-    split already. Without either, an evaluation takes all images of a single folder, or of a list. saved_classes: those
-    of the checkpoint that is evaluated, which number those of the images.
+    split already. Without either, an evaluation takes all images of a single folder, or of a list.
     Raises DataError, or UsageError if the classes of the two differ or --val-split does not fit.
     """
     if root is None:
@@ -189,30 +172,19 @@ def open_datasets(
     share = saved_val_split if val_split is None else val_split
     if os.path.isfile(root):
         training, validation = _open_list(open_index(root, skip_unreadable), root, share, val_split, evaluate)
-    else:
-        cifar = find_cifar(root)
-        if val_split is not None and (cifar or find_part(root, TRAIN + VAL)):
-            raise UsageError(f"--val-split: {printable(root)} is split already (CIFAR, train/ or val/): leave it out")
-        if cifar:
-            training_part = None if evaluate else _open_cifar(*cifar, training=True)
-            return training_part, _open_cifar(*cifar, training=False)
-        training, validation = _open_folder(root, skip_unreadable, share, evaluate)
-    if evaluate:
-        validation.number_as(saved_classes)
-    log_duplicates(training, validation)
-    return training, validation
-
-
-def _open_folder(
-    root: str, skip_unreadable: bool, share: float | None, evaluate: bool
-) -> tuple[ImageFolder | None, ImageFolder]:
-    name, training = printable(root), None
-    train, val, test = (find_part(root, names) for names in (TRAIN, VAL, TEST))
+        log_duplicates(training, validation)
+        return training, validation
+    name, cifar = printable(root), find_cifar(root)
+    train, val, test = (None, None, None) if cifar else (find_part(root, names) for names in (TRAIN, VAL, TEST))
+    if val_split is not None and (cifar or train or val):
+        raise UsageError(f"--val-split: {name} is split already (CIFAR, train/ or val/): leave it out")
+    if cifar:
+        training_part = None if evaluate else _open_cifar(*cifar, training=True)
+        return training_part, _open_cifar(*cifar, training=False)
     if val is not None:
         if train is None and not evaluate:
             raise DataError(f"{name}: no train/ in it, only {printable(os.path.basename(val))}/")
-        if train is not None and not evaluate:
-            training = ImageFolder(open_classes(train, skip_unreadable))
+        training = None if train is None or evaluate else ImageFolder(open_classes(train, skip_unreadable))
         validation = ImageFolder(open_classes(val, skip_unreadable))
         if train is not None and training is not None:
             names = (f"{os.path.basename(path)}/" for path in (train, val))
@@ -227,10 +199,11 @@ def _open_folder(
     elif share is not None:
         training, validation = split_by_name(open_classes(root, skip_unreadable), share, evaluate=evaluate)
     elif evaluate:
-        validation = ImageFolder(open_classes(root, skip_unreadable))
+        training, validation = None, ImageFolder(open_classes(root, skip_unreadable))
     else:
         where, split = advice_of(root)
         raise DataError(f"{name}: no train/ and val/ in it{where}", split)
+    log_duplicates(training, validation)
     return training, validation
 
 

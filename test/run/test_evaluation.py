@@ -67,30 +67,6 @@ def test_a_folder_of_classes_is_evaluated_whole(folder: str, tmp_path: Any) -> N
     assert results[0].accuracy() == results[1].accuracy() == results[2].accuracy()
 
 
-@pytest.mark.parametrize("left_out", [0, 1, 2])
-def test_a_test_folder_may_lack_a_class(folder: str, evaluated: Any, tmp_path: Any, left_out: int) -> None:
-    root, rows = evaluated[0], []
-    some = shutil.copytree(os.path.join(folder, "val"), str(tmp_path / "some"))
-    gone = sorted(os.listdir(some))[left_out]
-    shutil.rmtree(os.path.join(some, gone))
-    for name, path in (("all", os.path.join(folder, "val")), ("some", some)):
-        flags = [path, *FLAGS, "-e", "--resume", root / "model_best.pth.tar", "--output-dir", tmp_path / name]
-        result = run_main(*flags, "--predictions", tmp_path / f"{name}.csv")
-        assert result.code == 0, result.err
-        with open(str(tmp_path / f"{name}.csv"), encoding="utf-8") as file:
-            rows.append([{**row, "path": os.path.relpath(row["path"], path)} for row in csv.DictReader(file)])
-    assert f"of the checkpoint: {gone}\n" in result.out
-    left = [row for row in rows[0] if row["target"] != gone]
-    assert 0 < len(left) < len(rows[0]) and [row["prediction"] for row in left] == [r["prediction"] for r in rows[1]]
-    metrics = json.loads((tmp_path / "some" / "metrics.json").read_text(encoding="utf-8"))
-    correct = [row["target"] == row["prediction"] for row in left]
-    assert metrics["acc1"] == pytest.approx(100 * sum(correct) / len(correct))
-    recalls = [
-        [row["prediction"] == name for row in left if row["target"] == name] for name in {r["target"] for r in left}
-    ]
-    assert metrics["balanced_acc"] == pytest.approx(100 * sum(sum(r) / len(r) for r in recalls) / len(recalls))
-
-
 @needs_both
 def test_the_page_counts_each_image_once(evaluated: Any, page: str) -> None:
     acc1 = float(evaluated[2].accuracy()[0])

@@ -166,43 +166,6 @@ def test_an_evaluation_says_what_the_split_of_a_checkpoint_leaves_and_how_to_tak
     assert "leaves" not in capsys.readouterr().out
 
 
-# "É" in two characters, as macOS spells it.
-@pytest.mark.parametrize(
-    "kept", [["a", "b"], ["É", "a"], ["10", "9"], ["E\u0301", "b", "9"], ["10", "9", "a", "b", "É"]]
-)
-@pytest.mark.parametrize("form", ["folder", "val", "list", "split"])
-def test_test_images_have_the_numbers_of_the_checkpoint_and_may_lack_classes(tmp_path, capsys, kept, form):
-    classes = ["9", "10", "É", "b", "a"]  # in no order, as in a checkpoint of another program
-    root, options = tmp_path / "root", {"saved_val_split": 0.5} if form == "split" else {}
-    write_classes(root / "val" if form == "val" else root, dict.fromkeys(kept, 4))
-    if form == "list" and not any(name.isdigit() for name in kept):  # there numbers are labels already
-        (root / "x.csv").write_text("".join(f"{name}/{i}.png,{name}\n" for name in kept for i in range(4)), "utf-8")
-        root = root / "x.csv"
-    dataset = open_datasets(str(root), evaluate=True, skip_unreadable=False, saved_classes=classes, **options)[1]
-    assert dataset.classes == classes and len(dataset) > len(kept)
-    for index in range(len(dataset)):
-        name = os.path.basename(os.path.dirname(dataset.name(index))).replace("E\u0301", "É")
-        assert classes[dataset.labels[index]] == name
-    missing = [name for name in classes if name not in [name.replace("E\u0301", "É") for name in kept]]
-    out = capsys.readouterr().out
-    line = f"=> no images of {len(missing)} of 5 classes of the checkpoint: {', '.join(missing)}\n"
-    assert line in out if missing else "no images" not in out
-
-
-@pytest.mark.parametrize("saved", [[], ["a"], ["a", "c"], ["A", "B", "c"]])
-def test_test_images_of_a_class_that_the_checkpoint_lacks_keep_their_own_numbers(tmp_path, saved):
-    write_classes(tmp_path, {"a": 1, "b": 2})
-    dataset = open_datasets(str(tmp_path), evaluate=True, skip_unreadable=False, saved_classes=saved)[1]
-    assert dataset.classes == ["a", "b"] and list(dataset.labels) == [0, 1, 1]
-
-
-def test_training_never_takes_the_classes_of_a_checkpoint(tmp_path):
-    for part in ("train", "val"):
-        write_classes(tmp_path / part, {"a": 1, "b": 2})
-    for dataset in open_datasets(str(tmp_path), evaluate=False, skip_unreadable=False, saved_classes=["b", "a", "c"]):
-        assert dataset.classes == ["a", "b"]
-
-
 # --- a list of images -------------------------------------------------------------------------------------------------
 
 
