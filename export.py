@@ -28,6 +28,7 @@ from engine.data import Preprocessing
 from engine.errors import EXIT_FAILURE, UsageError, UserError, counted
 from engine.evaluation import classify, open_images, read_images
 from engine.parser import OneLineParser, nonempty_path, number
+from engine.versions import check_numpy
 
 import vgg
 
@@ -95,6 +96,7 @@ def rank_or_share(text: str) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the file and verify it. Raises UsageError, CheckpointError, DataError, ExportMismatchError."""
     args = parse_args(argv)
+    check_numpy()
     is_onnx, fp16 = args.output.endswith(".onnx"), args.dtype == "fp16"
     needed = INT8_ONNX if args.quantize else FP16_ONNX if fp16 else []
     import_modules(*(ONNX + needed if is_onnx else []), *["safetensors"] * args.output.endswith(".safetensors"))

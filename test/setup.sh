@@ -40,7 +40,7 @@ python_can() { # python, code
 
 # Importing torchvision fails if its operators were built for another torch.
 torch_works() { # python
-    python_can "$1" 'import torch, torchvision, PIL, numpy; torch.ones(2).sum()'
+    python_can "$1" 'import torch, torchvision, PIL; torch.ones(2).sum().numpy()'
 }
 
 # Sets `python`: PYTHON if it is set, else the active one if its torch works, as in an Ascend or CUDA image, where

@@ -18,7 +18,7 @@ from typing import Any, Iterator, Sequence
 
 from engine import console
 from engine.errors import DeviceUnavailableError, counted, first_line
-from engine.versions import TORCH
+from engine.versions import TORCH, check_numpy
 
 import torch
 
@@ -66,8 +66,10 @@ def count_devices(device: str) -> int:
 def resolve_device(name: str) -> tuple[str, int | None]:
     """Return (npu, gpu, mps or cpu; how many of them there are, None for a CPU: any number of processes).
 
-    name: one of these, or auto: the first that works.
+    name: one of these, or auto: the first that works. Raises DeviceUnavailableError, or UsageError if torch cannot use
+    the NumPy that is installed.
     """
+    check_numpy()
     for candidate in REQUIREMENTS if name == "auto" else ():
         with contextlib.suppress(DeviceUnavailableError):
             return candidate, count_devices(candidate)
