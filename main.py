@@ -191,7 +191,7 @@ def build_training(
     counter = AccuracyCounter(device.device, finite_only=True)
     state = TrainState(epoch=args.start_epoch, best_by=args.best)
     class_weights = None if info.class_weights is None else device.to_device(torch.tensor(info.class_weights))
-    learning = LearningCheck(data.train, data.val, weighted=class_weights is not None)
+    learning = LearningCheck(data.train, data.val, info.class_weights, args.label_smoothing)
     return Training(
         network, model, normalize, optimizer, ema, mixer, class_weights, counter, learning, state, checkpointer
     )

@@ -76,9 +76,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check_features(
-    layer: str | None, pool: str | None, output: str | None, heatmap: str | None, classes: str | None
+    layer: str | None, pool: str | None, output: str | None, heatmap: str | None, kept: dict[str, str | None]
 ) -> None:
-    """Raise UsageError if the flags of --features do not fit together."""
+    """Raise UsageError if the flags of --features do not fit together. kept: {flag: file}."""
     if not layer:
         if output or pool:
             raise UsageError(f"{'--output' if output else '--pool'} requires --features LAYER")
@@ -87,8 +87,13 @@ def check_features(
         raise UsageError("--features requires --output FILE.npy" + (f", got {output}" if output else ""))
     if heatmap:
         raise UsageError("--features makes no predictions to draw: leave --heatmap out")
-    if classes and os.path.realpath(classes) in map(os.path.realpath, feature_file.paths(output)):
-        raise UsageError(f"--output {output}: would overwrite --classes {classes}: choose another name")
+    rows, names = feature_file.paths(output)
+    written = [os.path.realpath(rows), os.path.realpath(names)]
+    overwritten = [f"{flag} {file}" for flag, file in kept.items() if file and os.path.realpath(file) in written]
+    if os.path.isfile(names) and not os.path.exists(rows):  # not those of earlier features
+        overwritten.append(names)
+    if overwritten:
+        raise UsageError(f"--output {output}: would overwrite {overwritten[0]}: choose another name")
     if layer in VECTORS and pool in ("avg", "max"):
         raise UsageError(f"--pool {pool}: {layer} has no maps to pool: leave it out")
 
@@ -230,7 +235,8 @@ def top_predictions(logits: torch.Tensor, classes: list[str], count: int) -> lis
 def main(argv: Sequence[str] | None = None) -> int:
     """Print predictions or write features. Returns 2 if some images could not be read, else 0. Raises UserError."""
     args = parse_args(argv)
-    check_features(args.features, args.pool, args.output, args.heatmap, args.classes)
+    kept = {"--checkpoint": args.checkpoint, "--classes": args.classes}
+    check_features(args.features, args.pool, args.output, args.heatmap, kept)
     files = FileList.find(args.images)
     if files.left_out.keys() - NOTES:
         console.notice(describe_left_out(files.left_out))

@@ -20,7 +20,6 @@ trains on crops of ten images (data/README.md), for two minutes of one CPU core.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import random
@@ -109,28 +108,31 @@ def draw_quickstart(folder: str, path: str) -> None:
     figure.savefig(path, dpi=110)
 
 
-def read_programs(path: str) -> dict[str, tuple[float, list[float]]]:
-    """Return {program: (minutes per epoch, accuracy after each epoch in percent)} from the table in docs/results.md."""
-    programs: dict[str, tuple[float, list[float]]] = {}
+def read_programs(path: str) -> list[tuple[str, float, list[float]]]:
+    """Return (program, minutes per epoch, accuracy after each epoch in percent) of each row in docs/results.md."""
+    rows = []
     with open(path, encoding="utf-8") as file:
-        for line in file.read().partition("| program |")[2].split("\n\n")[0].splitlines()[2:]:
-            name, _, minutes, *accuracies = (cell.strip() for cell in line.strip("|").split("|"))
-            programs[name] = float(minutes), [float(value.strip("*")) for value in accuracies if value]
-    return programs
+        for line in file.read().partition("| program | epochs |")[2].split("\n\n")[0].splitlines()[2:]:
+            name, _, _, minutes, accuracies = (cell.strip() for cell in line.strip("|").split("|"))
+            rows.append((name, float(minutes), [float(value) for value in accuracies.replace("*", "").split()]))
+    return rows
 
 
 def draw_programs(source: str, path: str) -> None:
-    """Draw the accuracy of each program over the minutes of training."""
+    """Draw the accuracy over the minutes of each training. A program has one color, and its name at its last row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.6), constrained_layout=True)
     axis = figure.subplots()
-    others = itertools.cycle((BLUE, "#3a8f5c", "#7a5aa8", "#707070"))
-    for name, (minutes, accuracies) in read_programs(source).items():
-        color = ORANGE if name.startswith("main.py") else next(others)
-        times = [minutes * epoch for epoch in range(1, len(accuracies) + 1)]
+    rows = read_programs(source)
+    names = list(dict.fromkeys(name for name, *_ in rows))
+    colors = dict(zip(names, (ORANGE, BLUE, "#3a8f5c", "#7a5aa8", "#707070")))
+    for row, (name, minutes, accuracies) in enumerate(rows, 1):
+        times, color = [minutes * epoch for epoch in range(1, len(accuracies) + 1)], colors[name]
         axis.plot(times, accuracies, marker="o", markersize=3.5, color=color)
-        axis.annotate(name, (times[-1], accuracies[-1]), (6, 0), textcoords="offset points", va="center", color=color)
+        if name not in [later for later, *_ in rows[row:]]:
+            end = (times[-1], accuracies[-1])
+            axis.annotate(name, end, (6, 0), textcoords="offset points", va="center", color=color)
     style(axis, "CIFAR-10, JPEG copies: Acc@1 (%)", "minutes of training")
     axis.margins(x=0.25)
     axis.set_xlim(left=0)

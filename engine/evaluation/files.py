@@ -12,8 +12,17 @@ from typing import Any
 
 from engine import console
 from engine.data import ImageDataset, Preprocessing
+from engine.errors import UsageError
 from engine.evaluation.page import Confusion, render_page
 from engine.records import Predictions, class_scores, run_info
+
+
+def check_predictions(path: str) -> None:
+    """Raise UsageError if a file would be replaced that holds no predictions, such as a checkpoint or a list."""
+    if os.path.isfile(path) and os.path.getsize(path):
+        with open(path, "rb") as file:
+            if not file.read(100).startswith(b"path,target,prediction"):
+                raise UsageError(f"--predictions {path}: would overwrite a file of another kind: choose another name")
 
 
 def write_evaluation(

@@ -27,6 +27,7 @@ from engine.device import (
     resolve_precision,
 )
 from engine.errors import UsageError, counted
+from engine.evaluation import check_predictions
 from engine.options.batch_size import check_batch_size, default_batch_size, keep_images_per_step
 from engine.options.class_weights import resolve_class_weights
 from engine.options.flags import AUGMENTATION, SMALL, complete_defaults, parse_args, schedule_conflicts
@@ -75,6 +76,7 @@ def resolve_flags(args: argparse.Namespace) -> tuple[argparse.Namespace, Topolog
         check_folder("--report", args.report)
     if args.predictions:
         check_file("--predictions", args.predictions)
+        check_predictions(args.predictions)
     return args, topology
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Sequence
 
 from engine import console
 from engine.records.metrics import Totals
@@ -25,19 +25,23 @@ class LearningCheck:
 
     Args:
         train, val: the datasets, of which labels are read: (N,) int64. None if there is none, as with --dummy.
-        weighted: whether --class-weights changes the loss, which then says nothing.
+        class_weights, label_smoothing: of the training loss.
     """
 
     EPOCHS, STEPS = 2, 200  # at the loss of chance
     SINGLE_CLASS_STEPS = 100  # and two validations in a row that predict one class for all
 
-    def __init__(self, train: Any, val: Any, *, weighted: bool = False) -> None:
+    def __init__(
+        self, train: Any, val: Any, class_weights: Sequence[float] | None = None, label_smoothing: float = 0.0
+    ) -> None:
         labels = [0] if train is None else train.labels
         shares = np.bincount(labels) / len(labels)
-        self.chance = float(-sum(share * math.log(share) for share in shares if share))  # nats
+        smoothed = (1 - label_smoothing) * shares + label_smoothing / len(shares)
+        self.val_chance = math.log(max(2, len(shares)))  # nats; of all classes alike
+        self.train_chance = _loss_of_guessing(smoothed * (1 if class_weights is None else np.array(class_weights)))
         self.largest = 100 * float(shares.max())
         self.val_classes = 0 if val is None else len(np.unique(val.labels))
-        self.weighted, self.done = weighted, len(shares) < 2
+        self.done = len(shares) < 2
         self.steps = self.single_class = 0
         self.losses: list[float] = []  # of the epochs
 
@@ -67,17 +71,22 @@ class LearningCheck:
 
     def _reason(self, totals: Totals, validation: dict[str, float] | None) -> str | None:
         """Return what shows that the run does not learn, None if nothing does."""
-        if self.single_class >= 2 and self.steps >= self.SINGLE_CLASS_STEPS:
-            return "it predicts the same class for all validation images"
         if len(self.losses) < self.EPOCHS:
             return None
-        if validation is not None and validation["loss"] > 3 * self.chance and validation["acc1"] <= self.largest:
-            return f"the validation loss is {validation['loss']:.4g}, that of guessing {self.chance:.4g}"
-        if self.weighted:
-            return None
-        if totals.loss > max(self.losses[0], 1.5 * self.chance):
+        # If one class is frequent, a healthy run too begins by predicting it alone.
+        falls = totals.loss < max(0.95 * self.train_chance, 0.98 * self.losses[-2])
+        if self.single_class >= 2 and self.steps >= self.SINGLE_CLASS_STEPS and not falls:
+            return "it predicts the same class for all validation images"
+        if validation is not None and validation["loss"] > 3 * self.val_chance and validation["acc1"] <= self.largest:
+            return f"the validation loss is {validation['loss']:.4g}, that of guessing {self.val_chance:.4g}"
+        if totals.loss > max(self.losses[0], 1.5 * self.train_chance):
             return f"the training loss has risen from {self.losses[0]:.4g} to {totals.loss:.4g}"
-        stays = min(self.losses[-self.EPOCHS :]) >= 0.99 * self.chance and self.steps >= self.STEPS
-        if stays and totals.acc1 <= 1.2 * self.largest:
-            return f"the training loss is {totals.loss:.4g}, that of guessing {self.chance:.4g}"
+        stays = min(self.losses[-self.EPOCHS :]) >= 0.99 * self.train_chance and self.steps >= self.STEPS
+        if stays and not falls and totals.acc1 <= min(1.2 * self.largest, self.largest + 0.2 * (100 - self.largest)):
+            return f"the training loss is {totals.loss:.4g}, that of guessing {self.train_chance:.4g}"
         return None
+
+
+def _loss_of_guessing(parts: np.ndarray) -> float:
+    """Return the lowest loss of predictions that are the same for all images. parts: what each class adds to it."""
+    return float(-sum(part * math.log(part / parts.sum()) for part in parts if part))

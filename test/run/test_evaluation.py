@@ -168,6 +168,28 @@ def test_a_run_draws_its_curves(folder: str, tmp_path: Any) -> None:
     assert not (tmp_path / "curves.tmp.png").exists()
 
 
+@pytest.mark.parametrize("name", ["model_best.pth.tar", "checkpoint.pth.tar", "metrics.jsonl", "args.json", "list.csv"])
+def test_predictions_replace_no_file_but_earlier_predictions(
+    folder: str, evaluated: Any, tmp_path: Any, name: str
+) -> None:
+    trained = shutil.copytree(str(evaluated[0]), str(tmp_path / "trained"))
+    path = os.path.join(trained, name)
+    if name == "list.csv":
+        with open(path, "w", encoding="utf-8") as file:
+            file.write("path,label,split\na.jpg,a,val\n")
+    with open(path, "rb") as file:
+        before = file.read()
+    flags = [folder, *FLAGS, "-e", "--resume", os.path.join(trained, "model_best.pth.tar"), "--output-dir", tmp_path]
+    refused = run_main(*flags, "--predictions", path)
+    (line,) = refused.err.splitlines()
+    assert refused.code == 2 and f"--predictions {path}: would overwrite a file of another kind" in line
+    with open(path, "rb") as file:
+        assert file.read() == before
+    if name == "list.csv":
+        results = [run_main(*flags, "--predictions", tmp_path / "p.csv") for _ in range(2)]
+        assert [result.code for result in results] == [0, 0], results[1].err
+
+
 # --- --eval-view, --eval-scales, --predictions ------------------------------------------------------------------------
 
 

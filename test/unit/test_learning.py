@@ -7,10 +7,11 @@ import math
 from argparse import Namespace
 
 from engine.records.learning import LearningCheck
-from engine.records.metrics import Totals, macro_metrics
+from engine.records.metrics import Totals, cross_entropy, macro_metrics
 
 import numpy as np
 import pytest
+import torch
 
 TEN = math.log(10)
 UNBALANCED = np.repeat(np.arange(10), [795, 500, 400, 300, 300, 250, 200, 150, 112, 61])
@@ -74,7 +75,7 @@ def test_one_class_for_all_images_is_said_after_two_validations(capsys):
     assert len(lines) == 1 and "same class" in lines[0]
     between = (1.9, 32.0, validation(1.9, 32.0, 15.0))
     assert warnings(capsys, [epoch, between] * 4, UNBALANCED, steps=60) == []
-    assert len(warnings(capsys, [epoch] * 4, UNBALANCED, steps=60, weighted=True)) == 1
+    assert len(warnings(capsys, [epoch] * 4, UNBALANCED, steps=60, class_weights=[1] * 10)) == 1
 
 
 @pytest.mark.parametrize("classes", [1, 2, 3, 5, 100])
@@ -95,7 +96,7 @@ def test_the_same_class_for_all_images_is_said_only_if_it_is_so(capsys, classes)
         check = LearningCheck(Namespace(labels=[0, 1]), Namespace(labels=np.flatnonzero(counts[0])))
         acc1 = 100 * counts[2].sum() / matrix.sum()
         for _ in range(2):
-            check.add_epoch(100, totals(0.1, 90.0), {"loss": 0.1, "acc1": acc1, **macro_metrics(counts)})
+            check.add_epoch(100, totals(0.7, 50.0), {"loss": 0.1, "acc1": acc1, **macro_metrics(counts)})
         several, same = (counts[0] > 0).sum() > 1, (counts[1] > 0).sum() == 1
         expected = several and same and acc1 > 0  # else it is a class that no image has
         said += expected
@@ -114,8 +115,44 @@ def test_a_validation_that_diverges_is_said(capsys):
     assert len(lines) == 1 and "4242" in lines[0]
 
 
-def test_weighted_losses_and_synthetic_images_are_left_alone(capsys):
-    assert warnings(capsys, [(3.0, 10.2, None)] * 5, weighted=True) == []
+@pytest.mark.parametrize("smoothing", [0, 0.1, 0.5])
+@pytest.mark.parametrize("weights", [None, [1.0, 1.0, 1.0, 1.0], [0.1, 1.0, 2.0, 9.0], [0.0, 1.0, 1.0, 1.0]])
+def test_the_loss_of_guessing_is_that_of_the_best_logits_that_ignore_the_images(capsys, weights, smoothing):
+    labels = np.repeat(np.arange(4), [60, 25, 10, 5])
+    check = LearningCheck(Namespace(labels=labels), None, weights, smoothing)
+    logits = torch.zeros(4, requires_grad=True)
+    optimizer = torch.optim.LBFGS([logits], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss_of_guessing():
+        optimizer.zero_grad()
+        given = None if weights is None else torch.tensor(weights)
+        loss = cross_entropy(logits.expand(len(labels), 4), torch.as_tensor(labels), smoothing, given)
+        loss.backward()
+        return loss
+
+    optimizer.step(loss_of_guessing)
+    chance = loss_of_guessing().item()
+    assert check.train_chance == pytest.approx(chance, rel=2e-3)
+    lines = warnings(capsys, [(chance, 60.0, None)] * 3, labels, class_weights=weights, label_smoothing=smoothing)
+    assert len(lines) == 1 and "guessing" in lines[0]
+
+
+@pytest.mark.parametrize("smoothing", [0, 0.1, 0.3])
+@pytest.mark.parametrize("largest", [50, 80, 90, 95, 99])
+def test_a_run_with_a_frequent_class_that_learns_hears_nothing(capsys, largest, smoothing):
+    """It predicts that class alone at first, and ends near the lowest loss that label smoothing leaves."""
+    labels = np.repeat([0, 1], [4 * largest, 4 * (100 - largest)])
+    right = 1 - smoothing / 2
+    lowest = -sum(q * math.log(q) for q in (right, 1 - right) if q)
+    chance = LearningCheck(Namespace(labels=labels), None, None, smoothing).train_chance
+    single = validation(1.5 * chance, largest, 50.0, largest / 2)
+    losses = [chance * factor for factor in (1.5, 1.3, 1.1, 1.05)]
+    epochs = [(loss, largest, single) for loss in losses] + [(0.9 * chance + 0.1 * lowest, largest, single)]
+    epochs += [(1.01 * lowest, 100.0, validation(0.01, 100.0, 100.0))] * 8
+    assert warnings(capsys, epochs, labels, steps=60, label_smoothing=smoothing) == []
+
+
+def test_synthetic_images_are_left_alone(capsys):
     check = LearningCheck(None, None)
     for _ in range(5):
         check.add_epoch(1000, totals(9.0, 0.0), None)

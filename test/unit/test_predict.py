@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from typing import Any
 
 from engine.data.datasets import read_digits
@@ -243,6 +244,7 @@ def test_features_are_those_of_the_layer_a_row_per_readable_image(
         ("--features pool5 --output new/x.npy --heatmap x.png", "leave --heatmap out$"),
         ("--features fc7 --output ./x.npy --classes x.txt", "^--output ./x.npy: would overwrite --classes x.txt: "),
         ("--features fc7 --output x.npy --classes ./x.txt", "^--output x.npy: would overwrite --classes ./x.txt: "),
+        ("--features fc7 --output mine.npy", "^--output mine.npy: would overwrite mine.txt: choose another name$"),
         ("--output new/x.npy", "^--output requires --features LAYER$"),
         ("--pool none", "^--pool requires --features LAYER$"),
     ],
@@ -253,10 +255,20 @@ def test_flags_of_features_that_do_not_fit_leave_no_file(
     monkeypatch.chdir(tmp_path)
     for folder in ("images.npy", "notes.txt"):
         (tmp_path / folder).mkdir()
+    (tmp_path / "mine.txt").write_text("important")
     flags = [str(narrow / "images"), "--checkpoint", str(narrow / "narrow.pth"), *CPU, *words.split()]
     with pytest.raises(UsageError, match=message):
         predict.main(flags)
-    assert sorted(os.listdir(str(tmp_path))) == ["images.npy", "notes.txt"]
+    assert sorted(os.listdir(str(tmp_path))) == ["images.npy", "mine.txt", "notes.txt"]
+    assert (tmp_path / "mine.txt").read_text() == "important"
+
+
+def test_features_do_not_replace_the_checkpoint_that_they_are_of(narrow: Any, tmp_path: Any) -> None:
+    checkpoint = shutil.copy(str(narrow / "narrow.pth"), str(tmp_path / "x.txt"))
+    (tmp_path / "x.npy").write_text("features of before")
+    flags = ["--checkpoint", checkpoint, *CPU, "--features", "fc7", "--output", str(tmp_path / "x.npy")]
+    with pytest.raises(UsageError, match="would overwrite --checkpoint .*x.txt: choose another name$"):
+        predict.main([str(narrow / "images"), *flags])
 
 
 def test_features_of_no_readable_image_are_no_file(narrow: Any, tmp_path: Any, capsys: Any) -> None:
