@@ -18,12 +18,12 @@ import tarfile
 import urllib.error
 import urllib.request
 from http.client import HTTPException
-from typing import NamedTuple
+from typing import NamedTuple, Sequence
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from engine import console
-from engine.errors import EXIT_FAILURE, UserError, first_line
+from engine.errors import EXIT_FAILURE, UsageError, UserError, first_line
 from engine.parser import OneLineParser, nonempty_path
 
 URL = "https://www.cs.toronto.edu/~kriz/"
@@ -32,16 +32,20 @@ TIMEOUT = 60  # seconds without a byte
 
 
 class Archive(NamedTuple):
-    """An archive, its MD5 checksum, and the folder that it unpacks to."""
+    """An archive, its MD5 checksum, the folder that it unpacks to, and the files there that training reads."""
 
     name: str
     md5: str
     folder: str
+    files: Sequence[str]
 
 
+CIFAR10_FILES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
 ARCHIVES = {
-    "10": Archive("cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", "cifar-10-batches-py"),
-    "100": Archive("cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85", "cifar-100-python"),
+    "10": Archive("cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", "cifar-10-batches-py", CIFAR10_FILES),
+    "100": Archive(
+        "cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85", "cifar-100-python", ["train", "test", "meta"]
+    ),
 }
 
 
@@ -95,14 +99,25 @@ def unpack(path: str, folder: str, target: str) -> None:
 
 
 def fetch(archive: Archive, folder: str, url: str) -> str:
-    """Return the folder of the dataset, downloaded and unpacked if it is not there. Raises DownloadError."""
+    """Return the folder of the dataset, downloaded and unpacked if it is not there. Raises DownloadError, UsageError.
+
+    An archive that lies there already is checked and kept.
+    """
     target, path = os.path.join(folder, archive.folder), os.path.join(folder, archive.name)
-    if os.path.isdir(target):
+    if os.path.lexists(target):
+        for name in archive.files:
+            if not os.path.isfile(os.path.join(target, name)):
+                raise UsageError(f"{target}: there is no {name} in it: remove it, and run the same command again")
         return target
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise UsageError(f"{folder}: expected a folder, this is a file")
+    own = not os.path.exists(path)
     again = "run the same command again to continue"
     try:
         os.makedirs(folder, exist_ok=True)
-        if not os.path.exists(path) or md5(path) != archive.md5:
+        if not own and md5(path) != archive.md5:
+            raise UsageError(f"{path}: its MD5 is not {archive.md5}, that of the published archive: move it away")
+        if own:
             part = f"{path}.part"
             download(url, part)
             found = md5(part)
@@ -115,7 +130,8 @@ def fetch(archive: Archive, folder: str, url: str) -> str:
         at = getattr(error, "filename", None) or url  # of an HTTPError, the url
         reason = getattr(error, "strerror", None) or first_line(error)
         raise DownloadError(f"{at}: {reason}; {again}") from error
-    os.remove(path)
+    if own:
+        os.remove(path)
     return target
 
 

@@ -107,6 +107,35 @@ def test_a_whole_part_whose_rename_was_lost_is_taken(server, tmp_path):
     assert fetch(server, tmp_path).code == 0 and server.sent == []
 
 
+@pytest.mark.parametrize("server, classes", [(10, "10"), (100, "100")], indirect=["server"])
+def test_an_archive_of_the_user_is_unpacked_and_kept(server, tmp_path, classes):
+    path = tmp_path / ("cifar-10-python.tar.gz" if classes == "10" else "cifar-100-python.tar.gz")
+    path.write_bytes(server.content[:-1])
+    refused = fetch(server, tmp_path, classes)
+    assert refused.code == 2 and f"{path}: its MD5 is not" in refused.err and len(refused.err.splitlines()) == 1
+    assert path.read_bytes() == server.content[:-1]
+    path.write_bytes(server.content)
+    result = fetch(server, tmp_path, classes)
+    assert result.code == 0 and os.path.isdir(result.out.strip()), result.err
+    assert path.read_bytes() == server.content and server.sent == []
+
+
+@pytest.mark.parametrize("server, classes", [(10, "10"), (100, "100")], indirect=["server"])
+@pytest.mark.parametrize("lacking", ["test", "train", "all", "a file"])
+def test_a_folder_that_is_not_whole_is_not_taken_for_the_dataset(server, tmp_path, classes, lacking):
+    target = fetch(server, tmp_path, classes).out.strip()
+    names = {"test": ["test_batch", "test"], "train": ["data_batch_3", "train"]}.get(lacking, os.listdir(target))
+    for name in names:
+        if os.path.exists(os.path.join(target, name)):
+            os.remove(os.path.join(target, name))
+    if lacking == "a file":
+        os.rmdir(target)
+        with open(target, "w"):
+            pass
+    result = fetch(server, tmp_path, classes)
+    assert result.code == 2 and len(result.err.splitlines()) == 1 and f"{target}: there is no " in result.err
+
+
 def test_another_file_is_refused_and_removed(server, tmp_path):
     """Through the command line, with the published checksum."""
     result = run(sys.executable, TOOL, "10", tmp_path / "d", "--url", server.url)
@@ -131,11 +160,11 @@ def test_an_address_that_is_none_is_one_line(tmp_path, url):
 def test_no_server_and_a_folder_that_cannot_be_made_are_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     url = "http://127.0.0.1:1/"
-    for folder, named in (
-        (tmp_path / "d", url),
-        (tmp_path / "file", tmp_path / "file"),
-        (tmp_path / "file" / "d", tmp_path),
+    for folder, named, code in (
+        (tmp_path / "d", url, 1),
+        (tmp_path / "file", tmp_path / "file", 2),
+        (tmp_path / "file" / "d", tmp_path, 1),
     ):
         result = run(sys.executable, TOOL, "10", folder, "--url", url)
-        assert result.code == 1 and len(result.err.splitlines()) == 1, result.err
+        assert result.code == code and len(result.err.splitlines()) == 1, result.err
         assert f"error: {named}" in result.err
