@@ -89,12 +89,20 @@ class _PickledArray:
             content = content.encode("latin1") if isinstance(content, str) else content
             self.array = np.frombuffer(content, np.uint8).reshape(shape, order="F" if fortran_order else "C")
 
+    @staticmethod
+    def from_buffer(content: Any, dtype: Any, shape: Any, order: Any) -> _PickledArray:
+        array = _PickledArray()
+        array.set_state((1, shape, dtype, order == "F", content))
+        return array
+
 
 def load_arrays(file: IO[bytes]) -> Any:
     """Read a dict of numbers, strings, lists and uint8 arrays, such as a file of CIFAR-10. Raises CarriesCodeError."""
     names = {
         ("numpy.core.multiarray", "_reconstruct"): _PickledArray,
         ("numpy._core.multiarray", "_reconstruct"): _PickledArray,
+        ("numpy.core.numeric", "_frombuffer"): _PickledArray.from_buffer,  # pickle protocol 5
+        ("numpy._core.numeric", "_frombuffer"): _PickledArray.from_buffer,
         ("numpy", "ndarray"): _PickledArray,
         ("numpy", "dtype"): _PickledArray,
         ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),  # protocol 2 writes bytes so

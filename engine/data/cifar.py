@@ -115,6 +115,8 @@ def _read_pickle(cifar: Cifar, file: IO[bytes]) -> tuple[np.ndarray, np.ndarray]
 
 def _checked(cifar: Cifar, pixels: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     largest = cifar.class_count - 1
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise ValueError(f"labels {labels.shape} of {labels.dtype}, expected integers, one per image")
     if not len(labels) or pixels.shape != (len(labels), 3072) or labels.min() < 0 or labels.max() > largest:
         raise ValueError(f"images {pixels.shape}, labels {labels.shape}, not all from 0 to {largest}")
     return pixels, labels

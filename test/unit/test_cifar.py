@@ -55,6 +55,31 @@ def test_both_in_one_folder_are_told_apart(tmp_path):
         assert len(read(tmp_path / cifar.folders[False])[1].classes) == DATASETS[title].class_count
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_a_pickle_of_any_protocol_is_read(tmp_path, protocol, order):
+    write(tmp_path, "CIFAR-10", False)
+    expected = read(tmp_path, evaluate=True)[1]
+    with open(str(tmp_path / "test_batch"), "rb") as file:
+        record = pickle.load(file, encoding="bytes")
+    record[b"data"] = np.array(record[b"data"], order=order)
+    with open(str(tmp_path / "test_batch"), "wb") as file:
+        pickle.dump(record, file, protocol=protocol)
+    assert read(tmp_path, evaluate=True)[1].fingerprint == expected.fingerprint
+
+
+@pytest.mark.parametrize("change", [lambda label: [label], lambda label: label + 0.7, lambda label: None, bool])
+def test_labels_that_are_not_one_integer_per_image_are_refused(tmp_path, change):
+    write(tmp_path, "CIFAR-10", False)
+    with open(str(tmp_path / "test_batch"), "rb") as file:
+        record = pickle.load(file, encoding="bytes")
+    record[b"labels"] = [change(label) for label in record[b"labels"]]
+    with open(str(tmp_path / "test_batch"), "wb") as file:
+        pickle.dump(record, file, protocol=2)
+    with pytest.raises(DataError, match="test_batch: not a CIFAR-10 file .labels .40,.* expected integers"):
+        read(tmp_path, evaluate=True)
+
+
 def test_a_pickle_that_carries_code_is_refused_and_runs_nothing(tmp_path):
     write(tmp_path, "CIFAR-10", False)
     canary = tmp_path / "canary"
