@@ -287,11 +287,6 @@ exit_with_end_of_log() {
     exit "$code"
 }
 
-has_accelerator() {
-    local code='from engine.device import resolve_device; assert resolve_device("auto")[0] != "cpu"'
-    if [ -n "$device" ]; then [ "$device" != cpu ]; else PYTHONPATH=$repository python_can "$python" "$code"; fi
-}
-
 run_training() { # the script's arguments
     parse_options "$@"
     choose_interface
@@ -302,7 +297,7 @@ run_training() { # the script's arguments
     make_output
     if [ -z "$opt_level" ]; then
         opt_level=O1
-        if ! python_can "$python" 'import torch; torch.autocast' && ! has_accelerator; then
+        if [ "$device" = cpu ] && ! python_can "$python" 'import torch; torch.autocast'; then
             opt_level=O0 # torch before 1.10 has no mixed precision on the CPU
         fi
     fi

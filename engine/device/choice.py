@@ -33,11 +33,9 @@ REQUIREMENTS = {  # of the devices that auto looks for, the first that works fir
 CGROUPS, OWN_CGROUP, MEMORY = "/sys/fs/cgroup", "/proc/self/cgroup", "/proc/meminfo"
 
 
-def _require_torch(version: str, flag: str) -> None:
+def _require_torch(version: str, flag: str, advice: str = "leave it out") -> None:
     if tuple(map(int, version.split(".")))[:2] > TORCH:
-        raise DeviceUnavailableError(
-            f"{flag} requires torch {version} or later, this is {torch.__version__}: leave it out"
-        )
+        raise DeviceUnavailableError(f"{flag} requires torch {version} or later, this is {torch.__version__}: {advice}")
 
 
 # --- which device -----------------------------------------------------------------------------------------------------
@@ -246,7 +244,7 @@ def resolve_precision(device: str, devices: list[int], *, amp: bool, opt_level: 
     if not amp or opt_level == "O0":
         return "fp32"
     if device == "cpu":
-        _require_torch("1.10", "--amp on a CPU")
+        _require_torch("1.10", "--amp on a CPU", "use --opt-level O0")
     if device == "mps":
         _require_torch("2.5", "--amp on MPS")
     if amp_dtype == "bf16":

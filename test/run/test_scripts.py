@@ -491,25 +491,6 @@ def test_options_reach_main_py(clone, tmp_path):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize(
-    "options, fails, level",  # fails: whether Python's -c does, of a check for autocast and of one for an accelerator
-    [
-        (["--device=cpu"], "'autocast' in sys.argv[2]", "O0"),
-        ([], "True", "O0"),
-        ([], "'autocast' in sys.argv[2]", "O1"),
-        ([], "False", "O1"),
-        (["--device=npu"], "True", "O1"),
-        (["--device=cpu"], "False", "O1"),
-        (["--opt_level=O2"], "True", "O2"),
-    ],
-)
-def test_mixed_precision_is_off_only_on_a_cpu_that_an_old_torch_trains_on(clone, tmp_path, options, fails, level):
-    result = bash(clone, "train_full_1p", "--data_path=.", *options, python=stub(tmp_path, autocast=f"int({fails})"))
-    assert result.code == 0, result.err
-    assert f"'--opt-level', '{level}'" in (clone / "test" / "output" / "0" / "train_0.log").read_text()
-
-
-@pytest.mark.once
 def test_torchrun_is_started_and_continues_an_unfinished_output(clone, tmp_path):
     """The stub stands in for torchrun, so what it ends with says how the script reads torchrun's report."""
     options = [
