@@ -78,7 +78,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def check_features(
     layer: str | None, pool: str | None, output: str | None, heatmap: str | None, kept: dict[str, str | None]
 ) -> None:
-    """Raise UsageError if the flags of --features do not fit together. kept: {flag: file}."""
+    """Raise UsageError if the flags of --features do not fit together. kept: {flag: file}, not to be overwritten."""
     if not layer:
         if output or pool:
             raise UsageError(f"{'--output' if output else '--pool'} requires --features LAYER")

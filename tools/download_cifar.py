@@ -115,8 +115,6 @@ def fetch(archive: Archive, folder: str, url: str) -> str:
     again = "run the same command again to continue"
     try:
         os.makedirs(folder, exist_ok=True)
-        if not own and md5(path) != archive.md5:
-            raise UsageError(f"{path}: its MD5 is not {archive.md5}, that of the published archive: move it away")
         if own:
             part = f"{path}.part"
             download(url, part)
@@ -125,6 +123,8 @@ def fetch(archive: Archive, folder: str, url: str) -> str:
                 os.remove(part)
                 raise DownloadError(f"{url}: its MD5 is {found}, expected {archive.md5}: removed; try again")
             os.replace(part, path)
+        elif md5(path) != archive.md5:
+            raise UsageError(f"{path}: its MD5 is not {archive.md5}, that of the published archive: move it away")
         unpack(path, archive.folder, target)
     except (OSError, HTTPException, ValueError, tarfile.TarError) as error:  # ValueError: url is no address
         at = getattr(error, "filename", None) or url  # of an HTTPError, the url

@@ -16,13 +16,20 @@ from engine.errors import UsageError
 from engine.evaluation.page import Confusion, render_page
 from engine.records import Predictions, class_scores, run_info
 
+HEADER = b"path,target,prediction,"  # how a file of --predictions begins
+
 
 def check_predictions(path: str) -> None:
     """Raise UsageError if a file would be replaced that holds no predictions, such as a checkpoint or a list."""
-    if os.path.isfile(path) and os.path.getsize(path):
+    if not os.path.isfile(path):  # also a pipe, which must not be read
+        return
+    try:
         with open(path, "rb") as file:
-            if not file.read(100).startswith(b"path,target,prediction"):
-                raise UsageError(f"--predictions {path}: would overwrite a file of another kind: choose another name")
+            start = file.read(len(HEADER))
+    except OSError as error:
+        raise UsageError(f"--predictions {path}: {error.strerror}") from error
+    if start not in (b"", HEADER):
+        raise UsageError(f"--predictions {path}: would overwrite a file of another kind: choose another name")
 
 
 def write_evaluation(

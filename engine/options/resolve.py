@@ -61,6 +61,7 @@ def resolve_flags(args: argparse.Namespace) -> tuple[argparse.Namespace, Topolog
     )
     args.nodes, args.rank, args.processes = topology.nodes, topology.node_rank, topology.processes
     args.dist_url, args.multiprocessing_distributed = topology.dist_url, topology.spawn
+    _resolve_backend(args)
     _check_processes(args)
     if args.workers is None:
         args.workers = default_workers(args.device, args.processes)
@@ -106,15 +107,19 @@ def _resolve_device(args: argparse.Namespace) -> None:
     )
 
 
-def _check_processes(args: argparse.Namespace) -> None:
+def _resolve_backend(args: argparse.Namespace) -> None:
     sends_bf16 = ""
-    if args.nodes * args.processes > 1 and args.grad_compress == "bf16":
-        sends_bf16 = "--grad-compress bf16"
-    elif args.nodes * args.processes > 1 and args.precision == "bf16" and args.opt_level in ("O2", "O3"):
-        sends_bf16 = f"--opt-level {args.opt_level} in bf16"
+    if args.nodes * args.processes > 1:
+        if args.grad_compress == "bf16":
+            sends_bf16 = "--grad-compress bf16"
+        elif args.precision == "bf16" and args.opt_level in ("O2", "O3"):
+            sends_bf16 = f"--opt-level {args.opt_level} in bf16"
     args.dist_backend = resolve_backend(args.dist_backend, args.device, sends_bf16)
     if len(set(args.device_list)) < len(args.device_list) and args.dist_backend != "gloo":
         raise UsageError("--device-list names a device twice: processes share one only with --dist-backend gloo")
+
+
+def _check_processes(args: argparse.Namespace) -> None:
     if args.device != "cpu" and args.processes > len(args.device_list):
         devices = len(args.device_list)
         started = f"{counted(args.processes, 'process')} on {counted(devices, 'device')}"

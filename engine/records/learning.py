@@ -35,9 +35,9 @@ class LearningCheck:
         self, train: Any, val: Any, class_weights: Sequence[float] | None = None, label_smoothing: float = 0.0
     ) -> None:
         labels = [0] if train is None else train.labels
-        shares = np.bincount(labels) / len(labels)
+        shares = np.bincount(labels, minlength=len(class_weights or ())) / len(labels)
         smoothed = (1 - label_smoothing) * shares + label_smoothing / len(shares)
-        self.val_chance = math.log(max(2, len(shares)))  # nats; of all classes alike
+        self.val_chance = math.log(max(2, len(shares)))  # nats; without the shares, which a healthy run may exceed
         self.train_chance = _loss_of_guessing(smoothed * (1 if class_weights is None else np.array(class_weights)))
         self.largest = 100 * float(shares.max())
         self.val_classes = 0 if val is None else len(np.unique(val.labels))
@@ -73,16 +73,16 @@ class LearningCheck:
         """Return what shows that the run does not learn, None if nothing does."""
         if len(self.losses) < self.EPOCHS:
             return None
-        # If one class is frequent, a healthy run too begins by predicting it alone.
-        falls = totals.loss < max(0.95 * self.train_chance, 0.98 * self.losses[-2])
-        if self.single_class >= 2 and self.steps >= self.SINGLE_CLASS_STEPS and not falls:
+        # If one class is frequent, a healthy run too begins by predicting it alone, while its loss falls.
+        learns = totals.loss < max(0.95 * self.train_chance, 0.98 * self.losses[-2])
+        if self.single_class >= 2 and self.steps >= self.SINGLE_CLASS_STEPS and not learns:
             return "it predicts the same class for all validation images"
         if validation is not None and validation["loss"] > 3 * self.val_chance and validation["acc1"] <= self.largest:
             return f"the validation loss is {validation['loss']:.4g}, that of guessing {self.val_chance:.4g}"
         if totals.loss > max(self.losses[0], 1.5 * self.train_chance):
             return f"the training loss has risen from {self.losses[0]:.4g} to {totals.loss:.4g}"
         stays = min(self.losses[-self.EPOCHS :]) >= 0.99 * self.train_chance and self.steps >= self.STEPS
-        if stays and not falls and totals.acc1 <= min(1.2 * self.largest, self.largest + 0.2 * (100 - self.largest)):
+        if stays and not learns and totals.acc1 <= min(1.2 * self.largest, self.largest + 0.2 * (100 - self.largest)):
             return f"the training loss is {totals.loss:.4g}, that of guessing {self.train_chance:.4g}"
         return None
 

@@ -13,9 +13,11 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from engine.data import open_datasets
+from engine.data.cifar import CIFAR10, CIFAR100
 
 from helpers.images import write_cifar
 from helpers.program import REPOSITORY, run
+from tools.download_cifar import ARCHIVES
 
 import pytest
 
@@ -105,6 +107,12 @@ def test_a_download_that_is_cut_continues_and_the_dataset_opens(server, tmp_path
 def test_a_whole_part_whose_rename_was_lost_is_taken(server, tmp_path):
     (tmp_path / "cifar-10-python.tar.gz.part").write_bytes(server.content)
     assert fetch(server, tmp_path).code == 0 and server.sent == []
+
+
+@pytest.mark.parametrize("classes, cifar", [("10", CIFAR10), ("100", CIFAR100)])
+def test_the_files_that_are_looked_for_are_those_that_training_reads(classes, cifar):
+    archive = ARCHIVES[classes]
+    assert set(archive.files) - {"meta"} == {*cifar.train, cifar.test} and archive.folder in cifar.folders
 
 
 @pytest.mark.parametrize("server, classes", [(10, "10"), (100, "100")], indirect=["server"])

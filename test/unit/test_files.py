@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
+import os
 from typing import Any
 
 from engine.data import Preprocessing
 from engine.data.datasets import DIGITS, ArrayDataset
 from engine.errors import UsageError
-from engine.evaluation.files import write_classes, write_evaluation, write_predictions
+from engine.evaluation.files import check_predictions, write_classes, write_evaluation, write_predictions
 from engine.records import Predictions, Totals
 
 import numpy as np
@@ -28,6 +30,46 @@ def predictions_of(dataset: ArrayDataset) -> Predictions:
     predictions.top5[:] = [[2, 1, 0], [1, 0, 2], [1, 2, 0]]
     predictions.probabilities[:] = [[0.7, 0.2, 0.1], [0.5, 0.4, 0.1], [1, 0, 0]]
     return predictions
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5, 1000])
+@pytest.mark.parametrize("images", [0, 1, 4])
+def test_predictions_of_before_may_be_replaced(tmp_path: Any, classes: int, images: int) -> None:
+    path, labels = str(tmp_path / "图 x.csv"), np.zeros(images, np.int64)
+    names = [f"class {number}" for number in range(classes)]
+    write_predictions(
+        path,
+        ArrayDataset(np.zeros((images, 2, 2, 3), np.uint8), labels, names, DIGITS, 0.0),
+        Predictions(images, classes),
+    )
+    check_predictions(path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"path", b"path,label,split\n", b"PK\x03\x04", b"path,target,predictions\n", b"\n"]
+)
+def test_a_file_of_another_kind_is_not_replaced(tmp_path: Any, content: bytes) -> None:
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(UsageError, match="would overwrite a file of another kind: choose another name"):
+        check_predictions(str(tmp_path / "x"))
+
+
+def test_what_holds_nothing_is_not_looked_into(tmp_path: Any) -> None:
+    (tmp_path / "empty").touch()
+    os.mkfifo(str(tmp_path / "pipe"))  # to read it would wait for a writer
+    for name in ("empty", "pipe", "missing", "missing/x"):
+        check_predictions(str(tmp_path / name))
+    check_predictions(os.devnull)
+
+
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Any, monkeypatch: Any) -> None:
+    def refuse(path: str, *_: Any) -> None:  # to root every file can be read
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    (tmp_path / "x").touch()
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(UsageError, match="^--predictions .*x: Permission denied$"):
+        check_predictions(str(tmp_path / "x"))
 
 
 def test_predictions_are_a_line_per_image_with_each_class_by_its_name(dataset: Any, tmp_path: Any) -> None:

@@ -152,6 +152,13 @@ def test_a_run_with_a_frequent_class_that_learns_hears_nothing(capsys, largest, 
     assert warnings(capsys, epochs, labels, steps=60, label_smoothing=smoothing) == []
 
 
+@pytest.mark.parametrize("missing", [0, 1, 3])
+def test_a_class_without_training_images_may_have_a_weight(capsys, missing):
+    labels = np.repeat(np.setdiff1d(np.arange(4), [missing]), [50, 30, 20])
+    healthy = [(1.4, 40.0, None), (0.8, 70.0, None), (0.3, 90.0, None)]
+    assert warnings(capsys, healthy, labels, class_weights=[1.0, 2.0, 0.5, 1.0], label_smoothing=0.1) == []
+
+
 def test_synthetic_images_are_left_alone(capsys):
     check = LearningCheck(None, None)
     for _ in range(5):
