@@ -53,7 +53,7 @@ def resolve_class_weights(
         return None
     counts = np.bincount(labels, minlength=len(classes))
     if isinstance(given, str):
-        weights = 1 / np.maximum(counts, 1)
+        weights = (counts > 0) / np.maximum(counts, 1)  # label smoothing would push towards a class without images
     else:
         named = {unicodedata.normalize("NFC", name): weight for name, weight in given}
         names = named.keys() - {""}

@@ -32,6 +32,14 @@ def test_given_class_weights_keep_their_ratios(rows: list[list[Any]]) -> None:
     assert weights == pytest.approx([value / 1.6 for value in (1, 2, 4)])
 
 
+@pytest.mark.parametrize("missing", [0, 1, 3])
+def test_automatic_class_weights_leave_out_a_class_without_images(missing: int) -> None:
+    present = [label for label in range(4) if label != missing]
+    weights = resolve_class_weights("auto", list("abcd"), np.repeat(present, [6, 3, 1]))
+    assert weights is not None and weights[missing] == 0
+    assert [weights[label] for label in present] == pytest.approx([10 / 18, 10 / 9, 10 / 3])
+
+
 @pytest.mark.parametrize("scale", [1e-320, 1e-300, 1e-30, 1, 1e30, 1e300, 4e307])
 def test_class_weights_of_any_size_keep_their_ratios(scale: float) -> None:
     weights = resolve_class_weights([["", scale], ["", 2 * scale], ["", 4 * scale]], ["a", "b", "c"], LABELS)
